@@ -1,0 +1,156 @@
+"""What a masked step costs: forward and backward with edge masks, against the plain model.
+
+    python benchmarks/step_cost.py [--layers 4 12 24] [--repeats 7]
+
+GPT-2 small's shape with random weights, 8 prompts of 16 tokens, float32, one thread. Times are
+medians of repeats that alternate plain and masked in one process; memory is the peak resident size
+over three steps less that after loading the model, in a fresh process for each figure, with the
+reference run and the full logits of the target included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shapes import gpt2_bridge, gpt2_hooked
+from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.masked import MaskedModel
+
+BATCH, POS = 8, 16
+KINDS: dict[str, Callable[[int], Any]] = {"bridge": gpt2_bridge, "hooked": gpt2_hooked}
+
+
+def prompts() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    clean, corrupted = torch.randint(0, 50257, (2, BATCH, POS), generator=generator)
+    return clean, corrupted
+
+
+def plain_step(model: Any, clean: torch.Tensor) -> None:
+    """A forward and a backward through frozen weights, down to the embeddings."""
+    leaf: list[torch.Tensor] = []
+
+    def start(resid: torch.Tensor, hook: Any) -> torch.Tensor:
+        leaf.append(resid.detach().requires_grad_())
+        return leaf[0]
+
+    logits = model.run_with_hooks(clean, fwd_hooks=[("blocks.0.hook_resid_pre", start)])
+    logits[:, -1].logsumexp(-1).sum().backward()
+
+
+def masked_step(run: MaskedModel, mask: torch.Tensor, clean: torch.Tensor, reference: Any) -> None:
+    positions = torch.full((BATCH, 1), POS - 1)
+    logits = run(clean, mask, reference, positions)
+    logits.logsumexp(-1).sum().backward()
+
+
+def load(kind: str, layers: int) -> Any:
+    model = KINDS[kind](layers)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return model
+
+
+def seconds(function: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def time_ratio(kind: str, layers: int, repeats: int) -> dict[str, float]:
+    model, (clean, corrupted) = load(kind, layers), prompts()
+    graph = EdgeGraph.from_model(model)
+    mask = torch.rand(graph.n_edges, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    times: dict[str, list[float]] = {"plain": [], "masked": [], "reference": []}
+    with MaskedModel.attach(model, graph) as run:
+        reference, _ = run.record(corrupted)
+    for _ in range(repeats + 1):
+        times["plain"].append(seconds(lambda: plain_step(model, clean)))
+        with MaskedModel.attach(model, graph) as run:
+            times["reference"].append(seconds(lambda: run.record(corrupted)))
+            masked_step(run, mask, clean, reference)
+            times["masked"].append(seconds(lambda: masked_step(run, mask, clean, reference)))
+    return {name: statistics.median(values[1:]) for name, values in times.items()}
+
+
+def forget_peak() -> int:
+    """Start a new peak; give the bytes that are resident now (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak_bytes()
+
+
+def peak_bytes() -> int:
+    """Peak resident size since `forget_peak`, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("this system does not tell a process's peak memory")
+
+
+def memory(kind: str, layers: int, step: str) -> int:
+    """Peak resident bytes of three steps above those after loading the model (this process)."""
+    model, (clean, corrupted) = load(kind, layers), prompts()
+    before = forget_peak()
+    if step == "plain":
+        for _ in range(3):
+            plain_step(model, clean)
+        return peak_bytes() - before
+    graph = EdgeGraph.from_model(model)
+    mask = torch.full((graph.n_edges,), 0.5, requires_grad=True)
+    with MaskedModel.attach(model, graph) as run:
+        for _ in range(3):
+            with torch.no_grad():
+                model(clean)  # the target's full logits
+            reference, _ = run.record(corrupted)
+            masked_step(run, mask, clean, reference)
+    return peak_bytes() - before
+
+
+def memory_apart(kind: str, layers: int, step: str) -> int:
+    command = [sys.executable, __file__, "--memory", kind, str(layers), step]
+    return int(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, nargs="+", default=[4, 12, 24])
+    parser.add_argument("--kinds", nargs="+", default=None, choices=list(KINDS))
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--memory", nargs=3, metavar=("KIND", "LAYERS", "STEP"))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.memory:
+        kind, layers, step = options.memory
+        print(memory(kind, int(layers), step))
+        return
+    print("model   layers   plain s  masked s   ratio  reference  MB plain  MB masked")
+    for kind in options.kinds or available():
+        for layers in options.layers:
+            times = time_ratio(kind, layers, options.repeats)
+            plain, masked, reference = times["plain"], times["masked"], times["reference"]
+            peak = [memory_apart(kind, layers, step) / 1e6 for step in ("plain", "masked")]
+            print(
+                f"{kind:8}{layers:6}{plain:10.3f}{masked:10.3f}{masked / plain:8.2f}"
+                f"{reference / plain:11.2f}{peak[0]:10.0f}{peak[1]:11.0f}",
+                flush=True,
+            )
+
+
+def available() -> list[str]:
+    import transformer_lens
+
+    return [kind for kind in KINDS if kind == "bridge" or hasattr(transformer_lens, "HookedTransformer")]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,229 @@
+"""What a removed edge carries: the reference output of its source.
+
+A `Reference` holds, for every source, its reference output, and for every read the residual stream
+of the reference run. Heads are held before their output weights (z, d_head numbers), since the
+difference of two heads' outputs is the difference of their z times W_O: a d_model-sized copy of
+every head is never made.
+
+- counterfactual: the outputs on a corrupted prompt, position by position (one run).
+- zero: nothing; the stream then holds only the attention output biases.
+- mean: the mean over prompts and positions. mean-positional: over prompts, position by position.
+
+Bhaskar et al. 2024, section 3 (zero and interchange ablation); Wang et al. 2022 (mean).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.hooks import Hook, Sites, attached, prepared
+
+ABLATIONS = ("counterfactual", "zero", "mean", "mean-positional")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Reference outputs of every source, and the reference stream at every read.
+
+    `bias_in_heads`: the output biases are no part of the streams; each head writes its share.
+    """
+
+    inputs: Float[Tensor, "input batch pos d_model"]
+    z: Float[Tensor, "layer batch pos head d_head"]
+    mlp: Float[Tensor, "mlp batch pos d_model"]
+    streams: Float[Tensor, "read batch pos d_model"]
+    bias_in_heads: bool = False
+
+    @property
+    def batch(self) -> int:
+        return self.inputs.shape[1]
+
+    @property
+    def n_positions(self) -> int:
+        return self.inputs.shape[2]
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self._tensors())
+
+    def expand(self, batch: int, pos: int) -> Reference:
+        """The same reference for every prompt (and, from one position, for every position)."""
+        if self.n_positions > 1 and pos > self.n_positions:
+            raise ValueError(
+                f"the prompts have {pos} positions, but the means by position were taken over prompts "
+                f"of at most {self.n_positions}: give longer prompts, or use ablation='mean'."
+            )
+        return self._with(t[:, :, :pos].expand(-1, batch, pos, *t.shape[3:]) for t in self._tensors())
+
+    def select(self, rows: Int[Tensor, " row"]) -> Reference:
+        """The references of some prompts."""
+        return self._with(t.index_select(1, rows) for t in self._tensors())
+
+    @staticmethod
+    def cat(parts: Sequence[Reference]) -> Reference:
+        """Prompts of several references, one after another."""
+        columns = zip(*(part._tensors() for part in parts), strict=True)
+        return parts[0]._with(torch.cat(column, dim=1) for column in columns)
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return self.inputs, self.z, self.mlp, self.streams
+
+    def _with(self, tensors: Iterable[Tensor]) -> Reference:
+        return Reference(*tensors, bias_in_heads=self.bias_in_heads)
+
+
+# ------------------------------------------------------------------------------------ one run
+
+
+def record(
+    model: Any, sites: Sites, graph: EdgeGraph, tokens: Int[Tensor, "batch pos"]
+) -> tuple[Reference, Tensor]:
+    """Run the model as it is on `tokens`: its sources and streams as a Reference, and its logits."""
+    seen: dict[str, Tensor] = {}
+    with torch.no_grad(), prepared(model, sites), attached(model, _recorders(sites, seen)):
+        logits = model(tokens)
+    return _reference_from(sites, graph, seen), logits
+
+
+def _recorders(sites: Sites, seen: dict[str, Tensor]) -> list[Hook]:
+    def keep(tensor: Tensor, hook: Any, *, name: str) -> None:
+        seen[name] = tensor.detach()
+
+    def recorder(name: str) -> Hook:
+        return name, lambda tensor, hook: keep(tensor, hook, name=name)
+
+    names = [f"{block}.hook_resid_pre" for block in sites.blocks] + [sites.embed, sites.final]
+    names += [site.z for site in sites.attention]
+    names += [name for site in sites.mlp for name in (site.read, site.write)]
+    return [recorder(name) for name in names]
+
+
+def _reference_from(sites: Sites, graph: EdgeGraph, seen: dict[str, Tensor]) -> Reference:
+    start = seen["blocks.0.hook_resid_pre"]
+    inputs = split_inputs(graph, start, seen.get(sites.embed))
+    z = [
+        site.scaled(seen[site.z].flatten(0, 1)).view(seen[site.z].shape) for site in sites.attention
+    ]
+    streams = []
+    for read in graph.reads:
+        if read.kind == "logits":
+            streams.append(seen[sites.final])
+        elif read.kind == "attention" or graph.parallel:
+            streams.append(seen[f"{sites.blocks[read.layer]}.hook_resid_pre"])
+        else:
+            streams.append(seen[sites.mlp[read.layer].read])
+    return Reference(inputs, torch.stack(z), _mlp_outputs(sites, seen, start), torch.stack(streams))
+
+
+def _mlp_outputs(sites: Sites, seen: dict[str, Tensor], like: Tensor) -> Tensor:
+    if not sites.mlp:
+        return like.new_empty((0, *like.shape))
+    return torch.stack([seen[site.write] for site in sites.mlp])
+
+
+def split_inputs(
+    graph: EdgeGraph, start: Float[Tensor, "batch pos d_model"], embed: Tensor | None
+) -> Float[Tensor, "input batch pos d_model"]:
+    """What enters block 0 as the graph's input sources: whole, or tokens and positions apart."""
+    if not graph.split_embeddings:
+        return start.unsqueeze(0)
+    assert embed is not None
+    return torch.stack([embed, start - embed])
+
+
+# ------------------------------------------------------------------------------ fixed references
+
+
+def zero_reference(
+    sites: Sites, graph: EdgeGraph, like: Float[Tensor, "..."], *, bias_in_heads: bool = False
+) -> Reference:
+    """Every source contributes nothing: one prompt, one position, to be expanded.
+
+    `bias_in_heads`: the output biases go with the heads, in equal shares, as in the published code.
+    """
+    heads, d_head, d_model = sites.attention[0].output.shape
+    if bias_in_heads:
+        plain = zero_reference(sites, graph, like)
+        return replace(plain, streams=torch.zeros_like(plain.streams), bias_in_heads=True)
+    return _with_streams(
+        sites,
+        graph,
+        inputs=like.new_zeros(graph.n_inputs, 1, 1, d_model),
+        z=like.new_zeros(graph.n_layers, 1, 1, heads, d_head),
+        mlp=like.new_zeros(len(sites.mlp), 1, 1, d_model),
+    )
+
+
+def mean_reference(
+    model: Any,
+    sites: Sites,
+    graph: EdgeGraph,
+    prompts: Sequence[Tensor] | Int[Tensor, "prompt pos"],
+    *,
+    positional: bool,
+) -> Reference:
+    """The mean of every source's output over prompts, and over positions unless `positional`.
+
+    Prompts may differ in length; a position's mean is over the prompts that reach it.
+    """
+    if len(prompts) == 0:
+        raise ValueError("a mean ablation needs prompts to take the means over, and got none.")
+    longest = max(len(prompt) for prompt in prompts)
+    counts = torch.zeros(longest, dtype=torch.float64)
+    sums: list[Tensor] | None = None
+    for tokens in batches_by_length(prompts):
+        reference, _ = record(model, sites, graph, tokens)
+        parts = [t.double().sum(1) for t in reference._tensors()[:3]]  # [source, pos, …]
+        if sums is None:
+            sums = [t.new_zeros(t.shape[0], longest, *t.shape[2:]) for t in parts]
+        pos = tokens.shape[1]
+        counts[:pos] += tokens.shape[0]
+        for total, part in zip(sums, parts, strict=True):
+            total[:, :pos] += part
+    assert sums is not None
+    kept = dict(zip(("inputs", "z", "mlp"), sums, strict=True))
+    like = reference.inputs
+    means = {name: _mean(t, counts.to(t.device), positional).to(like.dtype) for name, t in kept.items()}
+    return _with_streams(sites, graph, **means)
+
+
+def _mean(total: Tensor, counts: Tensor, positional: bool) -> Tensor:
+    """Sums [source, pos, …] over prompts as means [source, 1, pos or 1, …]."""
+    if not positional:
+        return (total.sum(1, keepdim=True) / counts.sum()).unsqueeze(1)
+    return (total / counts.view(-1, *[1] * (total.dim() - 2))).unsqueeze(1)
+
+
+def batches_by_length(
+    prompts: Sequence[Tensor] | Int[Tensor, "prompt pos"], size: int = 32
+) -> Iterator[Int[Tensor, "batch pos"]]:
+    """Batches of prompts of one length each."""
+    by_length: dict[int, list[Tensor]] = {}
+    for prompt in prompts:
+        by_length.setdefault(len(prompt), []).append(torch.as_tensor(prompt))
+    for _, group in sorted(by_length.items()):
+        for start in range(0, len(group), size):
+            yield torch.stack(group[start : start + size])
+
+
+def _with_streams(sites: Sites, graph: EdgeGraph, inputs: Tensor, z: Tensor, mlp: Tensor) -> Reference:
+    """Add the residual streams that these source outputs and the output biases make."""
+    stream, streams = inputs.sum(0), []
+    for layer, site in enumerate(sites.attention):
+        streams.append(stream)
+        after = stream + torch.einsum("bphd,hdm->bpm", z[layer], site.output) * (
+            1.0 if site.gain is None else site.gain
+        )
+        after = after if site.output_bias is None else after + site.output_bias
+        if graph.has_mlp:
+            streams.append(stream if graph.parallel else after)
+            after = after + mlp[layer]
+        stream = after
+    return Reference(inputs, z, mlp, torch.stack([*streams, stream]))

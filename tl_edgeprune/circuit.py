@@ -1,0 +1,214 @@
+"""A circuit: a set of edges of one graph, with where it came from. JSON on disk.
+
+An edge is *alive* if it lies on a path of kept edges from the input to the logits. A head's edges
+into its query, key and value all lead to the head: it is reached through any of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from tl_edgeprune.files import write_whole
+from tl_edgeprune.graph import EdgeGraph
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Circuit:
+    """Edges of a graph, as a mask over `graph.edges`, and what is known of their origin.
+
+    metadata: plain JSON values, such as model, task, seed, ablation and settings.
+    """
+
+    graph: EdgeGraph
+    mask: Bool[Tensor, " edge"]
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.mask.shape != (self.graph.n_edges,) or self.mask.dtype != torch.bool:
+            raise ValueError(
+                f"a circuit's mask is bool [{self.graph.n_edges}], got {self.mask.dtype} "
+                f"{tuple(self.mask.shape)}."
+            )
+        object.__setattr__(self, "mask", self.mask.detach().cpu().clone())
+
+    # ---------------------------------------------------------------------------------- making
+
+    @classmethod
+    def from_edges(cls, graph: EdgeGraph, edges: Iterable[str], **metadata: Any) -> Circuit:
+        """The circuit of these edges. Raises KeyError for an unknown name, with the nearest ones."""
+        mask = torch.zeros(graph.n_edges, dtype=torch.bool)
+        mask[[graph.index(edge) for edge in edges]] = True
+        return cls(graph, mask, metadata)
+
+    @classmethod
+    def top(
+        cls, graph: EdgeGraph, scores: Float[Tensor, " edge"], n_edges: int, **metadata: Any
+    ) -> Circuit:
+        """The `n_edges` edges of highest score; of equal ones, those first in the graph."""
+        check_budget(n_edges, graph)
+        order = torch.argsort(scores.detach().cpu().double(), descending=True, stable=True)
+        mask = torch.zeros(graph.n_edges, dtype=torch.bool)
+        mask[order[:n_edges]] = True
+        return cls(graph, mask, metadata)
+
+    # -------------------------------------------------------------------------------- describing
+
+    @property
+    def edges(self) -> tuple[str, ...]:
+        """Names of the edges, in the graph's order."""
+        names = self.graph.edges
+        return tuple(names[index] for index in self.mask.nonzero().flatten().tolist())
+
+    @property
+    def n_edges(self) -> int:
+        return int(self.mask.sum())
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the graph's edges that are removed."""
+        return 1 - self.n_edges / self.graph.n_edges
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """Sources that some edge leaves, or that some edge leads to, in the graph's order."""
+        found: set[str] = set()
+        for edge in self.edges:
+            source, _, destination = edge.partition("->")
+            found |= {source, *self.graph.owner(destination)}
+        return tuple(name for name in self.graph.sources if name in found)
+
+    def without_dead_edges(self) -> Circuit:
+        """The edges on some path of kept edges from the input to the logits."""
+        graph = self.graph
+        kept = [graph.pairs[index] for index in self.mask.nonzero().flatten().tolist()]
+        place = {name: index for index, name in enumerate(graph.sources)}
+        owners = [{place[name] for name in graph.owner(d)} for d in graph.destinations]
+        reached = set(range(graph.n_inputs))
+        for source, destination in sorted(kept):  # a source writes after all that feeds it
+            if source in reached:
+                reached |= owners[destination]
+        useful: set[int] = set()
+        logits = len(graph.destinations) - 1
+        for source, destination in sorted(kept, reverse=True):
+            if destination == logits or owners[destination] & useful:
+                useful.add(source)
+        alive = torch.zeros_like(self.mask)
+        for index in self.mask.nonzero().flatten().tolist():
+            source, destination = graph.pairs[index]
+            leads_on = destination == logits or bool(owners[destination] & useful)
+            alive[index] = source in reached and leads_on
+        return Circuit(graph, alive, dict(self.metadata))
+
+    def __repr__(self) -> str:
+        task = self.metadata.get("task", "")
+        return (
+            f"Circuit({self.n_edges:,} of {self.graph.n_edges:,} edges, "
+            f"{100 * self.sparsity:.2f} % pruned{', ' + str(task) if task else ''})"
+        )
+
+    # --------------------------------------------------------------------------------- set algebra
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Circuit):
+            return NotImplemented
+        return self.graph == other.graph and bool((self.mask == other.mask).all())
+
+    def __hash__(self) -> int:
+        return hash((self.graph, self.mask.numpy().tobytes()))
+
+    def __contains__(self, edge: str) -> bool:
+        return bool(self.mask[self.graph.index(edge)])
+
+    def __len__(self) -> int:
+        return self.n_edges
+
+    def __and__(self, other: Circuit) -> Circuit:
+        return self._combined(other, self.mask & self._same(other).mask)
+
+    def __or__(self, other: Circuit) -> Circuit:
+        return self._combined(other, self.mask | self._same(other).mask)
+
+    def __sub__(self, other: Circuit) -> Circuit:
+        return self._combined(other, self.mask & ~self._same(other).mask)
+
+    def iou(self, other: Circuit) -> float:
+        """Edges in both over edges in either; 1 for two empty circuits."""
+        either = (self | other).n_edges
+        return (self & other).n_edges / either if either else 1.0
+
+    def _combined(self, other: Circuit, mask: Tensor) -> Circuit:
+        shared = {k: v for k, v in self.metadata.items() if other.metadata.get(k) == v}
+        return Circuit(self.graph, mask, shared)
+
+    def _same(self, other: Circuit) -> Circuit:
+        if other.graph != self.graph:
+            raise ValueError(f"circuits of different graphs: {self.graph} and {other.graph}.")
+        return other
+
+    # ------------------------------------------------------------------------------------ on disk
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write JSON: the graph, the edges by name, metadata, versions. Whole or not at all."""
+        document = {
+            "format": FORMAT,
+            "kind": "tl_edgeprune circuit",
+            "graph": self.graph.to_dict(),
+            "n_edges": self.n_edges,
+            "edges": self.edges,
+            "metadata": self.metadata,
+            "versions": versions(),
+        }
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(document, indent=1).encode())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Circuit:
+        """Read what `save` wrote. Raises ValueError for a damaged file or one of another format."""
+        try:
+            document = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is no circuit file: it is not valid JSON ({error}).") from None
+        if not isinstance(document, dict) or document.get("kind") != "tl_edgeprune circuit":
+            raise ValueError(f"{path} is no circuit file: expected one written by Circuit.save.")
+        if document.get("format") != FORMAT:
+            raise ValueError(
+                f"{path} has format {document.get('format')!r}, this version reads {FORMAT}: save it again "
+                "with the version that wrote it, or find the circuit anew."
+            )
+        try:
+            graph = EdgeGraph.from_dict(document["graph"])
+            circuit = cls.from_edges(graph, document["edges"], **document["metadata"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged: {error}.") from None
+        if circuit.n_edges != document.get("n_edges"):
+            raise ValueError(f"{path} is damaged: it says {document.get('n_edges')} edges and lists {circuit.n_edges}.")
+        return circuit
+
+
+def check_budget(n_edges: int, graph: EdgeGraph) -> None:
+    """Raise ValueError unless 1 <= n_edges <= graph.n_edges."""
+    if isinstance(n_edges, bool) or int(n_edges) != n_edges or not 1 <= n_edges <= graph.n_edges:
+        raise ValueError(f"n_edges={n_edges}: expected a whole number from 1 to {graph.n_edges}, the graph's edges.")
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries that a result depends on."""
+    found = {}
+    for name in ("tl_edgeprune", "transformer-lens", "transformers", "torch"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "unknown"
+    return found

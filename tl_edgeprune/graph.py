@@ -1,0 +1,233 @@
+"""The graph of a transformer's residual stream: sources, destinations and the edges between them.
+
+1. A source adds to the residual stream: the input, each head, each MLP, in the order of writing.
+2. A destination reads it: the query, key and value input of each head, each MLP, the logits.
+3. A destination reads every source before it, so it reads a *prefix* of the list of sources, and
+   the graph is a list of reads: dense blocks [destination, source] laid end to end in one flat
+   vector of `n_edges`. Every mask and every score in the package is such a vector.
+
+Edge Pruning, Bhaskar et al. 2024, section 3; the names are those of EAP-IG and of the MIB benchmark.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+
+class Read(NamedTuple):
+    """One dense block of edges: `n_destinations` destinations that read the same prefix of sources."""
+
+    kind: Literal["attention", "mlp", "logits"]
+    layer: int
+    first_destination: int
+    n_destinations: int
+    n_sources: int
+    first_edge: int
+
+    @property
+    def edges(self) -> slice:
+        """The block's place in the flat vector of edges, row-major [destination, source]."""
+        return slice(self.first_edge, self.first_edge + self.n_destinations * self.n_sources)
+
+
+@dataclass(frozen=True)
+class EdgeGraph:
+    """Sources, destinations and edges of one transformer. Equal graphs have the same edges.
+
+    n_kv_heads is n_heads unless keys and values are shared by groups of heads. `split_qkv=False`
+    gives each head one destination; `split_embeddings=True` gives token and position embeddings a
+    source each. Parallel blocks' MLPs read what their attention reads.
+    """
+
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    has_mlp: bool = True
+    parallel: bool = False
+    split_qkv: bool = True
+    split_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        if min(self.n_layers, self.n_heads, self.n_kv_heads) < 1:
+            raise ValueError(f"{self!r}: layers and heads must be 1 or more.")
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(
+                f"{self.n_heads} heads cannot share {self.n_kv_heads} key and value heads: the "
+                "number of heads must be a multiple of the number of groups."
+            )
+        if not self.split_qkv and self.grouped:
+            raise ValueError(
+                f"split_qkv=False needs a key and a value per head, but this model's {self.n_heads} "
+                f"heads share {self.n_kv_heads} of each (grouped-query attention): a head's one "
+                "input would decide other heads' keys. Use split_qkv=True."
+            )
+
+    @classmethod
+    def from_model(
+        cls, model: Any, *, split_qkv: bool = True, split_embeddings: bool = False
+    ) -> EdgeGraph:
+        """The graph of a HookedTransformer or TransformerBridge.
+
+        Raises NotImplementedError, naming the part, where the model's residual stream cannot be
+        split into these sources and destinations.
+        """
+        from tl_edgeprune.hooks import find_sites
+
+        return find_sites(model).graph(split_qkv=split_qkv, split_embeddings=split_embeddings)
+
+    @property
+    def grouped(self) -> bool:
+        """Whether groups of heads share their keys and values (GQA, MQA)."""
+        return self.n_kv_heads != self.n_heads
+
+    @property
+    def n_inputs(self) -> int:
+        """Sources before block 0: 1, or 2 with split embeddings."""
+        return 2 if self.split_embeddings else 1
+
+    @property
+    def sources_per_layer(self) -> int:
+        return self.n_heads + int(self.has_mlp)
+
+    @property
+    def n_sources(self) -> int:
+        return self.n_inputs + self.n_layers * self.sources_per_layer
+
+    @property
+    def attention_destinations(self) -> int:
+        """Destinations of one layer's attention."""
+        return self.n_heads + 2 * self.n_kv_heads if self.split_qkv else self.n_heads
+
+    def first_head(self, layer: int) -> int:
+        """Index of the source a{layer}.h0, which is also how many sources that attention reads."""
+        return self.n_inputs + layer * self.sources_per_layer
+
+    def mlp_source(self, layer: int) -> int:
+        """Index of the source m{layer}."""
+        return self.first_head(layer) + self.n_heads
+
+    @cached_property
+    def reads(self) -> tuple[Read, ...]:
+        """Every block of edges in flat order: attention and MLP of each layer, then the logits."""
+        reads: list[Read] = []
+        destination = edge = 0
+
+        def add(kind: Literal["attention", "mlp", "logits"], layer: int, rows: int, sources: int) -> None:
+            nonlocal destination, edge
+            reads.append(Read(kind, layer, destination, rows, sources, edge))
+            destination += rows
+            edge += rows * sources
+
+        for layer in range(self.n_layers):
+            before = self.first_head(layer)
+            add("attention", layer, self.attention_destinations, before)
+            if self.has_mlp:
+                add("mlp", layer, 1, before if self.parallel else before + self.n_heads)
+        add("logits", self.n_layers, 1, self.n_sources)
+        return tuple(reads)
+
+    @cached_property
+    def n_edges(self) -> int:
+        return self.reads[-1].edges.stop
+
+    @cached_property
+    def sources(self) -> tuple[str, ...]:
+        """Names of the sources, in the order in which they write."""
+        names = ["tok", "pos"] if self.split_embeddings else ["input"]
+        for layer in range(self.n_layers):
+            names += [f"a{layer}.h{head}" for head in range(self.n_heads)]
+            names += [f"m{layer}"] if self.has_mlp else []
+        return tuple(names)
+
+    @cached_property
+    def destinations(self) -> tuple[str, ...]:
+        """Names of the destinations, in the order of their blocks."""
+        names: list[str] = []
+        for layer in range(self.n_layers):
+            names += self._attention_names(layer)
+            names += [f"m{layer}"] if self.has_mlp else []
+        return (*names, "logits")
+
+    def _attention_names(self, layer: int) -> list[str]:
+        heads = [f"a{layer}.h{head}" for head in range(self.n_heads)]
+        if not self.split_qkv:
+            return heads
+        shared = [f"a{layer}.kv{group}" for group in range(self.n_kv_heads)] if self.grouped else heads
+        return (
+            [f"{head}<q>" for head in heads]
+            + [f"{name}<k>" for name in shared]
+            + [f"{name}<v>" for name in shared]
+        )
+
+    @cached_property
+    def edges(self) -> tuple[str, ...]:
+        """Names of the edges, `source->destination`, in flat order."""
+        return tuple(
+            f"{self.sources[source]}->{self.destinations[destination]}"
+            for source, destination in self.pairs
+        )
+
+    @cached_property
+    def pairs(self) -> tuple[tuple[int, int], ...]:
+        """(source, destination) of every edge as indices, in flat order."""
+        return tuple(
+            (source, read.first_destination + row)
+            for read in self.reads
+            for row in range(read.n_destinations)
+            for source in range(read.n_sources)
+        )
+
+    @cached_property
+    def _index(self) -> dict[str, int]:
+        return {name: index for index, name in enumerate(self.edges)}
+
+    def index(self, name: str) -> int:
+        """Place of an edge in the flat vector. Raises KeyError with the nearest names."""
+        try:
+            return self._index[name]
+        except KeyError:
+            raise KeyError(self._unknown_edge(name)) from None
+
+    def _unknown_edge(self, name: str) -> str:
+        source, arrow, destination = name.partition("->")
+        if not arrow:
+            return f"{name!r} is no edge: an edge is written 'source->destination', as {self.edges[0]!r}."
+        sources = _nearest(source, self.sources)
+        destinations = _nearest(destination, self.destinations)
+        near = [f"{s}->{d}" for s in sources for d in destinations if f"{s}->{d}" in self._index][:4]
+        if source in self.sources and destination in self.destinations:
+            reason = f"{destination} comes before {source} writes"
+        else:
+            missing = [n for n, known in ((source, self.sources), (destination, self.destinations)) if n not in known]
+            reason = f"this graph has no {' and no '.join(missing)}"
+        return f"unknown edge {name!r}: {reason}. Nearest: {', '.join(near) or 'none'}."
+
+    def owner(self, destination: str) -> tuple[str, ...]:
+        """Sources that a destination's input flows into: its head, its group's heads, its MLP."""
+        node = destination.partition("<")[0]
+        if node == "logits":
+            return ()
+        layer, _, part = node.partition(".")
+        if not part.startswith("kv"):
+            return (node,)
+        size = self.n_heads // self.n_kv_heads
+        group = int(part[2:])
+        return tuple(f"{layer}.h{head}" for head in range(group * size, (group + 1) * size))
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> EdgeGraph:
+        """The graph that `to_dict` described. Raises ValueError for unknown or missing fields."""
+        try:
+            return cls(**fields)
+        except TypeError as error:
+            raise ValueError(f"not the description of an edge graph: {error}") from None
+
+
+def _nearest(name: str, known: tuple[str, ...]) -> list[str]:
+    return [name] if name in known else difflib.get_close_matches(name, known, n=3, cutoff=0.4)

@@ -1,0 +1,389 @@
+"""Where a model's sources and destinations are: the only file that knows TransformerLens' classes.
+
+A `Sites` names the hook points of one model and holds what the masked forward pass applies itself:
+each block's attention norm and its query, key, value and output weights. Heads are read and written
+after their projections, at `hook_q`, `hook_k`, `hook_v` and `hook_z`: those points exist on both
+classes and for every attention, with or without TransformerLens' split inputs, and nothing of
+[batch, pos, head, d_model] is copied for the model to normalise and project again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.norms import Norm, identity, inverse_rms, norm_function, weight_is_offset
+
+Hook = tuple[str, Callable[..., Tensor | None]]
+
+
+@dataclass(frozen=True)
+class PostNorm:
+    """A root-mean-square norm over the summed heads (Gemma 2): y = o * scale(o) * gain."""
+
+    gain: Float[Tensor, " d_model"]
+    eps: float
+
+    def scale(self, summed: Float[Tensor, "row d_model"]) -> Float[Tensor, "row 1"]:
+        """The factor by which every head's output is scaled, at the heads' current sum."""
+        return inverse_rms(summed.float() if summed.dtype != torch.float64 else summed, self.eps)
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One layer's attention. Weights: q, k, v as [head, d_model, d_head], output [head, d_head, d_model]."""
+
+    q: str
+    k: str
+    v: str
+    z: str
+    norm: Norm
+    weights: tuple[Tensor, Tensor, Tensor]
+    biases: tuple[Tensor | None, Tensor | None, Tensor | None]
+    output: Float[Tensor, "head d_head d_model"]
+    output_bias: Float[Tensor, " d_model"] | None
+    post: PostNorm | None
+
+    def scaled(self, z: Float[Tensor, "row head d_head"]) -> Float[Tensor, "row head d_head"]:
+        """z, times the post-norm's scale where there is one: heads' outputs are then linear in it."""
+        if self.post is None:
+            return z
+        summed = z.flatten(1) @ self.output.flatten(0, 1)
+        return z * self.post.scale(summed).unsqueeze(-1).to(z.dtype)
+
+    @property
+    def gain(self) -> Float[Tensor, " d_model"] | None:
+        return None if self.post is None else self.post.gain
+
+
+@dataclass(frozen=True)
+class MlpSite:
+    """One layer's MLP: where it reads, the norm that we must apply there (if any), where it writes."""
+
+    read: str
+    norm: Norm
+    write: str
+
+
+@dataclass(frozen=True)
+class Sites:
+    """Every hook point that the masked forward pass uses, in one model."""
+
+    blocks: tuple[str, ...]
+    attention: tuple[AttentionSite, ...]
+    mlp: tuple[MlpSite, ...]
+    embed: str
+    final: str
+    cut: str | None
+    parallel: bool
+    has_positions: bool
+    n_kv_heads: int
+
+    def graph(self, *, split_qkv: bool, split_embeddings: bool) -> EdgeGraph:
+        """The model's edge graph with these options."""
+        if split_embeddings and not self.has_positions:
+            raise ValueError(
+                "split_embeddings=True needs learned position embeddings, but this model has only "
+                "token embeddings (positions enter inside attention). Use split_embeddings=False."
+            )
+        return EdgeGraph(
+            n_layers=len(self.blocks),
+            n_heads=self.attention[0].output.shape[0],
+            n_kv_heads=self.n_kv_heads,
+            has_mlp=bool(self.mlp),
+            parallel=self.parallel and bool(self.mlp),
+            split_qkv=split_qkv,
+            split_embeddings=split_embeddings,
+        )
+
+    def overwritten(self, model: Any) -> list[str]:
+        """Names of hook points whose hooks the masked forward pass would overrule or lose."""
+        names = {self.embed, self.final, self.cut}
+        names |= {name for site in self.attention for name in (site.q, site.k, site.v, site.z)}
+        names |= {name for site in self.mlp for name in (site.read, site.write)}
+        lost = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out")
+        lost += ("hook_attn_in", "hook_q_input", "hook_k_input", "hook_v_input", "hook_mlp_in")
+        lost += ("hook_in", "hook_out", "attn.hook_in", "attn.hook_result", "attn.o.hook_out")
+        lost += tuple(f"attn.{part}.hook_in" for part in "qkv")
+        lost += tuple(f"ln1.{hook}" for hook in ("hook_in", "hook_scale", "hook_normalized", "hook_out"))
+        names |= {f"{block}.{name}" for block in self.blocks for name in lost}
+        return [name for name in model.hook_dict if name in names and name != self.embed]
+
+
+# ------------------------------------------------------------------------------- finding the sites
+
+
+def find_sites(model: Any) -> Sites:
+    """The sites of a HookedTransformer or a TransformerBridge.
+
+    Raises TypeError for another object and NotImplementedError, naming the part, for a model whose
+    residual stream does not split into heads and MLPs.
+    """
+    kind = model_kind(model)
+    _refuse_unsupported(model)
+    blocks = list(model.blocks)
+    find_attention = _hooked_attention if kind == "hooked" else _bridge_attention
+    find_mlp = _hooked_mlp if kind == "hooked" else _bridge_mlp
+    with_mlp = [layer for layer, block in enumerate(blocks) if hasattr(block, "mlp")]
+    if with_mlp and len(with_mlp) != len(blocks):
+        raise NotImplementedError("some blocks have an MLP and some have none: not supported.")
+    attention = tuple(find_attention(model, layer) for layer in range(len(blocks)))
+    names = tuple(f"blocks.{layer}" for layer in range(len(blocks)))
+    sites = Sites(
+        blocks=names,
+        attention=attention,
+        mlp=tuple(find_mlp(model, layer) for layer in with_mlp),
+        embed="hook_embed",
+        final=f"{names[-1]}.hook_resid_post",
+        cut=None if kind == "hooked" else "unembed.hook_in",
+        parallel=bool(getattr(model.cfg, "parallel_attn_mlp", False)),
+        has_positions="hook_pos_embed" in model.hook_dict,
+        n_kv_heads=attention[0].weights[1].shape[0],
+    )
+    _check_one_shape(sites)
+    return sites
+
+
+def model_kind(model: Any) -> str:
+    """"hooked" or "bridge". Raises TypeError for anything else."""
+    names = {cls.__name__ for cls in type(model).__mro__}
+    if "HookedTransformer" in names:
+        return "hooked"
+    if "TransformerBridge" in names:
+        return "bridge"
+    raise TypeError(
+        f"expected a HookedTransformer or a TransformerBridge, got {type(model).__name__}. Wrap a "
+        "transformers model with TransformerBridge.boot_transformers(name, hf_model=model)."
+    )
+
+
+def _refuse_unsupported(model: Any) -> None:
+    cfg = model.cfg
+    name = getattr(cfg, "model_name", type(model).__name__)
+    if getattr(cfg, "is_encoder_decoder", False) or not hasattr(model, "blocks"):
+        raise NotImplementedError(f"{name}: not a decoder-only transformer, so it has no such graph.")
+    if getattr(cfg, "gated_q_proj", False):
+        raise NotImplementedError(
+            f"{name}: gated query projections (its queries carry an output gate) are not supported: "
+            "the gate reads the query's input but is no part of the query."
+        )
+    for layer, block in enumerate(model.blocks):
+        attention = getattr(block, "attn", None)
+        label = type(attention).__name__
+        if attention is None:
+            raise NotImplementedError(f"{name}: block {layer} has no attention (a hybrid model).")
+        if "MLA" in label or "Latent" in label or "MlaAttention" in label:
+            raise NotImplementedError(
+                f"{name}: multi-head latent attention ({label}) is not supported: its keys and values "
+                "come from a shared compression, so they have no input of their own to mask."
+            )
+        if "gate" in getattr(attention, "_modules", {}):
+            raise NotImplementedError(f"{name}: gated attention ({label}) is not supported.")
+    if getattr(cfg, "n_devices", 1) > 1:
+        raise NotImplementedError(f"{name}: models spread over {cfg.n_devices} devices are not supported.")
+    if getattr(cfg, "positional_embedding_type", None) == "shortformer":
+        raise NotImplementedError(f"{name}: shortformer position embeddings are not supported.")
+    if getattr(cfg, "load_in_4bit", False):
+        raise NotImplementedError(f"{name}: 4-bit weights are not supported: load it unquantised.")
+
+
+def _check_one_shape(sites: Sites) -> None:
+    shapes = {tuple(tuple(w.shape) for w in site.weights) for site in sites.attention}
+    if len(shapes) > 1:
+        raise NotImplementedError(f"layers of different attention shapes are not supported: {sorted(shapes)}")
+
+
+def _attention_site(model: Any, layer: int, norm: Norm, post: PostNorm | None) -> AttentionSite:
+    attention = model.blocks[layer].attn
+    prefix = f"blocks.{layer}.attn"
+    try:
+        # HookedTransformer's W_K repeats grouped keys; _W_K holds the group's own.
+        weights = (
+            attention.W_Q,
+            getattr(attention, "_W_K", None) if hasattr(attention, "_W_K") else attention.W_K,
+            getattr(attention, "_W_V", None) if hasattr(attention, "_W_V") else attention.W_V,
+        )
+        biases = (
+            attention.b_Q,
+            attention._b_K if hasattr(attention, "_b_K") else attention.b_K,
+            attention._b_V if hasattr(attention, "_b_V") else attention.b_V,
+        )
+        output, output_bias = attention.W_O, attention.b_O
+    except (AttributeError, TypeError, ValueError) as error:
+        raise NotImplementedError(
+            f"{prefix} ({type(attention).__name__}): its query, key, value and output weights cannot "
+            f"be read per head ({error}), so its inputs cannot be masked."
+        ) from error
+    missing = [h for h in "qkvz" if f"{prefix}.hook_{h}" not in model.hook_dict]
+    if missing:
+        raise NotImplementedError(f"{prefix} ({type(attention).__name__}) has no hook_{missing[0]}.")
+    if post is not None and output_bias is not None and bool(output_bias.any()):
+        raise NotImplementedError(f"{prefix}: an output bias under a norm belongs to no head.")
+    if output.shape[0] * output.shape[1] != _output_width(attention, output):
+        raise NotImplementedError(
+            f"{prefix}: {output.shape[0]} heads of {output.shape[1]} do not make up its output weight's "
+            "width: the configuration's head size is wrong for this model."
+        )
+    return AttentionSite(
+        q=f"{prefix}.hook_q",
+        k=f"{prefix}.hook_k",
+        v=f"{prefix}.hook_v",
+        z=f"{prefix}.hook_z",
+        norm=norm,
+        weights=tuple(w.detach() for w in weights),  # type: ignore[arg-type]
+        biases=tuple(None if b is None else b.detach() for b in biases),  # type: ignore[arg-type]
+        output=output.detach(),
+        output_bias=None if output_bias is None else output_bias.detach(),
+        post=post,
+    )
+
+
+def _output_width(attention: Any, output: Tensor) -> int:
+    """How many numbers the output projection takes in, by the module itself where there is one."""
+    original = getattr(getattr(attention, "o", None), "original_component", None)
+    weight = getattr(original, "weight", output)
+    return weight.numel() // output.shape[-1]
+
+
+def _post_norm(module: Any) -> PostNorm:
+    """The parameters of a root-mean-square norm over attention's output."""
+    original = getattr(module, "original_component", None) or module
+    if "RMS" not in type(original).__name__:
+        raise NotImplementedError(f"{type(original).__name__} after attention: only RMS norms are supported.")
+    gain = module.weight if hasattr(module, "weight") else module.w
+    eps = getattr(original, "variance_epsilon", getattr(original, "eps", None))
+    offset = original is not module and weight_is_offset(module)
+    return PostNorm(gain=(gain + 1.0 if offset else gain).detach(), eps=float(eps))
+
+
+def _hooked_attention(model: Any, layer: int) -> AttentionSite:
+    block = model.blocks[layer]
+    if _hooked_norms_after(model):
+        return _attention_site(model, layer, identity, _post_norm(block.ln1))
+    post = _post_norm(block.ln1_post) if hasattr(block, "ln1_post") else None
+    return _attention_site(model, layer, norm_function(block.ln1), post)
+
+
+def _hooked_norms_after(model: Any) -> bool:
+    """OLMo 2's layout: ln1 and ln2 follow attention and MLP, nothing precedes them."""
+    try:
+        from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
+    except ImportError:
+        return False
+    return getattr(model.cfg, "original_architecture", None) in POST_NORM_ARCHITECTURES
+
+
+def _hooked_mlp(model: Any, layer: int) -> MlpSite:
+    block = f"blocks.{layer}"
+    return MlpSite(read=f"{block}.hook_mlp_in", norm=identity, write=f"{block}.hook_mlp_out")
+
+
+def _bridge_attention(model: Any, layer: int) -> AttentionSite:
+    block = model.blocks[layer]
+    modules = block._modules
+    # Where hook_attn_out stands after a norm, that norm follows attention (OLMo 2, Gemma 2).
+    after = block.hook_aliases.get("hook_attn_out", "").partition(".")[0]
+    post = _post_norm(modules[after]) if after.startswith("ln") else None
+    before = "ln1" in modules and after != "ln1"
+    return _attention_site(model, layer, norm_function(modules["ln1"]) if before else identity, post)
+
+
+def _bridge_mlp(model: Any, layer: int) -> MlpSite:
+    block, name = model.blocks[layer], f"blocks.{layer}"
+    modules = block._modules
+    write = f"{name}.hook_mlp_out"
+    if "ln2" in modules or getattr(block, "mlp_reads_resid_directly", False):
+        return MlpSite(read=f"{name}.hook_mlp_in", norm=identity, write=write)
+    # One norm for attention and MLP (GPT-J): the MLP is handed its normalised input.
+    return MlpSite(read=f"{name}.mlp.hook_in", norm=norm_function(modules["ln1"]), write=write)
+
+
+# --------------------------------------------------------------------------- attaching to the model
+
+
+def refuse_conflicts(model: Any, sites: Sites) -> None:
+    """Raise ValueError where the user's hooks or flags would be overruled without a word."""
+    if getattr(model.cfg, "use_attn_in", False):
+        raise ValueError(
+            "use_attn_in is on: it feeds queries, keys and values from one shared input, which edge "
+            "masks split. Call model.set_use_attn_in(False) first."
+        )
+    points = model.hook_dict
+    taken = [name for name in sites.overwritten(model) if _users_hooks(points[name])]
+    if taken:
+        raise ValueError(
+            f"hooks of your own on {', '.join(taken[:4])}{' …' if len(taken) > 4 else ''}: edge masks "
+            "overwrite what flows there, so those hooks would be lost. Remove them first "
+            "(model.reset_hooks(including_permanent=True) removes all)."
+        )
+
+
+def _users_hooks(point: Any) -> bool:
+    """Whether a hook point has hooks other than those that TransformerLens installs for itself."""
+    functions = [getattr(handle, "user_hook", None) for handle in point.fwd_hooks + point.bwd_hooks]
+    return any(not getattr(f, "__module__", "").startswith("transformer_lens") for f in functions)
+
+
+@contextmanager
+def attached(model: Any, hooks: Sequence[Hook]) -> Iterator[None]:
+    """The model with these forward hooks, and without them again on leaving, whatever happens."""
+    points = model.hook_dict
+    with ExitStack() as undo:
+        for name, function in hooks:
+            point = points[name]
+            point.add_hook(function)
+            undo.callback(_remove, point, point.fwd_hooks[-1])
+        yield
+
+
+def _remove(point: Any, handle: Any) -> None:
+    handle.hook.remove()
+    point.fwd_hooks[:] = [other for other in point.fwd_hooks if other is not handle]
+
+
+@contextmanager
+def prepared(model: Any, sites: Sites) -> Iterator[None]:
+    """The model with frozen weights and the flags that the sites need; as before on leaving."""
+    with ExitStack() as undo:
+        for flag, value in _flags(sites):
+            before = bool(getattr(model.cfg, flag, False))
+            if before != value:
+                undo.callback(getattr(model, f"set_{flag}"), before)
+                getattr(model, f"set_{flag}")(value)
+        for parameter in _parameters(model):
+            if parameter.requires_grad:
+                undo.callback(parameter.requires_grad_, True)
+                parameter.requires_grad_(False)
+        yield
+
+
+def _flags(sites: Sites) -> list[tuple[str, bool]]:
+    # Both classes' split inputs and per-head results cost memory, and their points go unread.
+    flags = [("use_split_qkv_input", False), ("use_attn_result", False)]
+    flags += [("ungroup_grouped_query_attention", False)]
+    if any(site.read.endswith("hook_mlp_in") for site in sites.mlp):
+        flags.append(("use_hook_mlp_in", True))
+    return flags
+
+
+def _parameters(model: Any) -> list[torch.nn.Parameter]:
+    """Every parameter in the module tree, also those that the Bridge's own list leaves out."""
+    found = {id(p): p for m in model.modules() for p in m._parameters.values() if p is not None}
+    return list(found.values())
+
+
+def dropouts(model: Any) -> list[torch.nn.Module]:
+    """Modules that drop activations when they are in training mode."""
+    return [
+        module
+        for module in model.modules()
+        if (isinstance(module, torch.nn.Dropout) and module.p > 0)
+        or float(getattr(module, "attention_dropout", 0.0) or 0.0) > 0
+    ]

@@ -1,0 +1,570 @@
+"""A model with masked edges, by hooks on the model that the user already has.
+
+1. Each source's output is written into the split residual stream as its difference from a reference.
+2. Each destination reads its own mix of differences. Attention's reads are normalised, projected and
+   handed to the model at `hook_q`, `hook_k`, `hook_v`; an MLP's read at `hook_mlp_in`; the logits'
+   read at the last residual stream.
+3. The model computes everything in between itself. Its own residual stream flows on, unread.
+
+`masked` is the drop-in context; `MaskedModel` is what it is made of, for loops that change the mask,
+the reference and the positions from one forward to the next.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from tl_edgeprune import ablation as ablations
+from tl_edgeprune.ablation import Reference
+from tl_edgeprune.graph import EdgeGraph, Read
+from tl_edgeprune.hooks import (
+    AttentionSite,
+    Hook,
+    Sites,
+    attached,
+    dropouts,
+    find_sites,
+    prepared,
+    refuse_conflicts,
+)
+from tl_edgeprune.residual import BufferPool, Stream
+
+GENERATORS = ("generate", "generate_stream", "hf_generate", "diffusion_generate")
+REFUSED_ARGUMENTS = {
+    "past_kv_cache": "a KV cache",
+    "past_key_values": "a KV cache",
+    "start_at_layer": "start_at_layer",
+    "stop_at_layer": "stop_at_layer",
+    "inputs_embeds": "inputs_embeds",
+    "shortformer_pos_embed": "shortformer position embeddings",
+}
+
+
+@contextmanager
+def masked(
+    model: Any,
+    circuit_or_mask: Any,
+    *,
+    corrupted: Int[Tensor, "batch pos"] | None = None,
+    ablation: str | None = None,
+    prompts: Sequence[Tensor] | Int[Tensor, "prompt pos"] | None = None,
+    positions: Int[Tensor, "batch read"] | None = None,
+    graph: EdgeGraph | None = None,
+) -> Iterator[Any]:
+    """The model itself, its edges masked for as long as the context lasts.
+
+    Args:
+        circuit_or_mask: a Circuit, or a mask [n_edges] of floats in [0, 1] (1 keeps an edge; may
+            require gradients, and may change in place between forwards) or of bools.
+        corrupted: the prompts whose activations replace removed edges, position by position.
+        ablation: "counterfactual" (needs `corrupted`; the default with it), "zero", "mean" or
+            "mean-positional" (means over `prompts`).
+        positions: the positions whose logits are wanted, [batch, read]: the model then gives
+            [batch, read, d_vocab] in place of [batch, pos, d_vocab].
+        graph: the mask's graph, where it is not `EdgeGraph.from_model(model)`.
+
+    Yields the model. Weights are frozen inside; hooks, flags, gradients and mode are on leaving as
+    they were. Raises ValueError for a mask of another length or kind, for tokens of another shape
+    than `corrupted`, for KV caches, padding masks, active dropout, `generate`, and for hooks of your
+    own where the mask would overrule them; NotImplementedError for a model that does not split.
+
+    Bhaskar et al. 2024, equations 1 to 3; x_i = r_i + sum_j z_ij (y_j - ref_j).
+    """
+    wanted = _wanted_graph(model, circuit_or_mask, graph)
+    mask = _mask_of(circuit_or_mask)
+    kind = _ablation_kind(ablation, corrupted, prompts)
+    with MaskedModel.attach(model, wanted) as run:
+        check_mask(mask, wanted)
+        reference = run.reference(kind, corrupted=corrupted, prompts=prompts)
+        run.set(mask=mask, reference=reference, positions=positions)
+        with run.shadowed():
+            yield model
+
+
+def _wanted_graph(model: Any, circuit_or_mask: Any, graph: EdgeGraph | None) -> EdgeGraph:
+    own = getattr(circuit_or_mask, "graph", None)
+    wanted = own or graph
+    if wanted is None:
+        return EdgeGraph.from_model(model)
+    actual = EdgeGraph.from_model(
+        model, split_qkv=wanted.split_qkv, split_embeddings=wanted.split_embeddings
+    )
+    if wanted != actual:
+        raise ValueError(f"the circuit or mask is for another model: its graph is {wanted}, this model's {actual}.")
+    return actual
+
+
+def _mask_of(circuit_or_mask: Any) -> Tensor:
+    mask = getattr(circuit_or_mask, "mask", circuit_or_mask)
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"expected a Circuit or a mask tensor [n_edges], got {type(mask).__name__}.")
+    return mask
+
+
+def check_mask(mask: Shaped[Tensor, "..."], graph: EdgeGraph) -> None:
+    """Raise ValueError unless `mask` is a float or bool vector over the graph's edges without NaN."""
+    if mask.shape != (graph.n_edges,):
+        raise ValueError(
+            f"the mask has shape {tuple(mask.shape)}, expected ({graph.n_edges},): one value for each "
+            f"edge of {graph}, in the order of graph.edges."
+        )
+    if not (mask.is_floating_point() or mask.dtype == torch.bool):
+        raise ValueError(f"the mask has dtype {mask.dtype}, expected floats in [0, 1] or bool.")
+    if not bool(torch.isfinite(mask).all()):
+        raise ValueError("the mask holds NaN or infinite values; expected numbers in [0, 1].")
+
+
+def _ablation_kind(kind: str | None, corrupted: Tensor | None, prompts: Any) -> str:
+    if kind is None:
+        kind = "counterfactual"
+    if kind not in ablations.ABLATIONS:
+        raise ValueError(f"unknown ablation {kind!r}: expected one of {', '.join(ablations.ABLATIONS)}.")
+    if kind == "counterfactual" and corrupted is None:
+        raise ValueError(
+            "counterfactual ablation needs corrupted=…, tokens [batch, pos] of the same shape as the "
+            "clean ones; or give ablation='zero', 'mean' or 'mean-positional'."
+        )
+    if kind != "counterfactual" and corrupted is not None:
+        raise ValueError(f"corrupted=… belongs to counterfactual ablation, but ablation={kind!r}.")
+    if kind.startswith("mean") and prompts is None:
+        raise ValueError(f"ablation={kind!r} needs prompts=…, token prompts to take the means over.")
+    return kind
+
+
+@dataclass(frozen=True)
+class InputPath:
+    """A point on the straight path from the corrupted to the clean input (integrated gradients).
+
+    share: 0 at the corrupted input, 1 at the clean one. contract: the differences that the mask's
+    gradient is taken against, those of the clean run.
+    """
+
+    share: float
+    contract: Float[Tensor, "source row d_model"]
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What one forward runs with."""
+
+    mask: Tensor
+    reference: Reference
+    positions: Tensor | None
+    path: InputPath | None = None
+
+
+class MaskedModel:
+    """A model whose edges are masked, one forward at a time: `run(tokens, mask, reference)`."""
+
+    def __init__(self, model: Any, sites: Sites, graph: EdgeGraph) -> None:
+        self.model, self.sites, self.graph = model, sites, graph
+        self._dropouts = dropouts(model)
+        self._pool = BufferPool()
+        self._inputs: _Inputs | None = None
+        self._forward: _Forward | None = None
+        self._model_forward: Callable[..., Any] = model.forward
+
+    @classmethod
+    @contextmanager
+    def attach(cls, model: Any, graph: EdgeGraph | None = None) -> Iterator[MaskedModel]:
+        """Attach hooks for as long as the context lasts; without `set`, the model runs as ever.
+
+        The first time that a model is seen, checks on a few tokens that it does split into the
+        graph's sources: with every edge kept it must give its own logits.
+        """
+        sites = find_sites(model)
+        graph = graph or sites.graph(split_qkv=True, split_embeddings=False)
+        refuse_conflicts(model, sites)
+        with ExitStack() as undo:
+            undo.enter_context(prepared(model, sites))
+            run = cls(model, sites, graph)
+            undo.enter_context(attached(model, run._hooks()))
+            undo.callback(run._close)
+            _check_once(run)
+            yield run
+
+    def __call__(
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        mask: Shaped[Tensor, " edge"],
+        reference: Reference,
+        positions: Int[Tensor, "batch read"] | None = None,
+        path: InputPath | None = None,
+    ) -> Float[Tensor, "batch read d_vocab"]:
+        """Logits under a mask, at `positions` or everywhere, from the clean input or one on a path."""
+        before = self._inputs
+        self._inputs = _Inputs(mask, reference, positions, path)
+        try:
+            return self._run(tokens)
+        finally:
+            self._inputs = before
+
+    def set(self, *, mask: Tensor, reference: Reference, positions: Tensor | None = None) -> None:
+        """What the model's own forwards run with, inside `shadowed`."""
+        self._inputs = _Inputs(mask, reference, positions)
+
+    def reference(
+        self,
+        kind: str,
+        *,
+        corrupted: Int[Tensor, "batch pos"] | None = None,
+        prompts: Any = None,
+        bias_in_heads: bool = False,
+    ) -> Reference:
+        """The reference of an ablation; all but the counterfactual one expand to any batch.
+
+        `bias_in_heads` (zero ablation): output biases are ablated with the heads, in equal shares.
+        """
+        if kind == "counterfactual":
+            assert corrupted is not None
+            return self.record(corrupted)[0]
+        with self._plain():
+            if kind == "zero":
+                like = self.sites.attention[0].output
+                return ablations.zero_reference(
+                    self.sites, self.graph, like, bias_in_heads=bias_in_heads
+                )
+            return ablations.mean_reference(
+                self.model, self.sites, self.graph, prompts, positional=kind == "mean-positional"
+            )
+
+    def differences(
+        self, tokens: Int[Tensor, "batch pos"], reference: Reference
+    ) -> Float[Tensor, "source row d_model"]:
+        """Each source's output in the unmasked run on `tokens`, less its reference."""
+        mask = self.sites.attention[0].output.new_ones(self.graph.n_edges)
+        kept: list[Tensor] = []
+        before, self._inputs = self._inputs, _Inputs(mask, reference, None)
+        try:
+            with torch.no_grad():
+                self._run(tokens, keep=kept)
+        finally:
+            self._inputs = before
+        return kept[0]
+
+    def record(self, tokens: Int[Tensor, "batch pos"]) -> tuple[Reference, Tensor]:
+        """The unmasked model on `tokens`: its activations as a Reference, and its logits."""
+        with self._plain():
+            return ablations.record(self.model, self.sites, self.graph, tokens)
+
+    @contextmanager
+    def shadowed(self) -> Iterator[None]:
+        """The model's own `forward` runs masked, and its generators refuse, inside this context."""
+        shadows: dict[str, Any] = {"forward": self._run}
+        shadows |= {name: _refuse_generation for name in GENERATORS if hasattr(self.model, name)}
+        own = self.model.__dict__
+        before = {name: own[name] for name in shadows if name in own}
+        own.update(shadows)
+        try:
+            yield
+        finally:
+            for name in shadows:
+                own.pop(name, None)
+            own.update(before)
+
+    @contextmanager
+    def _plain(self) -> Iterator[None]:
+        """The model unmasked, for a recording in between."""
+        before, self._inputs = self._inputs, None
+        try:
+            yield
+        finally:
+            self._inputs = before
+
+    def _run(self, *args: Any, keep: list[Tensor] | None = None, **kwargs: Any) -> Any:
+        """The model's forward, checked before and after; `keep` takes a copy of the differences."""
+        inputs = self._inputs
+        if inputs is None:
+            return self._model_forward(*args, **kwargs)
+        tokens = args[0] if args else kwargs.get("input", kwargs.get("input_ids"))
+        self._check_call(tokens, kwargs)
+        check_mask(inputs.mask, self.graph)
+        self._forward = _Forward(self, inputs, tokens)
+        try:
+            output = self._model_forward(*args, **kwargs)
+            self._forward.finish(output, keep)
+            return output
+        finally:
+            self._forward = None
+
+    def _check_call(self, tokens: Any, kwargs: dict[str, Any]) -> None:
+        if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.is_floating_point():
+            given = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
+            raise ValueError(f"expected tokens [batch, pos] inside masked, got {given}: use model.to_tokens first.")
+        for name, label in REFUSED_ARGUMENTS.items():
+            if kwargs.get(name) is not None:
+                raise ValueError(f"{label} is not supported inside masked: run whole prompts, from tokens.")
+        if kwargs.get("use_cache"):
+            raise ValueError("a KV cache is not supported inside masked: run with use_cache=False.")
+        padding = kwargs.get("attention_mask")
+        if padding is not None and not bool(torch.as_tensor(padding).bool().all()):
+            raise ValueError(
+                "padding masks are not supported inside masked: give prompts of one length a batch."
+            )
+        self._check_padding(tokens)
+        active = [type(module).__name__ for module in self._dropouts if module.training]
+        if active:
+            raise ValueError(
+                f"dropout is active ({active[0]}, training mode): masked runs would differ from one "
+                "another. Call model.eval() first."
+            )
+
+    def _check_padding(self, tokens: Tensor) -> None:
+        # HookedTransformer masks left padding by itself, where its tokenizer pads on the left.
+        tokenizer = getattr(self.model, "tokenizer", None)
+        if getattr(tokenizer, "padding_side", None) != "left" or tokens.shape[1] < 2:
+            return
+        pad = getattr(tokenizer, "pad_token_id", None)
+        if pad is not None and bool((tokens[:, :2] == pad).all(1).any()):
+            raise ValueError("tokens start with padding: give prompts of one length a batch, unpadded.")
+
+    def _hooks(self) -> list[Hook]:
+        def at(method: str, *place: Any) -> Callable[..., Tensor | None]:
+            def hook(tensor: Tensor, hook: Any) -> Tensor | None:
+                forward = self._forward
+                return None if forward is None else getattr(forward, method)(tensor, *place)
+
+            return hook
+
+        sites = self.sites
+        hooks = [(sites.embed, at("embed"))] if self.graph.split_embeddings else []
+        for layer, site in enumerate(sites.attention):
+            hooks.append((f"{sites.blocks[layer]}.hook_resid_pre", at("enter_block", layer)))
+            hooks += [(name, at("projected", layer, part)) for part, name in enumerate((site.q, site.k, site.v))]
+            hooks.append((site.z, at("heads", layer)))
+        for layer, mlp in enumerate(sites.mlp):
+            hooks += [(mlp.read, at("mlp_in", layer)), (mlp.write, at("mlp_out", layer))]
+        hooks.append((sites.final, at("logits_in")))
+        return hooks + ([(sites.cut, at("cut"))] if sites.cut else [])
+
+    def _close(self) -> None:
+        self._inputs = self._forward = None
+
+
+class _Forward:
+    """One masked forward: the stream, and what each hook does with it."""
+
+    def __init__(self, run: MaskedModel, inputs: _Inputs, tokens: Tensor) -> None:
+        self.graph, self.sites, self.pool = run.graph, run.sites, run._pool
+        self.batch, self.pos = tokens.shape
+        self.reference = _fitting(inputs.reference, tokens)
+        self.positions = _checked_positions(inputs.positions, tokens)
+        self.path = inputs.path
+        dtype = self.sites.attention[0].output.dtype
+        self.blocks = [
+            part.view(read.n_destinations, read.n_sources)
+            for part, read in zip(
+                inputs.mask.to(dtype).split([r.n_destinations * r.n_sources for r in self.graph.reads]),
+                self.graph.reads,
+                strict=True,
+            )
+        ]
+        self.read_of = {(read.kind, read.layer): place for place, read in enumerate(self.graph.reads)}
+        self.embedding: Tensor | None = None
+        self.stream: Stream | None = None
+        self.handed: list[Tensor] = []
+        self.reads = 0
+
+    def embed(self, tensor: Tensor) -> None:
+        self.embedding = tensor
+
+    def enter_block(self, resid: Tensor, layer: int) -> None:
+        """At a block's start: the input writes (block 0), and attention's destinations read."""
+        if layer == 0:
+            self._write_inputs(resid)
+        site = self.sites.attention[layer]
+        x = site.norm(self._read("attention", layer))  # [destination, row, d_model]
+        project = _project_split if self.graph.split_qkv else _project_shared
+        self.handed = [self._by_head(part) for part in project(x, site)]
+
+    def projected(self, tensor: Tensor, layer: int, part: int) -> Tensor:
+        """At hook_q, hook_k, hook_v: the projections of what the destinations read."""
+        return self.handed[part].to(tensor.dtype)
+
+    def heads(self, z: Tensor, layer: int) -> Tensor:
+        """At hook_z: the heads write. The model goes on with a copy that no gradient follows."""
+        site = self.sites.attention[layer]
+        rows = site.scaled(z.reshape(-1, *z.shape[2:])) - self.reference.z[layer].flatten(0, 1)
+        shared = self.reference.bias_in_heads and site.output_bias is not None
+        bias = site.output_bias / site.output.shape[0] if shared else None
+        self._stream.write_heads(
+            self.graph.first_head(layer), rows.transpose(0, 1), site.output, site.gain, bias
+        )
+        return z.detach()
+
+    def mlp_in(self, tensor: Tensor, layer: int) -> Tensor:
+        x = self._read("mlp", layer)[0]
+        return self.sites.mlp[layer].norm(x).view(tensor.shape)
+
+    def mlp_out(self, y: Tensor, layer: int) -> Tensor:
+        self._stream.write(self.graph.mlp_source(layer), (y - self.reference.mlp[layer]).flatten(0, 1))
+        return y.detach()
+
+    def logits_in(self, resid: Tensor) -> Tensor:
+        """At the last residual stream: what the logits read, at the read positions only."""
+        if self.positions is None:
+            return self._read("logits", self.graph.n_layers)[0].view(resid.shape)
+        rows = (self.positions + torch.arange(self.batch, device=resid.device)[:, None] * self.pos).flatten()
+        x = self._read("logits", self.graph.n_layers, rows)[0]  # [batch*read, d_model]
+        if self.sites.cut is None:
+            return x.view(self.batch, -1, x.shape[-1])
+        # The Bridge must see the input's length until after its last norm; `cut` undoes this.
+        return x.new_zeros(self.batch * self.pos, x.shape[-1]).index_copy(0, rows, x).view(resid.shape)
+
+    def cut(self, normalised: Tensor) -> Tensor | None:
+        if self.positions is None:
+            return None
+        index = self.positions.unsqueeze(-1).expand(-1, -1, normalised.shape[-1])
+        return normalised.gather(1, index)
+
+    def finish(self, output: Any, keep: list[Tensor] | None) -> None:
+        """After the forward: every destination has read, and the logits are those asked for."""
+        if self.reads != len(self.graph.reads):
+            raise RuntimeError(
+                f"{self.reads} of {len(self.graph.reads)} reads happened in this forward: a hook point "
+                "did not fire, or its hook was removed inside the context (model.reset_hooks?)."
+            )
+        logits = getattr(output, "logits", output)
+        if isinstance(logits, Tensor) and logits.dim() == 3:
+            expected = (self.batch, self.pos if self.positions is None else self.positions.shape[1])
+            if logits.shape[:2] != expected:
+                raise RuntimeError(f"the model gave logits of shape {tuple(logits.shape)}, expected {expected} first.")
+        if keep is not None:
+            assert self._stream.differences is not None
+            keep.append(self._stream.differences.clone())
+        self._stream.close_unless_differentiable()
+
+    @property
+    def _stream(self) -> Stream:
+        if self.stream is None:
+            raise RuntimeError("block 0 did not run: its hook_resid_pre did not fire.")
+        return self.stream
+
+    def _write_inputs(self, resid: Tensor) -> None:
+        if resid.shape[:2] != (self.batch, self.pos):
+            raise RuntimeError(f"block 0 got shape {tuple(resid.shape)} for tokens [{self.batch}, {self.pos}].")
+        contract, share = (self.path.contract, self.path.share) if self.path else (None, 1.0)
+        self.stream = Stream(self.graph.n_sources, resid.flatten(0, 1), self.pool, contract)
+        inputs = ablations.split_inputs(self.graph, resid, self.embedding)
+        for source, (value, reference) in enumerate(zip(inputs, self.reference.inputs, strict=True)):
+            self.stream.write(source, (share * (value - reference)).flatten(0, 1))
+
+    def _read(self, kind: str, layer: int, rows: Tensor | None = None) -> Tensor:
+        place = self.read_of[kind, layer]
+        self.reads += 1
+        reference = self.reference.streams[place].flatten(0, 1)
+        return self._stream.read(self.blocks[place], reference, rows)
+
+    def _by_head(self, x: Float[Tensor, "head row d_head"]) -> Float[Tensor, "batch pos head d_head"]:
+        return x.transpose(0, 1).reshape(self.batch, self.pos, x.shape[0], x.shape[2])
+
+
+class _ProjectHeads(torch.autograd.Function):
+    """Each destination's own head of W_Q, W_K or W_V, without a copy of inputs or weights."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.weights = weights
+        parts = x.split([w.shape[0] for w in weights])
+        return tuple(torch.bmm(part, w) for part, w in zip(parts, weights, strict=True))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        weights = ctx.weights
+        rows, d_model = grads[0].shape[1], weights[0].shape[1]
+        grad = grads[0].new_empty(sum(w.shape[0] for w in weights), rows, d_model)
+        for part, g, w in zip(grad.split([w.shape[0] for w in weights]), grads, weights, strict=True):
+            torch.bmm(g, w.transpose(1, 2), out=part)
+        return grad, *[None] * len(weights)
+
+
+def _project_split(x: Float[Tensor, "destination row d_model"], site: AttentionSite) -> list[Tensor]:
+    """Queries, keys and values [head, row, d_head], each head's from its own input."""
+    return _with_biases(list(_ProjectHeads.apply(x, *site.weights)), site)
+
+
+def _project_shared(x: Float[Tensor, "head row d_model"], site: AttentionSite) -> list[Tensor]:
+    """Queries, keys and values [head, row, d_head], a head's three from the head's one input."""
+    return _with_biases([torch.bmm(x, weight) for weight in site.weights], site)
+
+
+def _with_biases(parts: list[Tensor], site: AttentionSite) -> list[Tensor]:
+    return [
+        part if bias is None else part + bias[:, None]
+        for part, bias in zip(parts, site.biases, strict=True)
+    ]
+
+
+def _fitting(reference: Reference, tokens: Tensor) -> Reference:
+    """The reference for these tokens' shape: expanded where it is one prompt's mean or zero."""
+    batch, pos = tokens.shape
+    if (reference.batch, reference.n_positions) == (batch, pos):
+        return reference
+    if reference.batch == 1:
+        return reference.expand(batch, pos)
+    raise ValueError(
+        f"the tokens have shape {(batch, pos)}, the corrupted prompts {(reference.batch, reference.n_positions)}. "
+        "Edge masks mix the two runs position by position, so both must have the same shape."
+    )
+
+
+def _checked_positions(positions: Tensor | None, tokens: Tensor) -> Tensor | None:
+    if positions is None:
+        return None
+    batch, pos = tokens.shape
+    if positions.dim() != 2 or positions.shape[0] != batch or positions.is_floating_point():
+        raise ValueError(f"positions has shape {tuple(positions.shape)}, expected whole numbers [{batch}, read].")
+    if positions.numel() and not 0 <= int(positions.min()) <= int(positions.max()) < pos:
+        raise ValueError(f"positions go from {int(positions.min())} to {int(positions.max())}, expected 0 to {pos - 1}.")
+    return positions.to(tokens.device)
+
+
+def _refuse_generation(*_: Any, **__: Any) -> None:
+    raise ValueError(
+        "generate is not supported inside masked: its prompts grow token by token, and the reference "
+        "run has the length of the first. Run whole prompts and read their logits."
+    )
+
+
+# ------------------------------------------------------------------------------- the first look
+
+
+_checked: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
+
+
+def _check_once(run: MaskedModel) -> None:
+    """Raise NotImplementedError if the model with every edge kept does not give its own logits."""
+    if run.model in _checked or run.model.training:
+        return
+    tokens = _probe_tokens(run)
+    reference, _ = run.record(tokens.flip(0))
+    with torch.no_grad():
+        plain = run._model_forward(tokens)
+        kept = run(tokens, torch.ones(run.graph.n_edges, device=tokens.device), reference)
+    scale = plain.float().abs().max().clamp(min=1.0)
+    tolerance = 0.05 if plain.dtype in (torch.float16, torch.bfloat16) else 1e-3
+    error = float((plain - kept).float().abs().max() / scale)
+    if not error <= tolerance:
+        raise NotImplementedError(
+            f"{getattr(run.model.cfg, 'model_name', 'this model')}: its residual stream is not the sum "
+            f"of its input, heads and MLPs (with every edge kept the logits are off by {error:.2g} of "
+            "their largest). Such a model would be scored wrongly, so it is refused."
+        )
+    _checked[run.model] = True
+
+
+def _probe_tokens(run: MaskedModel) -> Tensor:
+    cfg = run.model.cfg
+    length = min(6, int(getattr(cfg, "n_ctx", 6) or 6))
+    device = run.sites.attention[0].output.device
+    return (torch.arange(2 * length, device=device) * 7 + 1).view(2, length) % int(cfg.d_vocab)

@@ -1,0 +1,1 @@
+"""Discovery methods other than the training of masks."""

@@ -1,0 +1,95 @@
+"""Folders of files that are made once and checked every time they are used.
+
+1. A folder is built beside its final place and renamed into it, so nobody sees half of one.
+2. A manifest inside records the sha256 of every file and what the files were made from.
+3. Whoever wants the folder checks the manifest first; a folder that fails is built anew.
+4. One lock per folder: of two processes that need it at once, one builds and one waits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+from filelock import FileLock
+
+MANIFEST = "manifest.json"
+Build = Callable[[Path], None]
+
+
+def cache_root() -> Path:
+    """Where converted models are kept: $TL_EDGEPRUNE_CACHE, else ~/.cache/tl_edgeprune."""
+    return Path(os.environ.get("TL_EDGEPRUNE_CACHE") or "~/.cache/tl_edgeprune").expanduser()
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def damage(folder: Path, recipe: dict[str, str]) -> str | None:
+    """What is wrong with a cached folder, in words; None where it is whole.
+
+    Args:
+        folder: the cached folder.
+        recipe: what the files should have been made from, as it was given to `ensure`.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        made_from, digests = manifest["recipe"], dict(manifest["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"its {MANIFEST} cannot be read ({error!r})"
+    if made_from != recipe:
+        return f"it was made from {made_from}, not from {recipe}"
+    for name, digest in digests.items():
+        file = folder / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if sha256(file) != digest:
+            return f"the sha256 of {name} is not the one recorded when it was written"
+    return None
+
+
+def ensure(folder: Path, recipe: dict[str, str], build: Build) -> Path:
+    """The cached folder, built first where it is missing or damaged (with a warning then).
+
+    Args:
+        folder: its final place.
+        recipe: what the files are made from (source digest, format version), kept in the manifest.
+        build: writes the files into the empty folder that it is given; may raise, and then
+            nothing is left behind.
+    """
+    if folder.is_dir() and damage(folder, recipe) is None:
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(folder.name + ".lock")):
+        found = damage(folder, recipe) if folder.is_dir() else None
+        if folder.is_dir() and found is None:  # another process built it while we waited
+            return folder
+        if found is not None:
+            message = f"cached model {folder} is damaged: {found}. It is built anew."
+            warnings.warn(message, stacklevel=2)
+        _build_beside(folder, recipe, build)
+    return folder
+
+
+def _build_beside(folder: Path, recipe: dict[str, str], build: Build) -> None:
+    for left in folder.parent.glob(f"{folder.name}.*/"):  # by a build that was killed
+        shutil.rmtree(left)
+    beside = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+    try:
+        build(beside)
+        digests = {file.name: sha256(file) for file in sorted(beside.iterdir())}
+        manifest = json.dumps({"recipe": recipe, "files": digests}, indent=2)
+        (beside / MANIFEST).write_text(manifest, encoding="utf-8")
+        if folder.exists():
+            shutil.rmtree(folder)
+        beside.rename(folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)

@@ -1,0 +1,49 @@
+"""Loading without noise: progress bars, advice, prints and deprecation notes of the libraries."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+
+from transformers.utils import logging as transformers_logging
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence what transformers and TransformerLens say while they load a model.
+
+    This package's own warnings (a damaged cache) still come through, and so do errors.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_no_bars())
+        stack.enter_context(_no_logging())
+        stack.enter_context(warnings.catch_warnings())
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        for module in ("transformers", "transformer_lens", "torch", "huggingface_hub"):
+            warnings.filterwarnings("ignore", module=module)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        yield
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _no_logging() -> Iterator[None]:
+    level = logging.root.manager.disable
+    logging.disable(max(level, logging.WARNING))
+    try:
+        yield
+    finally:
+        logging.disable(level)

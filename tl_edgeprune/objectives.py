@@ -1,0 +1,103 @@
+"""What a circuit should keep: the losses that are minimised, one number a prompt.
+
+An objective takes the masked model's logits and the full model's at the same read positions, and
+the batch (for its answers and distractors). Lower is better; what should be high enters negated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_edgeprune.tasks.task import Batch, Task
+
+
+class Objective(Protocol):
+    """logits, full [batch, read, vocab] and the batch -> loss [batch]."""
+
+    def __call__(self, logits: Tensor, full: Tensor, batch: Batch) -> Tensor: ...
+
+
+def kl(
+    logits: Float[Tensor, "batch read vocab"], full: Float[Tensor, "batch read vocab"], batch: Batch
+) -> Float[Tensor, " batch"]:
+    """KL(full model || circuit), mean over read positions, in nats (Bhaskar et al. 2024, eq. 4)."""
+    log_full, log_circuit = full.float().log_softmax(-1), logits.float().log_softmax(-1)
+    return (log_full.exp() * (log_full - log_circuit)).sum(-1).mean(-1)
+
+
+def mean_squared_error(
+    logits: Float[Tensor, "batch read vocab"], full: Float[Tensor, "batch read vocab"], batch: Batch
+) -> Float[Tensor, " batch"]:
+    """Mean squared difference of the outputs, for models that answer with numbers (Tracr)."""
+    return (logits - full).pow(2).mean((-1, -2))
+
+
+def negative_logit_diff(
+    logits: Float[Tensor, "batch read vocab"], full: Float[Tensor, "batch read vocab"], batch: Batch
+) -> Float[Tensor, " batch"]:
+    """Minus the logit of the answer less that of the distractor (Wang et al. 2022), one token each."""
+    return -logit_diff(logits, batch)
+
+
+def logit_diff(logits: Float[Tensor, "batch read vocab"], batch: Batch) -> Float[Tensor, " batch"]:
+    """Logit of the answer less that of the distractor, in logits."""
+    answer = _at(logits, batch.answers)
+    return (answer - _at(logits, batch.distractors)).squeeze(1)
+
+
+def negative_log_prob(
+    logits: Float[Tensor, "batch read vocab"], full: Float[Tensor, "batch read vocab"], batch: Batch
+) -> Float[Tensor, " batch"]:
+    """Minus the log-probability of the answer's tokens, mean over read positions, in nats."""
+    return -_at(logits.float().log_softmax(-1), batch.answers).mean(-1)
+
+
+OBJECTIVES: dict[str, Callable[..., Tensor]] = {
+    "kl": kl,
+    "mse": mean_squared_error,
+    "logit-diff": negative_logit_diff,
+    "log-prob": negative_log_prob,
+}
+
+
+def find_objective(wanted: str | Objective | None, task: Task) -> Objective:
+    """The objective by name, the task's own for None, or the callable itself.
+
+    Raises ValueError for an unknown name, and where the task's answers do not suffice for it.
+    """
+    if callable(wanted):
+        return wanted
+    name = wanted or task.objective
+    if name not in OBJECTIVES:
+        raise ValueError(
+            f"unknown objective {name!r}: expected one of {', '.join(OBJECTIVES)}, or a function "
+            "(logits, full, batch) -> loss [batch]."
+        )
+    if name in ("logit-diff", "log-prob"):
+        _check_answers(name, task)
+    return OBJECTIVES[name]
+
+
+def has_logit_diff(task: Task) -> bool:
+    """Whether every pair has one answer token and one distractor token."""
+    return all(len(a) == 1 and len(d) == 1 for a, d in zip(task.answers, task.distractors, strict=True))
+
+
+def _check_answers(name: str, task: Task) -> None:
+    for pair, (answer, distractor) in enumerate(zip(task.answers, task.distractors, strict=True)):
+        if len(answer) == 0:
+            raise ValueError(f"objective {name!r}: pair {pair} of task {task.name!r} has no answer tokens. Use 'kl'.")
+        if name == "logit-diff" and (len(answer), len(distractor)) != (1, 1):
+            raise ValueError(
+                f"objective 'logit-diff' needs one answer token and one distractor token, but pair {pair} "
+                f"of task {task.name!r} has {len(answer)} and {len(distractor)}. Use 'kl' or 'log-prob'."
+            )
+
+
+def _at(values: Float[Tensor, "batch read vocab"], tokens: Int[Tensor, "batch read"]) -> Tensor:
+    return torch.gather(values, 2, tokens.to(values.device).unsqueeze(-1)).squeeze(-1)

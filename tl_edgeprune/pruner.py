@@ -1,0 +1,578 @@
+"""Edge Pruning: find a circuit by training a mask on every edge.
+
+1. Every edge has a hard-concrete gate (masks.py). A step draws the gates, runs the masked model on
+   a batch of pairs and lowers the objective, by default the KL to the full model's output.
+2. A controller makes the gates sparse: `ExactBudget` holds the expected number of open gates at a
+   budget that falls from 30 % of all edges to the size asked for; `Lagrangian` is the paper's.
+3. In the last part of the run the forward pass keeps exactly the top edges, as the final circuit
+   will, while the gradient is that of the soft gates.
+4. The circuit is the edges of highest log alpha.
+
+`EdgePruner()` has our settings, `EdgePruner.paper()` those of the published code.
+Bhaskar, Wettig, Friedman and Chen 2024, "Finding Transformer Circuits with Edge Pruning".
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from tl_edgeprune import checkpoints
+from tl_edgeprune.circuit import Circuit, check_budget
+from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.masked import MaskedModel
+from tl_edgeprune.masks import (
+    Controller,
+    ExactBudget,
+    Lagrangian,
+    open_probability,
+    sample_gates,
+)
+from tl_edgeprune.methods.attribution import mask_path, path_scores
+from tl_edgeprune.objectives import Objective, find_objective
+from tl_edgeprune.scores import EdgeScores
+from tl_edgeprune.tasks.task import Batch, Task
+from tl_edgeprune.teacher import Teacher, check_vocabulary
+
+History = list[dict[str, float]]
+WARM_STEPS = 5
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """How log alphas are learned. `warmup` steps of rising rate; `decay` to 0 linearly after."""
+
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.0
+    clip: float | None = None
+    warmup: int = 0
+    decay: bool = False
+    controller_lr: float = 0.3
+
+    def rate(self, step: int, steps: int) -> float:
+        """The factor on the learning rate at this step."""
+        if step < self.warmup:
+            return step / max(1, self.warmup)
+        if self.decay:
+            return max(0.0, (steps - step) / max(1, steps - self.warmup))
+        return 1.0
+
+
+@dataclass(frozen=True, repr=False)
+class PruneResult:
+    """What a run found. `log_alpha` ranks every edge; `circuit` has the size asked for."""
+
+    graph: EdgeGraph
+    log_alpha: Float[Tensor, " edge"]
+    history: History
+    n_edges: int | None
+    metadata: dict[str, Any]
+    finished: bool = True
+
+    @property
+    def circuit(self) -> Circuit:
+        """The top edges by log alpha, exactly as many as asked for."""
+        if self.n_edges is None:
+            raise ValueError("this run was for no one size (n_edges=None): use result.top(k).")
+        return self.top(self.n_edges)
+
+    @property
+    def scores(self) -> EdgeScores:
+        """log alpha as edge scores."""
+        return EdgeScores(self.graph, self.log_alpha, dict(self.metadata))
+
+    def top(self, k: int) -> Circuit:
+        """The k edges of highest log alpha."""
+        return Circuit.top(self.graph, self.log_alpha, k, **self.metadata)
+
+    def __repr__(self) -> str:
+        steps = len(self.history)
+        size = f"{self.n_edges:,} edges" if self.n_edges else "any size"
+        return f"PruneResult({size} of {self.graph.n_edges:,}, {steps} steps{'' if self.finished else ', stopped early'})"
+
+
+class EdgePruner:
+    """Finds a circuit of exactly `n_edges` edges in a model, for a task.
+
+    Args:
+        n_edges: edges to keep; None (with a sampled budget) for a ranking of all edges.
+        steps, lr, batch_size: of the training; a step sees `batch_size * accumulate` pairs.
+        ablation: "counterfactual", "zero", "mean" or "mean-positional" (means over the task's
+            corrupted prompts).
+        objective: a name of `objectives.OBJECTIVES`, a function, or None for the task's own.
+        controller: ExactBudget() by default, or Lagrangian().
+        init_scores: where log alphas start: "mask-ig" (five gradients, the default), EdgeScores or
+            a tensor [n_edges] (ranked by magnitude), or None for all alike at `init_log_alpha`.
+        node_masks: also learn a mask for each source, which multiplies its edges; node_controller
+            makes those sparse.
+        hard_share: the last part of the run whose forward pass keeps exactly the top edges.
+        split_qkv, split_embeddings: of the graph.
+        bias_in_heads: under zero ablation, remove each head's share of the output bias with it.
+        dtype, device: the run's; None for the model's own (otherwise it works on a copy).
+        seed: same seed, same machine, same bits.
+        checkpoint: a file to write the run's state to every `checkpoint_every` steps, atomically.
+        progress: show a progress bar.
+
+    Raises ValueError for settings that cannot work, before any run.
+    """
+
+    def __init__(
+        self,
+        n_edges: int | None = None,
+        *,
+        steps: int = 300,
+        lr: float = 0.3,
+        batch_size: int = 8,
+        accumulate: int = 1,
+        ablation: str = "counterfactual",
+        objective: str | Objective | None = None,
+        controller: Controller | None = None,
+        init_scores: str | EdgeScores | Tensor | None = "mask-ig",
+        init_log_alpha: tuple[float, float] = (0.0, 1.0),
+        node_masks: bool = False,
+        node_controller: Controller | None = None,
+        optimizer: Optimizer | None = None,
+        hard_share: float = 0.5,
+        split_qkv: bool = True,
+        split_embeddings: bool = False,
+        bias_in_heads: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        seed: int = 0,
+        checkpoint: str | Path | None = None,
+        checkpoint_every: int = 25,
+        progress: bool = True,
+    ) -> None:
+        self.n_edges = n_edges
+        self.steps, self.lr = steps, lr
+        self.batch_size, self.accumulate = batch_size, accumulate
+        self.ablation, self.objective = ablation, objective
+        schedule = "annealed" if n_edges is not None else "sampled"
+        self.controller = controller or ExactBudget(schedule)  # type: ignore[arg-type]
+        self.init_scores, self.init_log_alpha = init_scores, init_log_alpha
+        self.node_masks, self.node_controller = node_masks, node_controller
+        self.optimizer = optimizer or Optimizer()
+        self.hard_share = hard_share if n_edges is not None else 0.0
+        self.split_qkv, self.split_embeddings = split_qkv, split_embeddings
+        self.bias_in_heads = bias_in_heads
+        self.dtype, self.device = dtype, device
+        self.seed, self.checkpoint, self.checkpoint_every = seed, checkpoint, checkpoint_every
+        self.progress = progress
+        self._check()
+
+    @classmethod
+    def paper(cls, n_edges: int | None = None, **changes: Any) -> EdgePruner:
+        """The published method and hyperparameters (GPT-2, IOI), for comparison.
+
+        AdamW with its default weight decay (0.01) and gradients clipped at 1, as the published code
+        runs; learning rate 0.8 for log alphas and multipliers, risen over 200 steps and decayed
+        linearly; log alpha from N(10, 0.01); 3,000 steps of 32 pairs; sparsity target warmed up over
+        2,500 steps; node masks drawn but not penalised; two embedding sources; b_O shared out over
+        the heads. Its padding to 64 tokens is left out: batches hold one length. `changes` override
+        single settings.
+        """
+        settings: dict[str, Any] = {
+            "steps": 3000,
+            "lr": 0.8,
+            "batch_size": 32,
+            "controller": Lagrangian(warmup=2500 / 3000),
+            "init_scores": None,
+            "init_log_alpha": (10.0, 0.01),
+            "node_masks": True,
+            "optimizer": Optimizer((0.9, 0.999), 0.01, 1.0, warmup=200, decay=True, controller_lr=0.8),
+            "hard_share": 0.0,
+            "split_embeddings": True,
+            "bias_in_heads": True,
+        }
+        return cls(n_edges, **(settings | changes))
+
+    # --------------------------------------------------------------------------------------- fit
+
+    def fit(self, model: Any, task: Task, *, resume: str | Path | None = None) -> PruneResult:
+        """Train the masks on the task's pairs.
+
+        Ctrl-C ends the run with what it has found so far (`finished` is then False). `resume`
+        continues from a checkpoint, to the same bits (on a CPU) as a run that was never stopped;
+        its settings, task and graph must be those of the checkpoint (ValueError).
+        """
+        loss_of = find_objective(self.objective, task)
+        model = self._placed(model)
+        check_vocabulary(task, int(model.cfg.d_vocab))
+        graph = EdgeGraph.from_model(
+            model, split_qkv=self.split_qkv, split_embeddings=self._has_two_embeddings(model)
+        )
+        if self.n_edges is not None:
+            check_budget(self.n_edges, graph)
+        with MaskedModel.attach(model, graph) as run:
+            fit = _Fit(self, run, task, loss_of)
+            if resume is not None:
+                fit.restore(resume)
+            finished = fit.train()
+        return PruneResult(
+            graph, fit.ranking(), fit.history, fit.final_size(), fit.metadata(), finished
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """The settings as plain JSON values."""
+        skip = ("checkpoint", "checkpoint_every", "progress", "init_scores", "objective")
+        values = {k: _plain(v) for k, v in vars(self).items() if k not in skip}
+        values["init_scores"] = _plain_scores(self.init_scores)
+        values["objective"] = _plain_objective(self.objective)
+        return values
+
+    def _check(self) -> None:
+        if self.n_edges is not None and self.n_edges < 1:
+            raise ValueError(f"n_edges={self.n_edges}: a circuit needs at least one edge.")
+        for name in ("steps", "batch_size", "accumulate", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: expected 1 or more.")
+        if not self.lr > 0:
+            raise ValueError(f"lr={self.lr}: expected a number above 0.")
+        if not 0 <= self.hard_share <= 1:
+            raise ValueError(f"hard_share={self.hard_share}: expected a share from 0 to 1.")
+        if isinstance(self.init_scores, str) and self.init_scores != "mask-ig":
+            raise ValueError(
+                f"init_scores={self.init_scores!r}: expected 'mask-ig', EdgeScores, a tensor or None."
+            )
+        if self.node_controller is not None and not self.node_masks:
+            raise ValueError("node_controller needs node_masks=True.")
+
+    def _has_two_embeddings(self, model: Any) -> bool:
+        # The published graph has two embedding sources where the model has two embeddings.
+        return self.split_embeddings and "hook_pos_embed" in model.hook_dict
+
+    def _placed(self, model: Any) -> Any:
+        weight = next(model.parameters())
+        dtype, device = self.dtype or weight.dtype, torch.device(self.device or weight.device)
+        if dtype == weight.dtype and device.type == weight.device.type:
+            return model
+        return copy.deepcopy(model).to(device).to(dtype)
+
+
+class _Fit:
+    """One run of an EdgePruner: its parameters, its optimisers, its history."""
+
+    def __init__(self, pruner: EdgePruner, run: MaskedModel, task: Task, loss_of: Objective) -> None:
+        self.pruner, self.run, self.task, self.loss_of = pruner, run, task, loss_of
+        self.graph = run.graph
+        self.started = time.monotonic()
+        self.history: History = []
+        self.seconds_before = 0.0
+        self.teacher = Teacher(
+            run, task, pruner.ablation, batch_size=pruner.batch_size, bias_in_heads=pruner.bias_in_heads
+        )
+        self.device = self.teacher.device
+        self.controller = copy.deepcopy(pruner.controller)
+        self.controller.start(self.graph.n_edges, pruner.n_edges)
+        self.node_controller = copy.deepcopy(pruner.node_controller)
+        if self.node_controller is not None:
+            self.node_controller.start(self.graph.n_sources, None)
+        self.log_alpha = self._first_log_alpha().to(self.device).requires_grad_()
+        self.node_log_alpha = self._node_log_alpha()
+        self.source_of_edge = torch.tensor([source for source, _ in self.graph.pairs], device=self.device)
+        self.optimizer, self.multipliers = self._optimizers()
+        self._batches = self._endless_batches()
+
+    # -------------------------------------------------------------------------------- the loop
+
+    def train(self) -> bool:
+        """Run the steps that are left; False if Ctrl-C ended them early."""
+        first = len(self.history)
+        bar = tqdm(
+            total=self.pruner.steps, initial=first, desc="pruning", disable=not self.pruner.progress
+        )
+        try:
+            for step in range(first, self.pruner.steps):
+                self._step(step)
+                self._show(bar)
+                if self.pruner.checkpoint and (step + 1) % self.pruner.checkpoint_every == 0:
+                    self.save(self.pruner.checkpoint)
+            finished = True
+        except KeyboardInterrupt:
+            finished = False
+        finally:
+            bar.close()
+        if self.pruner.checkpoint and self.history:
+            self.save(self.pruner.checkpoint)
+        return finished
+
+    def _step(self, step: int) -> None:
+        progress = step / self.pruner.steps
+        generator = torch.Generator().manual_seed(_mixed(self.pruner.seed, step))
+        target = self.controller.target(progress, float(torch.rand((), generator=generator)))
+        self._set_rates(step)
+        self._zero_grad()
+        losses = []
+        for _ in range(self.pruner.accumulate):
+            lesson = self.teacher.lesson(next(self._batches))
+            mask, penalty = self._draw(target, progress, generator)
+            logits = self.run(lesson.batch.clean, mask, lesson.reference, lesson.batch.positions)
+            loss = self.loss_of(logits, lesson.full, lesson.batch).mean()
+            self._check_loss(loss, step)
+            ((loss + penalty) / self.pruner.accumulate).backward()
+            losses.append(float(loss))
+        self._update()
+        self._note(step, sum(losses) / len(losses), target)
+
+    def _draw(
+        self, target: float, progress: float, generator: torch.Generator
+    ) -> tuple[Float[Tensor, " edge"], Tensor | float]:
+        """A mask for one forward, and what the loss gains for it."""
+        shifted = self.controller.gates(self.log_alpha, target)
+        mask = sample_gates(shifted, generator)
+        penalty = self.controller.penalty(mask, target)
+        if self.node_log_alpha is not None:
+            nodes = sample_gates(self.node_log_alpha, generator)
+            mask = mask * nodes[self.source_of_edge]
+            if self.node_controller is not None:
+                wanted = self.node_controller.target(progress, 0.0)
+                penalty = penalty + self.node_controller.penalty(nodes, wanted)
+        if progress >= 1 - self.pruner.hard_share:
+            mask = self._hard(shifted, mask)
+        return mask, penalty
+
+    def _hard(self, shifted: Tensor, mask: Tensor) -> Tensor:
+        """Exactly the budget's top edges forward, the soft gates' gradient backward."""
+        soft = open_probability(shifted)
+        assert self.pruner.n_edges is not None
+        top = torch.zeros_like(soft)
+        top[self.ranking().to(self.device).topk(self.pruner.n_edges).indices] = 1.0
+        return top + soft - soft.detach()
+
+    def _update(self) -> None:
+        settings = self.pruner.optimizer
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if self.multipliers is not None:
+            parameters += [p for group in self.multipliers.param_groups for p in group["params"]]
+        if settings.clip is not None:
+            torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
+        self.optimizer.step()
+        if self.multipliers is not None:
+            self.multipliers.step()
+
+    # -------------------------------------------------------------------------------- starting
+
+    def _first_log_alpha(self) -> Float[Tensor, " edge"]:
+        mean, std = self.pruner.init_log_alpha
+        generator = torch.Generator().manual_seed(_mixed(self.pruner.seed, -1))
+        noise = torch.randn(self.graph.n_edges, generator=generator)
+        if self.pruner.init_scores is None:
+            return mean + std * noise
+        scores = self._warm_scores()
+        if scores.shape != (self.graph.n_edges,):
+            raise ValueError(f"init_scores has shape {tuple(scores.shape)}, expected ({self.graph.n_edges},).")
+        if not bool(torch.isfinite(scores).all()):
+            raise ValueError("init_scores holds NaN or infinite values.")
+        return mean + std * rank_quantiles(scores.abs())
+
+    def _warm_scores(self) -> Float[Tensor, " edge"]:
+        scores = self.pruner.init_scores
+        if isinstance(scores, EdgeScores):
+            if scores.graph != self.graph:
+                raise ValueError(f"init_scores are of another graph: {scores.graph}, this run's is {self.graph}.")
+            return scores.tensor.float()
+        if isinstance(scores, Tensor):
+            return scores.detach().cpu().float()
+        return path_scores(
+            self.run,
+            self.teacher,
+            mask_path(WARM_STEPS),
+            self.loss_of,
+            steps=WARM_STEPS,
+            batch_size=self.pruner.batch_size,
+        )
+
+    def _node_log_alpha(self) -> Float[Tensor, " source"] | None:
+        if not self.pruner.node_masks:
+            return None
+        mean, std = (10.0, 0.01) if self.pruner.init_scores is None else (2.0, 0.01)
+        generator = torch.Generator().manual_seed(_mixed(self.pruner.seed, -2))
+        start = mean + std * torch.randn(self.graph.n_sources, generator=generator)
+        return start.to(self.device).requires_grad_()
+
+    def _optimizers(self) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer | None]:
+        settings = self.pruner.optimizer
+        common = {"betas": settings.betas, "weight_decay": settings.weight_decay}
+        learned = [self.log_alpha] + ([] if self.node_log_alpha is None else [self.node_log_alpha])
+        optimizer = torch.optim.AdamW(learned, lr=self.pruner.lr, **common)
+        multipliers = list(self._multipliers().values())
+        if not multipliers:
+            return optimizer, None
+        ascent = torch.optim.AdamW(multipliers, lr=settings.controller_lr, maximize=True, **common)
+        return optimizer, ascent
+
+    def _multipliers(self) -> dict[str, Tensor]:
+        learned = dict(self.controller.learned())
+        if self.node_controller is not None:
+            learned |= {f"node_{k}": v for k, v in self.node_controller.learned().items()}
+        return learned
+
+    def _endless_batches(self) -> Iterator[Batch]:
+        """Batches of the whole task, shuffled anew each time round, from the present step on."""
+        per_epoch = sum(1 for _ in self.task.batches(self.pruner.batch_size))
+        seen = len(self.history) * self.pruner.accumulate
+        epoch, skip = divmod(seen, per_epoch)
+        while True:
+            seed = _mixed(self.pruner.seed, 10_000_000 + epoch)
+            for place, batch in enumerate(self.task.batches(self.pruner.batch_size, True, seed)):
+                if place >= skip:
+                    yield batch
+            epoch, skip = epoch + 1, 0
+
+    # ------------------------------------------------------------------------------- finishing
+
+    def ranking(self) -> Float[Tensor, " edge"]:
+        """log alpha of every edge; with node masks, that of edge and node being open together."""
+        log_alpha = self.log_alpha.detach()
+        if self.node_log_alpha is None:
+            return log_alpha.cpu()
+        nodes = open_probability(self.node_log_alpha.detach())[self.source_of_edge]
+        both = open_probability(log_alpha.double()) * nodes.double()
+        return torch.logit(both, eps=1e-12).float().cpu()
+
+    def final_size(self) -> int | None:
+        """Edges of the circuit: as asked, or as many as a Lagrangian run expects to keep."""
+        if self.pruner.n_edges is not None or isinstance(self.controller, ExactBudget):
+            return self.pruner.n_edges
+        return max(1, round(float(torch.sigmoid(self.ranking()).sum())))
+
+    def metadata(self) -> dict[str, Any]:
+        cfg = self.run.model.cfg
+        return {
+            "method": "edge-pruning",
+            "model": getattr(cfg, "model_name", type(self.run.model).__name__),
+            "task": self.task.name,
+            "n_pairs": len(self.task),
+            "prepend_bos": self.task.prepend_bos,
+            "seed": self.pruner.seed,
+            "ablation": self.pruner.ablation,
+            "folded": is_folded(self.run.model),
+            "settings": self.pruner.settings(),
+        }
+
+    def save(self, path: str | Path) -> None:
+        tensors = {"log_alpha": self.log_alpha.detach(), **self._multipliers()}
+        if self.node_log_alpha is not None:
+            tensors["node_log_alpha"] = self.node_log_alpha.detach()
+        optimizers = {"optimizer": self.optimizer, "multipliers": self.multipliers}
+        seconds = self.seconds_before + time.monotonic() - self.started
+        note = {"history": self.history, "seconds": seconds, **self._identity()}
+        checkpoints.save(path, tensors, optimizers, note)
+
+    def restore(self, path: str | Path) -> None:
+        tensors, states, note = checkpoints.load(path)
+        for key, value in self._identity().items():
+            if note[key] != value:
+                raise ValueError(
+                    f"checkpoint {path} is of another run: its {key} is {note[key]}, this run's {value}."
+                )
+        self.history, self.seconds_before = note["history"], note["seconds"]
+        mine = {"log_alpha": self.log_alpha, **self._multipliers()}
+        if self.node_log_alpha is not None:
+            mine["node_log_alpha"] = self.node_log_alpha
+        with torch.no_grad():
+            for name, tensor in mine.items():
+                tensor.copy_(tensors[name])
+        checkpoints.load_optimizer(self.optimizer, states["optimizer"])
+        if self.multipliers is not None:
+            checkpoints.load_optimizer(self.multipliers, states["multipliers"])
+        self._batches = self._endless_batches()
+
+    def _identity(self) -> dict[str, Any]:
+        prompts = [[t.tolist() for t in tokens] for tokens in (self.task.clean, self.task.corrupted)]
+        return {
+            "settings": json.loads(json.dumps(self.pruner.settings())),
+            "graph": self.graph.to_dict(),
+            "task": checkpoints.digest(prompts),
+        }
+
+    # --------------------------------------------------------------------------------- details
+
+    def _set_rates(self, step: int) -> None:
+        settings, pruner = self.pruner.optimizer, self.pruner
+        factor = settings.rate(step, pruner.steps)
+        for optimizer, lr in ((self.optimizer, pruner.lr), (self.multipliers, settings.controller_lr)):
+            if optimizer is not None:
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * factor
+
+    def _zero_grad(self) -> None:
+        self.optimizer.zero_grad()
+        if self.multipliers is not None:
+            self.multipliers.zero_grad()
+
+    def _check_loss(self, loss: Tensor, step: int) -> None:
+        if not bool(torch.isfinite(loss)):
+            raise ValueError(
+                f"the objective is {float(loss)} at step {step}: the model gives NaN or infinite logits "
+                "under masks. Try float32, or a lower learning rate."
+            )
+
+    def _note(self, step: int, loss: float, target: float) -> None:
+        with torch.no_grad():
+            gates = self.controller.gates(self.log_alpha.detach(), target)
+            edges = float(open_probability(gates).sum())
+        seconds = self.seconds_before + time.monotonic() - self.started
+        self.history.append(
+            {"step": step, "loss": loss, "edges": edges, "target": target, "seconds": seconds}
+        )
+
+    def _show(self, bar: Any) -> None:
+        last = self.history[-1]
+        recent = [entry["loss"] for entry in self.history[-10:]]
+        bar.set_postfix_str(
+            f"{self.loss_of.__name__ if hasattr(self.loss_of, '__name__') else 'loss'} "
+            f"{sum(recent) / len(recent):.3f}, {last['edges']:,.0f} edges, target {last['target']:,.0f}"
+        )
+        bar.update()
+
+
+def rank_quantiles(scores: Float[Tensor, " edge"]) -> Float[Tensor, " edge"]:
+    """Standard normal quantiles by rank: the scale of scores differs from method to method."""
+    order = torch.argsort(scores.double(), stable=True)
+    ranks = torch.empty_like(order)
+    ranks[order] = torch.arange(len(order))
+    return torch.special.ndtri((ranks.double() + 0.5) / len(order)).float()
+
+
+def is_folded(model: Any) -> bool:
+    """Whether norms' weights were folded into the model's own: zero and mean ablation then differ."""
+    return bool(
+        getattr(model, "compatibility_mode", False)
+        or str(getattr(model.cfg, "normalization_type", "")).endswith("Pre")
+    )
+
+
+def _mixed(seed: int, step: int) -> int:
+    return (seed * 1_000_003 + step * 7_919 + 12_345) % 2**63
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return None
+    if is_dataclass(value) and not isinstance(value, type):
+        fields = {k: _plain(v) for k, v in vars(value).items() if not isinstance(v, Tensor)}
+        return {"kind": type(value).__name__, **fields}
+    if isinstance(value, tuple | list):
+        return [_plain(v) for v in value]
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def _plain_scores(scores: Any) -> Any:
+    if isinstance(scores, EdgeScores):
+        return {"scores": scores.metadata, "digest": checkpoints.digest(scores.tensor.tolist())}
+    return checkpoints.digest(scores.tolist()) if isinstance(scores, Tensor) else scores
+
+
+def _plain_objective(objective: Callable[..., Any] | str | None) -> str | None:
+    return getattr(objective, "__name__", repr(objective)) if callable(objective) else objective

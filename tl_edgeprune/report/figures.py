@@ -1,0 +1,68 @@
+"""Matplotlib figures that leave the caller's pyplot and style alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+
+from matplotlib import style
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from tl_edgeprune.files import write_whole
+
+FORMATS = ("png", "svg", "pdf")
+INK, MUTED, FAINT = "#1b2330", "#667085", "#e3e7ee"
+
+_STYLE = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["Inter", "Helvetica Neue", "Helvetica", "Arial", "DejaVu Sans"],
+    "font.size": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
+    "axes.linewidth": 0.8,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": FAINT,
+    "grid.linewidth": 0.8,
+    "legend.frameon": False,
+    "text.color": INK,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "svg.hashsalt": "tl_edgeprune",  # the same circuit gives the same file
+    "svg.fonttype": "none",
+}
+
+
+@contextmanager
+def saved_figure(
+    path: str | os.PathLike[str], width: float, height: float, dpi: int = 200
+) -> Iterator[Figure]:
+    """A figure of `width` by `height` inches in the package's style, written when the block ends.
+
+    pyplot is never imported: no window, no current figure, no backend is touched.
+
+    Raises:
+        ValueError: the path does not end in one of FORMATS.
+    """
+    suffix = Path(path).suffix.lower().removeprefix(".")
+    if suffix not in FORMATS:
+        raise ValueError(
+            f"cannot draw {os.fspath(path)!r}: its ending must be one of "
+            f"{', '.join('.' + name for name in FORMATS)}."
+        )
+    with style.context(["default", _STYLE]):
+        figure = Figure(figsize=(width, height), dpi=dpi, facecolor="white")
+        FigureCanvasAgg(figure)
+        yield figure
+        metadata = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
+        image = BytesIO()
+        figure.savefig(image, format=suffix, metadata=metadata[suffix])
+    write_whole(path, image.getvalue())

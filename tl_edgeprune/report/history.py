@@ -1,0 +1,135 @@
+"""The training curve: what is minimised, and how many edges are left, over the steps."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from tl_edgeprune.report.figures import INK, MUTED, saved_figure
+
+LOSS_COLOR, EDGES_COLOR = "#2f6fd0", "#1c8a63"
+_DOTS = {"linestyle": "none", "marker": ".", "markeredgewidth": 0}
+_LOG_FROM = 12.0  # an axis is logarithmic when its largest value is this many times its smallest
+
+
+def plot_history(
+    history: Sequence[Mapping[str, float | int | None]],
+    path: str | os.PathLike[str],
+    *,
+    title: str | None = None,
+) -> None:
+    """Plot the `history` of an EdgePruner's result, and write it to `path` (.png, .svg or .pdf).
+
+    Above, the objective: each step faint, their running mean strong. Below, the expected number of
+    edges kept, and the budget of the step dashed. An axis is logarithmic where its values span
+    more than an order of magnitude and are all positive.
+
+    Args:
+        history: one mapping per logged step, with "step", "loss", "edges" and (or None) "target".
+        path: the file, replaced as a whole.
+        title: a line above the panels.
+
+    Raises:
+        ValueError: the history is empty, or a step lacks one of the values.
+    """
+    _check(history)
+    steps, loss, edges, target = (
+        [math.nan if step.get(key) is None else float(step[key]) for step in history]
+        for key in ("step", "loss", "edges", "target")
+    )
+    with saved_figure(path, 7.2, 5.4) as figure:
+        top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[1.15, 1])
+        _plot_loss(top, steps, loss)
+        _plot_edges(bottom, steps, edges, target)
+        figure.align_ylabels()
+        if title:
+            figure.suptitle(title, x=0.02, ha="left", fontsize=13, fontweight="bold")
+        figure.set_layout_engine("constrained", h_pad=0.08, w_pad=0.08)
+
+
+def smooth(values: Sequence[float], span: int) -> list[float]:
+    """Exponential running mean over about `span` values, without bias at the start; skips NaN."""
+    decay = 1 - 2 / (max(span, 1) + 1)
+    total = weight = 0.0
+    means = []
+    for value in values:
+        if math.isfinite(value):
+            total, weight = decay * total + value, decay * weight + 1
+        means.append(total / weight if weight else math.nan)
+    return means
+
+
+def _check(history: Sequence[Mapping[str, float | int | None]]) -> None:
+    if not history:
+        raise ValueError("the history is empty: expected at least one step, as in result.history.")
+    for place, step in enumerate(history):
+        missing = [key for key in ("step", "loss", "edges") if step.get(key) is None]
+        if missing:
+            raise ValueError(
+                f"history[{place}] has {sorted(step)}, and no {' or '.join(missing)}: pass the "
+                "result.history of EdgePruner.fit."
+            )
+
+
+def _plot_loss(axes: Axes, steps: list[float], loss: list[float]) -> None:
+    line = smooth(loss, len(loss) // 20)
+    axes.plot(steps, loss, color=LOSS_COLOR, alpha=0.28, linewidth=0.9, label="each step")
+    axes.plot(steps, line, color=LOSS_COLOR, linewidth=2, label="running mean")
+    _scale(axes, loss)
+    axes.set_ylabel("Objective")
+    _legend(axes)
+
+
+def _plot_edges(axes: Axes, steps: list[float], edges: list[float], target: list[float]) -> None:
+    jumps = _jumps(edges)
+    kept = _DOTS | {"markersize": 7} if jumps else {"linewidth": 2}
+    budget = _DOTS | {"markersize": 2} if jumps else {"linewidth": 1.3, "linestyle": (0, (4, 3))}
+    axes.plot(steps, edges, color=EDGES_COLOR, label="kept (expected)", **kept)
+    if any(map(math.isfinite, target)):
+        axes.plot(steps, target, color=INK, label="budget", **budget)
+    _scale(axes, edges + target)
+    axes.set_ylabel("Edges")
+    axes.set_xlabel("Step")
+    axes.margins(x=0.02)
+    _legend(axes)
+    if not jumps:
+        axes.annotate(
+            f"{edges[-1]:,.0f}",
+            (steps[-1], edges[-1]),
+            xytext=(0, 7),
+            textcoords="offset points",
+            ha="right",
+            color=EDGES_COLOR,
+            fontweight="bold",
+        )
+
+
+def _legend(axes: Axes) -> None:
+    """Above the panel, so that it never covers a line."""
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0, fontsize=10, ncols=2)
+
+
+def _jumps(values: Sequence[float]) -> bool:
+    """Whether the budget was drawn anew at each step: then a line through the values is noise."""
+    travelled = sum(abs(b - a) for a, b in pairwise(values))
+    return travelled > 5 * (max(values) - min(values))
+
+
+def _scale(axes: Axes, values: Sequence[float]) -> None:
+    """A logarithmic axis where it helps, with plain numbers on its ticks."""
+    finite = [value for value in values if math.isfinite(value)]
+    if finite and min(finite) > 0 and max(finite) / min(finite) >= _LOG_FROM:
+        axes.set_yscale("log")
+        few = max(finite) / min(finite) < 1000
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,)))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.grid(True, which="minor", alpha=0.5)
+    else:
+        axes.set_ylim(bottom=min(0.0, min(finite, default=0.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axes.tick_params(which="both", length=3, color=MUTED)

@@ -1,0 +1,45 @@
+"""Tasks: prompt pairs on which circuits are found and judged.
+
+tasks.load("ioi", model, n=256)              # built for the model's own tokenizer
+tasks.from_jsonl("pairs.jsonl", model)       # your own pairs, as text
+Task(name, clean, corrupted, positions)      # your own pairs, as token ids
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from tl_edgeprune.tasks import ioi, tracr  # noqa: F401  (they register themselves)
+from tl_edgeprune.tasks.jsonl import from_jsonl
+from tl_edgeprune.tasks.registry import BUILDERS, register
+from tl_edgeprune.tasks.task import Batch, Task
+
+__all__ = ["Batch", "Task", "from_jsonl", "list", "load", "register"]
+
+
+def list() -> tuple[str, ...]:
+    """Names that `load` knows."""
+    return tuple(sorted(BUILDERS))
+
+
+def load(
+    name: str, model: nn.Module, n: int, seed: int = 0, *, prepend_bos: bool | None = None
+) -> Task:
+    """A task of `n` prompt pairs for this model, the same for the same seed.
+
+    Args:
+        name: one of `tasks.list()`.
+        model: its tokenizer writes the prompts.
+        n: how many pairs.
+        seed: what the pairs are drawn from.
+        prepend_bos: None means what the model's tokenizer does by itself.
+
+    Raises:
+        ValueError: unknown name; `n` below 1 or above what the task can make; a model without
+            the tokenizer or the vocabulary that the task needs.
+    """
+    if name not in BUILDERS:
+        raise ValueError(f"tasks.load({name!r}): no such task; there are {', '.join(list())}.")
+    if n < 1:
+        raise ValueError(f"tasks.load({name!r}, n={n}): a task needs at least one pair.")
+    return BUILDERS[name](model, n, seed, prepend_bos)

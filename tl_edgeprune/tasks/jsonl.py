@@ -1,0 +1,156 @@
+"""Prompt pairs of your own: one JSON object a line, the format of the Edge Pruning code.
+
+    {"clean": "Mary met John. John thanked<predict> Mary</predict>",
+     "corrupted": "Anna met Paul. Luke thanked<predict> Eva</predict>", "split": "train"}
+
+1. What stands between the tags is the answer. Its k tokens give k read positions, each the one from
+   which that token is predicted, with the answer's earlier tokens before it (teacher forcing).
+   A space before the opening tag is counted to the answer, and what follows the closing tag is
+   left out: no causal model sees it from there.
+2. The corrupted text may mark an answer too: it gives the distractors where it has as many tokens.
+   Without tags the corrupted text is what precedes the answer, and the clean answer follows it.
+3. Both texts must have the same number of tokens before the answer.
+4. A line with "split" belongs to that split; a line without serves every split.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from tl_edgeprune.tasks.task import Task
+from tl_edgeprune.tasks.tokens import (
+    answer_in_context,
+    encode,
+    resolve_prepend_bos,
+    tokenizer_of,
+)
+
+OPEN, CLOSE = "<predict>", "</predict>"
+
+
+class Text(NamedTuple):
+    """A text cut at its answer; the answer is None where no tags mark one."""
+
+    prompt: str
+    answer: str | None
+
+
+class Encoded(NamedTuple):
+    prompt: list[int]
+    answer: list[int]
+
+
+def from_jsonl(
+    path: str | Path, model: nn.Module, *, prepend_bos: bool | None = None, split: str | None = None
+) -> Task:
+    """A task from a file of prompt pairs (the format is told at the head of this module).
+
+    Args:
+        path: the file, UTF-8; empty lines are skipped.
+        model: its tokenizer reads the texts.
+        prepend_bos: None means what the model's tokenizer does by itself.
+        split: only the lines of this split and those without one; None takes all lines.
+
+    Raises:
+        ValueError: with the file and the line: no JSON object, a missing key, no answer or more
+            than one, an answer that merges with the prompt, or texts of two lengths.
+    """
+    path = Path(path)
+    tokenizer, prepend_bos = tokenizer_of(model), resolve_prepend_bos(model, prepend_bos)
+    pairs, splits = [], set()
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = _record(line)
+            splits.add(record.get("split"))
+            if split is None or record.get("split") in (None, split):
+                pairs.append(_pair(record, tokenizer, prepend_bos))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
+    if not pairs:
+        found = ", ".join(sorted(map(str, splits))) or "none"
+        raise ValueError(f"{path}: no prompt pairs for split={split!r}; splits found: {found}.")
+    fields = {name: [pair[name] for pair in pairs] for name in pairs[0]}
+    return Task(path.stem, **fields, prepend_bos=prepend_bos)
+
+
+def _record(line: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not valid JSON ({error}).") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"a JSON {type(record).__name__}, expected an object.")
+    for key in ("clean", "corrupted"):
+        if not isinstance(record.get(key), str):
+            raise ValueError(f'"{key}" is {record.get(key)!r}, expected a text.')
+    return record
+
+
+def _pair(
+    record: dict[str, Any], tokenizer: PreTrainedTokenizerBase, prepend_bos: bool
+) -> dict[str, torch.Tensor]:
+    text = cut(record["clean"])
+    if text.answer is None:
+        raise ValueError(f'"clean" marks no answer: put it between {OPEN} and {CLOSE}.')
+    clean = _encoded(tokenizer, text, prepend_bos)
+    corrupted = _encoded(tokenizer, cut(record["corrupted"]), prepend_bos)
+    _check_lengths(clean, corrupted)
+    forced = len(clean.answer) - 1
+    positions = torch.arange(len(clean.prompt) - 1, len(clean.prompt) + forced)
+    same_count = len(corrupted.answer) == len(clean.answer)
+    return {
+        "clean": torch.tensor(clean.prompt + clean.answer[:forced]),
+        "corrupted": torch.tensor(corrupted.prompt + (corrupted.answer or clean.answer)[:forced]),
+        "positions": positions,
+        "answers": torch.tensor(clean.answer),
+        "distractors": torch.tensor(corrupted.answer if same_count else [], dtype=torch.long),
+    }
+
+
+def cut(text: str) -> Text:
+    """Cut a text at its answer; spaces before the opening tag go with the answer.
+
+    Raises:
+        ValueError: tags that are nested, repeated, unbalanced, or with nothing inside or before.
+    """
+    if OPEN not in text and CLOSE not in text:
+        return Text(text.rstrip(" "), None)
+    prompt, _, rest = text.partition(OPEN)
+    answer = rest.partition(CLOSE)[0]
+    balanced = text.count(OPEN) == text.count(CLOSE) == 1 and CLOSE not in prompt
+    if not balanced:
+        raise ValueError(
+            f"expected one {OPEN} and one {CLOSE} after it, not nested or repeated, in {text!r}."
+        )
+    if not answer.strip() or not prompt.strip():
+        raise ValueError(f"the answer and the prompt before it must not be empty in {text!r}.")
+    spaces = prompt[len(prompt.rstrip(" ")) :]
+    return Text(prompt.rstrip(" "), spaces + answer)
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, text: Text, prepend_bos: bool) -> Encoded:
+    answer = [] if text.answer is None else answer_in_context(tokenizer, text.prompt, text.answer)
+    return Encoded(encode(tokenizer, text.prompt, prepend_bos), answer)
+
+
+def _check_lengths(clean: Encoded, corrupted: Encoded) -> None:
+    if len(clean.prompt) != len(corrupted.prompt):
+        raise ValueError(
+            f"before the answer, clean has {len(clean.prompt)} tokens and corrupted has "
+            f"{len(corrupted.prompt)}. Edge masks mix the two runs position by position: change "
+            f"one text, and mark the corrupted text's answer with {OPEN} too if it holds one."
+        )
+    if corrupted.answer and len(corrupted.answer) < len(clean.answer) - 1:
+        raise ValueError(
+            f"the clean answer has {len(clean.answer)} tokens and the corrupted one has "
+            f"{len(corrupted.answer)}, too few to stand beside it: choose answers of one length, "
+            f"or leave the corrupted answer out."
+        )

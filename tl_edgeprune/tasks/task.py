@@ -1,0 +1,238 @@
+"""Prompt pairs: what a circuit is found on, and what it is judged on.
+
+A task is a list of pairs. The two prompts of a pair have the same length, because edge masks mix
+the clean and the corrupted run position by position; lengths may differ between pairs, so a
+batch takes pairs of one shape and nothing is ever padded.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+Tokens = Sequence[Int[Tensor, " _pos"]]
+PAIR_FIELDS = ("clean", "corrupted", "positions", "answers", "distractors")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pairs of one length with one number of read positions.
+
+    `indices` are the pairs' places in the task. `answers` and `distractors` have no columns where
+    the task has none.
+    """
+
+    clean: Int[Tensor, "batch pos"]
+    corrupted: Int[Tensor, "batch pos"]
+    positions: Int[Tensor, "batch read"]
+    answers: Int[Tensor, "batch answer"]
+    distractors: Int[Tensor, "batch distractor"]
+    indices: Int[Tensor, " batch"]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def to(self, device: torch.device | str) -> Batch:
+        return Batch(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+
+
+@dataclass(frozen=True, repr=False)
+class Task:
+    """Clean and corrupted prompts, where the output is read, and what is right there.
+
+    Args:
+        name: what the task is called in results.
+        clean, corrupted: token ids of each prompt [pos]; lengths agree within a pair.
+        positions: positions of each prompt at which the logits are read [read], rising.
+        answers: the right token at each read position [read]. Empty (as a whole, or per pair)
+            where the output is no token.
+        distractors: the token to tell the answer from, likewise; may be empty.
+        objective: name of the loss that fits the task: "kl", "mse" or "logit-diff".
+        prepend_bos: whether the prompts begin with the tokenizer's BOS token (it is in `clean`).
+        groups: a label per pair, such as its template; may be empty.
+
+    Raises:
+        ValueError: no pairs; two lengths in a pair; positions out of range or not rising;
+            answers, distractors or groups that are not aligned.
+    """
+
+    name: str
+    clean: Tokens
+    corrupted: Tokens
+    positions: Tokens
+    answers: Tokens = ()
+    distractors: Tokens = ()
+    objective: str = "kl"
+    prepend_bos: bool = False
+    groups: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.clean) == 0:
+            raise ValueError(f"task {self.name!r} has no prompt pairs: at least one is needed.")
+        for field in PAIR_FIELDS:
+            object.__setattr__(self, field, _as_long(getattr(self, field), field))
+        for field in ("answers", "distractors"):
+            if not getattr(self, field):
+                nothing = (torch.empty(0, dtype=torch.long),) * len(self)
+                object.__setattr__(self, field, nothing)
+        object.__setattr__(self, "groups", tuple(self.groups))
+        _check_counts(self)
+        for pair in range(len(self)):
+            _check_pair(self, pair)
+
+    @classmethod
+    def aligned(
+        cls, name: str, clean: Tokens, corrupted: Tokens, positions: Tokens, **fields: Any
+    ) -> Task:
+        """A task of those pairs whose two prompts have one length; the others are dropped.
+
+        Takes what `Task` takes. Raises ValueError where no pair is left.
+        """
+        fields |= {"clean": clean, "corrupted": corrupted, "positions": positions}
+        lengths = zip(map(len, clean), map(len, corrupted), strict=True)
+        kept = [pair for pair, (ours, theirs) in enumerate(lengths) if ours == theirs]
+        for field in (*PAIR_FIELDS, "groups"):
+            if len(fields.get(field, ())):
+                fields[field] = tuple(fields[field][pair] for pair in kept)
+        return cls(name, **fields)
+
+    def __len__(self) -> int:
+        return len(self.clean)
+
+    def __getitem__(self, pairs: slice) -> Task:
+        if not isinstance(pairs, slice):
+            raise TypeError(
+                f"task[{pairs!r}]: slice a task (task[:8] is a Task); one prompt is task.clean[i]."
+            )
+        return self.subset(range(len(self))[pairs])
+
+    def __repr__(self) -> str:
+        lengths = sorted({len(tokens) for tokens in self.clean})
+        return (
+            f"Task({self.name!r}, {len(self)} pairs of {lengths[0]} to {lengths[-1]} tokens, "
+            f"objective={self.objective!r}, prepend_bos={self.prepend_bos})"
+        )
+
+    def subset(self, indices: Iterable[int]) -> Task:
+        """The task with only these pairs, in this order."""
+        indices = tuple(indices)
+        fields = {f: tuple(getattr(self, f)[i] for i in indices) for f in PAIR_FIELDS}
+        groups = tuple(self.groups[i] for i in indices) if self.groups else ()
+        return replace(self, **fields, groups=groups)
+
+    def split(self, share: float, seed: int = 0) -> tuple[Task, Task]:
+        """Two tasks, the first with `share` of the pairs, at random and the same for one seed.
+
+        Pairs with the same clean prompt go to the same side, so with repeated prompts the first
+        side may come out smaller than asked.
+
+        Raises:
+            ValueError: one side would be empty.
+        """
+        wanted = round(share * len(self))
+        first: list[int] = []
+        for same_prompt in _shuffled(self._pairs_by_prompt(), seed):
+            if len(first) + len(same_prompt) <= wanted:
+                first += same_prompt
+        second = sorted(set(range(len(self))) - set(first))
+        if not first or not second:
+            raise ValueError(
+                f"split({share}) of {self!r} leaves one side empty: use a share between 0 and 1, "
+                f"and more different clean prompts ({len(self._pairs_by_prompt())} here)."
+            )
+        return self.subset(sorted(first)), self.subset(second)
+
+    def batches(self, size: int, shuffle: bool = False, seed: int = 0) -> Iterator[Batch]:
+        """Every pair once, in batches of at most `size` pairs of one shape.
+
+        Args:
+            size: the most pairs in a batch.
+            shuffle: mix the pairs of a shape, and the order of the batches.
+            seed: what `shuffle` draws from.
+
+        Raises:
+            ValueError: `size` below 1.
+        """
+        if size < 1:
+            raise ValueError(f"batches(size={size}): a batch needs at least one pair.")
+        chunks = []
+        for same_shape in self._pairs_by_shape():
+            pairs = _shuffled(same_shape, seed) if shuffle else same_shape
+            chunks += [pairs[i : i + size] for i in range(0, len(pairs), size)]
+        return map(self._batch, _shuffled(chunks, seed) if shuffle else chunks)
+
+    def _batch(self, pairs: list[int]) -> Batch:
+        fields = {f: torch.stack([getattr(self, f)[i] for i in pairs]) for f in PAIR_FIELDS}
+        return Batch(**fields, indices=torch.tensor(pairs))
+
+    def _pairs_by_prompt(self) -> list[list[int]]:
+        return _grouped(tuple(tokens.tolist()) for tokens in self.clean)
+
+    def _pairs_by_shape(self) -> list[list[int]]:
+        fields = (getattr(self, field) for field in PAIR_FIELDS)
+        return _grouped(tuple(map(len, pair)) for pair in zip(*fields, strict=True))
+
+
+def _grouped(keys: Iterable[tuple]) -> list[list[int]]:
+    """Places of equal keys, in the order of their first appearance."""
+    groups = defaultdict(list)
+    for i, key in enumerate(keys):
+        groups[key].append(i)
+    return [*groups.values()]
+
+
+def _shuffled(items: Sequence, seed: int) -> list:
+    return random.Random(seed).sample(items, len(items))
+
+
+def _as_long(tensors: Sequence, field: str) -> tuple[Tensor, ...]:
+    long = []
+    for pair, tensor in enumerate(tensors):
+        tensor = torch.as_tensor(tensor).cpu()
+        if tensor.ndim != 1 or (len(tensor) and tensor.is_floating_point()):
+            raise ValueError(
+                f"{field}[{pair}] has shape {tuple(tensor.shape)} and type {tensor.dtype}: "
+                f"expected one dimension of integers."
+            )
+        long.append(tensor.long())
+    return tuple(long)
+
+
+def _check_counts(task: Task) -> None:
+    for field in (*PAIR_FIELDS[1:], "groups"):
+        count = len(getattr(task, field))
+        if count != len(task) and not (field == "groups" and count == 0):
+            raise ValueError(
+                f"task {task.name!r}: {len(task)} clean prompts, but {count} {field}: each pair "
+                f"needs its own."
+            )
+
+
+def _check_pair(task: Task, pair: int) -> None:
+    clean, corrupted, positions = task.clean[pair], task.corrupted[pair], task.positions[pair]
+    if len(clean) != len(corrupted):
+        raise ValueError(
+            f"prompt pair {pair}: clean has {len(clean)} tokens, corrupted has {len(corrupted)}. "
+            f"Edge masks mix the two runs position by position, so both must have the same length: "
+            f"change the prompt, or drop the pair with Task.aligned()."
+        )
+    inside = len(positions) and positions.min() >= 0 and positions.max() < len(clean)
+    if not inside or (positions.diff() <= 0).any():
+        raise ValueError(
+            f"prompt pair {pair}: read positions {positions.tolist()}, expected one or more rising "
+            f"positions from 0 to {len(clean) - 1} (the prompt has {len(clean)} tokens)."
+        )
+    for field in ("answers", "distractors"):
+        count = len(getattr(task, field)[pair])
+        if count not in (0, len(positions)):
+            raise ValueError(
+                f"prompt pair {pair}: {count} {field} for {len(positions)} read positions. Give "
+                f"one at each read position, or none."
+            )

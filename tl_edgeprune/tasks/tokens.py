@@ -1,0 +1,70 @@
+"""From text to token ids, with BOS decided here and answers taken in context."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from tl_edgeprune.models.quiet import quiet
+
+
+def tokenizer_of(model: nn.Module) -> PreTrainedTokenizerBase:
+    """The model's tokenizer; ValueError where it has none."""
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is None:
+        raise ValueError(
+            f"this {type(model).__name__} has no tokenizer, and the task is made of text: give the "
+            f"model one, or build a Task from token ids yourself."
+        )
+    return tokenizer
+
+
+def resolve_prepend_bos(model: nn.Module, prepend_bos: bool | None) -> bool:
+    """Whether prompts begin with BOS; None means what the model's own tokenizer does by itself.
+
+    TransformerLens reloads tokenizers with BOS switched on, so the published one is asked.
+    """
+    if prepend_bos is not None:
+        return prepend_bos
+    tokenizer = tokenizer_of(model)
+    ids = _as_published(tokenizer)("a")["input_ids"]
+    return bool(ids) and ids[0] == tokenizer.bos_token_id
+
+
+def _as_published(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    if not tokenizer.name_or_path:
+        return tokenizer
+    try:
+        with quiet():
+            return AutoTokenizer.from_pretrained(tokenizer.name_or_path)
+    except (OSError, ValueError):  # its files are gone: what was loaded must do
+        return tokenizer
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, prepend_bos: bool) -> list[int]:
+    """Token ids of a text, with no special token but BOS where it is asked for."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not prepend_bos:
+        return ids
+    if tokenizer.bos_token_id is None:
+        raise ValueError("prepend_bos=True, but the tokenizer has no BOS token: use False.")
+    return [tokenizer.bos_token_id, *ids]
+
+
+def answer_in_context(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> list[int]:
+    """The tokens that `answer` adds when it follows `prompt`: never the answer tokenised alone.
+
+    Raises:
+        ValueError: the prompt's tokens are not the beginning of those of prompt + answer (the
+            tokenizer merges over the border), or the answer adds none.
+    """
+    before = encode(tokenizer, prompt, prepend_bos=False)
+    whole = encode(tokenizer, prompt + answer, prepend_bos=False)
+    if whole[: len(before)] != before or len(whole) == len(before):
+        pieces = [tokenizer.decode([token]) for token in whole[max(0, len(before) - 1) :]]
+        raise ValueError(
+            f"answer {answer!r} does not tokenise as prompt + answer: after {prompt[-40:]!r} the "
+            f"tokens go on as {pieces}. Move the border between prompt and answer to where a "
+            f"token ends (a space mostly belongs to the answer)."
+        )
+    return whole[len(before) :]
