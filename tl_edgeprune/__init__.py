@@ -1,0 +1,35 @@
+"""Edge Pruning as hooks: find circuits in the transformer that you already have.
+
+Bhaskar, Wettig, Friedman and Chen, "Finding Transformer Circuits with Edge Pruning", NeurIPS 2024.
+"""
+
+from tl_edgeprune import models, tasks
+from tl_edgeprune.circuit import Circuit
+from tl_edgeprune.evaluate import Evaluation, evaluate
+from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.masked import masked
+from tl_edgeprune.masks import ExactBudget, Lagrangian
+from tl_edgeprune.methods.registry import discover
+from tl_edgeprune.pruner import EdgePruner, Optimizer, PruneResult
+from tl_edgeprune.scores import EdgeScores
+from tl_edgeprune.tasks import Task
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Circuit",
+    "EdgeGraph",
+    "EdgePruner",
+    "EdgeScores",
+    "Evaluation",
+    "ExactBudget",
+    "Lagrangian",
+    "Optimizer",
+    "PruneResult",
+    "Task",
+    "discover",
+    "evaluate",
+    "masked",
+    "models",
+    "tasks",
+]

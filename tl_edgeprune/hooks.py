@@ -164,6 +164,14 @@ def model_kind(model: Any) -> str:
     )
 
 
+def is_folded(model: Any) -> bool:
+    """Whether norms' weights were folded into the model's own: zero and mean ablation then differ."""
+    return bool(
+        getattr(model, "compatibility_mode", False)
+        or str(getattr(model.cfg, "normalization_type", "")).endswith("Pre")
+    )
+
+
 def _refuse_unsupported(model: Any) -> None:
     cfg = model.cfg
     name = getattr(cfg, "model_name", type(model).__name__)

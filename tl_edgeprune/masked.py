@@ -38,6 +38,9 @@ from tl_edgeprune.hooks import (
 )
 from tl_edgeprune.residual import BufferPool, Stream
 
+# Reads that share one pass over the buffer: those of four blocks with an MLP. More would save little
+# (the passes that are left are few) and cost memory (their mixes wait until they are read).
+READS_AHEAD = 8
 GENERATORS = ("generate", "generate_stream", "hf_generate", "diffusion_generate")
 REFUSED_ARGUMENTS = {
     "past_kv_cache": "a KV cache",
@@ -293,6 +296,9 @@ class MaskedModel:
             output = self._model_forward(*args, **kwargs)
             self._forward.finish(output, keep)
             return output
+        except BaseException:
+            self._forward.abandon()
+            raise
         finally:
             self._forward = None
 
@@ -369,6 +375,7 @@ class _Forward:
             )
         ]
         self.read_of = {(read.kind, read.layer): place for place, read in enumerate(self.graph.reads)}
+        self.ahead: dict[int, Tensor] = {}
         self.embedding: Tensor | None = None
         self.stream: Stream | None = None
         self.handed: list[Tensor] = []
@@ -441,7 +448,12 @@ class _Forward:
         if keep is not None:
             assert self._stream.differences is not None
             keep.append(self._stream.differences.clone())
-        self._stream.close_unless_differentiable()
+        self._stream.close()
+
+    def abandon(self) -> None:
+        """After a forward that failed half-way: let go of its graph."""
+        if self.stream is not None:
+            self.stream.close()
 
     @property
     def _stream(self) -> Stream:
@@ -461,8 +473,23 @@ class _Forward:
     def _read(self, kind: str, layer: int, rows: Tensor | None = None) -> Tensor:
         place = self.read_of[kind, layer]
         self.reads += 1
+        mask = self.blocks[place]
         reference = self.reference.streams[place].flatten(0, 1)
-        return self._stream.read(self.blocks[place], reference, rows)
+        if kind == "logits":
+            return self._stream.read(mask, reference, rows)
+        start = place - place % READS_AHEAD
+        if place == start:
+            self._read_ahead(start)
+        first = self.graph.reads[start].n_sources
+        return self._stream.read_rest(mask[:, first:], reference, self.ahead.pop(place), first)
+
+    def _read_ahead(self, start: int) -> None:
+        """Mix the sources so far for the reads from `start` on, in one pass over the buffer."""
+        first = self.graph.reads[start].n_sources
+        places = range(start, min(start + READS_AHEAD, len(self.graph.reads) - 1))
+        blocks = [self.blocks[place][:, :first] for place in places]
+        parts = self._stream.read_ahead(torch.cat(blocks)).split([len(block) for block in blocks])
+        self.ahead = dict(zip(places, parts, strict=True))
 
     def _by_head(self, x: Float[Tensor, "head row d_head"]) -> Float[Tensor, "batch pos head d_head"]:
         return x.transpose(0, 1).reshape(self.batch, self.pos, x.shape[0], x.shape[2])

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -101,6 +101,7 @@ class _BudgetShift(torch.autograd.Function):
 # ---------------------------------------------------------------------------- sparsity controllers
 
 
+@runtime_checkable
 class Controller(Protocol):
     """How a run is made sparse: what it shifts, what it adds to the loss, what it learns."""
 

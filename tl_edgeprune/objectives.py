@@ -7,7 +7,7 @@ the batch (for its answers and distractors). Lower is better; what should be hig
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -16,6 +16,7 @@ from torch import Tensor
 from tl_edgeprune.tasks.task import Batch, Task
 
 
+@runtime_checkable
 class Objective(Protocol):
     """logits, full [batch, read, vocab] and the batch -> loss [batch]."""
 

@@ -30,6 +30,7 @@ from tqdm.auto import tqdm
 from tl_edgeprune import checkpoints
 from tl_edgeprune.circuit import Circuit, check_budget
 from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.hooks import is_folded
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.masks import (
     Controller,
@@ -45,7 +46,7 @@ from tl_edgeprune.tasks.task import Batch, Task
 from tl_edgeprune.teacher import Teacher, check_vocabulary
 
 History = list[dict[str, float]]
-WARM_STEPS = 5
+WARM_STEPS, WARM_PAIRS = 5, 32
 
 
 @dataclass(frozen=True)
@@ -338,15 +339,14 @@ class _Fit:
                 wanted = self.node_controller.target(progress, 0.0)
                 penalty = penalty + self.node_controller.penalty(nodes, wanted)
         if progress >= 1 - self.pruner.hard_share:
-            mask = self._hard(shifted, mask)
+            mask = self._hard(shifted, round(target))
         return mask, penalty
 
-    def _hard(self, shifted: Tensor, mask: Tensor) -> Tensor:
+    def _hard(self, shifted: Tensor, budget: int) -> Tensor:
         """Exactly the budget's top edges forward, the soft gates' gradient backward."""
         soft = open_probability(shifted)
-        assert self.pruner.n_edges is not None
         top = torch.zeros_like(soft)
-        top[self.ranking().to(self.device).topk(self.pruner.n_edges).indices] = 1.0
+        top[self.ranking().to(self.device).topk(budget).indices] = 1.0
         return top + soft - soft.detach()
 
     def _update(self) -> None:
@@ -390,6 +390,7 @@ class _Fit:
             self.loss_of,
             steps=WARM_STEPS,
             batch_size=self.pruner.batch_size,
+            max_pairs=WARM_PAIRS,
         )
 
     def _node_log_alpha(self) -> Float[Tensor, " source"] | None:
@@ -543,14 +544,6 @@ def rank_quantiles(scores: Float[Tensor, " edge"]) -> Float[Tensor, " edge"]:
     ranks = torch.empty_like(order)
     ranks[order] = torch.arange(len(order))
     return torch.special.ndtri((ranks.double() + 0.5) / len(order)).float()
-
-
-def is_folded(model: Any) -> bool:
-    """Whether norms' weights were folded into the model's own: zero and mean ablation then differ."""
-    return bool(
-        getattr(model, "compatibility_mode", False)
-        or str(getattr(model.cfg, "normalization_type", "")).endswith("Pre")
-    )
 
 
 def _mixed(seed: int, step: int) -> int:

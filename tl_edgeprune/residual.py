@@ -5,7 +5,9 @@
    on top of the reference stream r.
 3. Backward adds M.T @ grad into a second buffer of the same shape, in place, and a source's
    gradient is its row of that buffer once every later reader has added to it.
-4. A token passes from each operation to the next, so that autograd runs them backward in exactly
+4. The buffer is read whole only once for several layers: `read_ahead` mixes, for all destinations of
+   the next few layers, the sources that have written so far; each read then adds the few since.
+5. A token passes from each operation to the next, so that autograd runs them backward in exactly
    the reverse order.
 
 So memory is two buffers, whatever the depth. A `Stream` is the state of one forward; a second
@@ -102,19 +104,49 @@ class Stream:
         rows: Int[Tensor, " read"] | None = None,
     ) -> Float[Tensor, "destination read d_model"]:
         """What destinations with these mask rows read, at all rows or only at `rows`."""
-        unwritten = self._written[: mask.shape[1]].count(False)
+        return self._read(mask, reference, None, 0, rows)
+
+    def read_ahead(
+        self, mask: Float[Tensor, "destination source"]
+    ) -> Float[Tensor, "destination row d_model"]:
+        """The part of later destinations' reads that the sources so far make up."""
+        return self._read(mask, None, None, 0, None)
+
+    def read_rest(
+        self,
+        mask: Float[Tensor, "destination source"],
+        reference: Float[Tensor, "row d_model"],
+        ahead: Float[Tensor, "destination row d_model"],
+        first: int,
+    ) -> Float[Tensor, "destination row d_model"]:
+        """A read of which `ahead` holds the sources before `first`; `mask` is of those from there on."""
+        return self._read(mask, reference, ahead, first, None)
+
+    def _read(
+        self,
+        mask: Tensor,
+        reference: Tensor | None,
+        ahead: Tensor | None,
+        first: int,
+        rows: Tensor | None,
+    ) -> Tensor:
+        unwritten = self._written[first : first + mask.shape[1]].count(False)
         if unwritten:
             raise RuntimeError(
                 f"{unwritten} of the {mask.shape[1]} sources that a destination reads have not "
                 "written: a hook did not fire, or was removed inside the context."
             )
-        x, self._token = _Read.apply(self._token, mask, reference, self, rows)
+        x, self._token = _Read.apply(self._token, mask, reference, ahead, self, first, rows)
         return x
 
-    def close_unless_differentiable(self) -> None:
-        """After a forward that no gradient will flow through, the buffers are free at once."""
+    def close(self) -> None:
+        """End the forward: no more operations. Where no gradient will flow, the buffers are free.
+
+        The token goes: it holds the graph, whose nodes hold this stream, a cycle that nothing frees.
+        """
         if not self._token.requires_grad:
             self.release()
+        self._token = self._token.detach()
 
     def release(self) -> None:
         """Give the buffers back; a later backward through this forward raises."""
@@ -147,19 +179,13 @@ class Stream:
             self._gradients = self._new_gradients().zero_()
         return self._gradients
 
-    def add_gradients(self, mask: Tensor, grad: Tensor, rows: Tensor | None) -> None:
-        """gradients[:n] += mask.T @ grad, at `rows` where given."""
-        n = mask.shape[1]
+    def add_gradients(self, mask: Tensor, grad: Tensor, first: int, rows: Tensor | None) -> None:
+        """gradients[first : first + n] += mask.T @ grad, at `rows` where given."""
+        block = self.gradients()[first : first + mask.shape[1]]
         if rows is not None:
-            self.gradients()[:n].index_add_(1, rows, torch.einsum("ds,drm->srm", mask, grad))
-            return
-        flat = grad.reshape(grad.shape[0], -1)
-        if self._gradients is None:
-            self._gradients = self._new_gradients()
-            self._gradients[n:].zero_()
-            torch.mm(mask.T, flat, out=self._gradients[:n].view(n, -1))
+            block.index_add_(1, rows, torch.einsum("ds,drm->srm", mask, grad))
         else:
-            self._gradients[:n].view(n, -1).addmm_(mask.T, flat)
+            block.flatten(1).addmm_(mask.T, grad.reshape(grad.shape[0], -1))
 
     def _new_gradients(self) -> Tensor:
         assert self.differences is not None
@@ -232,17 +258,26 @@ class _Read(torch.autograd.Function):
         ctx: Any,
         token: Tensor,
         mask: Tensor,
-        reference: Tensor,
+        reference: Tensor | None,
+        ahead: Tensor | None,
         stream: Stream,
+        first: int,
         rows: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         stream.number(ctx)
         ctx.save_for_backward(mask)
-        ctx.rows = rows
-        block = _prefix(stream.differences, mask.shape[1], rows)  # [source, row, d_model]
-        base = reference if rows is None else reference[rows]
-        x = torch.addmm(base.reshape(1, -1), mask, block.flatten(1))
-        return x.view(mask.shape[0], *base.shape), token.clone()
+        ctx.first, ctx.rows = first, rows
+        block = _block(stream.differences, ctx, mask).flatten(1)  # [source, row*d_model]
+        if reference is None:
+            x = mask @ block
+        elif ahead is None:
+            base = reference if rows is None else reference[rows]
+            x = torch.addmm(base.reshape(1, -1), mask, block)
+        else:
+            x = (ahead + reference).flatten(1)
+            x = x.addmm_(mask, block) if mask.shape[1] else x
+        d_model = stream.differences.shape[-1]  # type: ignore[union-attr]
+        return x.view(mask.shape[0], -1, d_model), token.clone()
 
     @staticmethod
     @once_differentiable
@@ -252,14 +287,15 @@ class _Read(torch.autograd.Function):
         grad_mask = None
         if ctx.needs_input_grad[1]:
             against = differences if ctx.stream.contract is None else ctx.stream.contract
-            block = _prefix(against, mask.shape[1], ctx.rows)
-            grad_mask = grad.reshape(grad.shape[0], -1) @ block.flatten(1).T
-        ctx.stream.add_gradients(mask, grad, ctx.rows)
+            grad_mask = grad.reshape(grad.shape[0], -1) @ _block(against, ctx, mask).flatten(1).T
+        if mask.shape[1]:
+            ctx.stream.add_gradients(mask, grad, ctx.first, ctx.rows)
         ctx.stream.end_backward(ctx.operation)
-        return grad_token, grad_mask, None, None, None
+        return grad_token, grad_mask, None, grad if ctx.needs_input_grad[3] else None, None, None, None
 
 
-def _prefix(differences: Tensor | None, n: int, rows: Tensor | None) -> Tensor:
-    """The first n sources' differences, at all rows or only at `rows`."""
+def _block(differences: Tensor | None, ctx: Any, mask: Tensor) -> Tensor:
+    """The differences that `mask` weighs, at all rows or only at `ctx.rows`."""
     assert differences is not None
-    return differences[:n] if rows is None else differences[:n].index_select(1, rows)
+    block = differences[ctx.first : ctx.first + mask.shape[1]]
+    return block if ctx.rows is None else block.index_select(1, ctx.rows)

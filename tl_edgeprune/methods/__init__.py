@@ -1,1 +1,1 @@
-"""Discovery methods other than the training of masks."""
+"""Discovery methods, one file each; `registry.discover` finds them by name."""

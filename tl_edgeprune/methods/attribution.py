@@ -105,16 +105,23 @@ def path_scores(
     *,
     steps: int = 1,
     batch_size: int = 8,
+    max_pairs: int | None = None,
 ) -> Float[Tensor, " edge"]:
-    """-d loss/d mask, mean over the teacher's pairs and over the `steps` points of a path (CPU)."""
+    """-d loss/d mask, mean over the teacher's pairs and over the `steps` points of a path (CPU).
+
+    `max_pairs`: look at no more than about so many pairs.
+    """
     if steps < 1:
         raise ValueError(f"steps={steps}: a path needs at least one point.")
-    total = torch.zeros(run.graph.n_edges, device=teacher.device)
-    for batch in teacher.task.batches(batch_size):
+    total, pairs = torch.zeros(run.graph.n_edges, device=teacher.device), 0
+    for batch in teacher.task.batches(batch_size, shuffle=max_pairs is not None):
+        if max_pairs is not None and pairs >= max_pairs:
+            break
+        pairs += len(batch)
         lesson = teacher.lesson(batch)
         for mask, point in path(run, lesson):
             total -= _gradient(run, lesson, mask.to(teacher.device), point, loss_of) / steps
-    return (total / len(teacher.task)).cpu()
+    return (total / pairs).cpu()
 
 
 def _gradient(

@@ -1,0 +1,52 @@
+"""What every test shares: annotations checked at run time, one thread, no network, profiles.
+
+HYPOTHESIS_PROFILE=all runs many examples of every property, drawn anew each time; the default, ci,
+runs few and always the same.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from jaxtyping import install_import_hook
+
+install_import_hook("tl_edgeprune", "beartype.beartype")  # before anything imports the package
+
+import pytest
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(1)
+settings.register_profile("ci", max_examples=4, deadline=None, derandomize=True)
+settings.register_profile("all", max_examples=40, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture(scope="session")
+def fixtures() -> Path:
+    """The folder of fixtures: real weights, for tests only."""
+    folder = os.environ.get("TL_EDGEPRUNE_FIXTURES")
+    if not folder:
+        pytest.skip("needs TL_EDGEPRUNE_FIXTURES, a folder that holds stories260K")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def stories(fixtures: Path) -> Any:
+    """stories260K: a Llama of 260 K real parameters, as a TransformerBridge in float32."""
+    from transformer_lens.model_bridge.sources import build_bridge_from_module
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    folder = fixtures / "stories260K"
+    hf_model = LlamaForCausalLM.from_pretrained(folder, attn_implementation="eager").float().eval()
+    return build_bridge_from_module(
+        hf_model,
+        "LlamaForCausalLM",
+        hf_config=hf_model.config,
+        tokenizer=AutoTokenizer.from_pretrained(folder),
+        model_name="stories260K",
+    )
