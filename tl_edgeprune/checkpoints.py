@@ -30,7 +30,9 @@ def save(
     flat = {f"tensor/{name}": t.detach().cpu().contiguous() for name, t in tensors.items()}
     for label, optimizer in optimizers.items():
         for index, state in (optimizer.state_dict()["state"] if optimizer else {}).items():
-            flat |= {f"{label}/{index}/{key}": t.detach().cpu().contiguous() for key, t in state.items()}
+            flat |= {
+                f"{label}/{index}/{key}": t.detach().cpu().contiguous() for key, t in state.items()
+            }
     document = {"format": FORMAT, "versions": versions(), "note": note}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, to_bytes(flat, {"tl_edgeprune": json.dumps(document)}))
@@ -51,7 +53,10 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], States, dict[
         raise ValueError(f"{path} is no checkpoint, or a damaged one ({error}).") from None
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         found = document.get("format") if isinstance(document, dict) else None
-        raise ValueError(f"checkpoint {path} has format {found!r}, this version reads {FORMAT}: start the run anew.")
+        raise ValueError(
+            f"checkpoint {path} has format {found!r}, this version reads {FORMAT}: start the "
+            f"run anew."
+        )
     tensors = {n.removeprefix("tensor/"): t for n, t in flat.items() if n.startswith("tensor/")}
     states: States = {}
     for name, tensor in flat.items():

@@ -47,7 +47,9 @@ class Circuit:
 
     @classmethod
     def from_edges(cls, graph: EdgeGraph, edges: Iterable[str], **metadata: Any) -> Circuit:
-        """The circuit of these edges. Raises KeyError for an unknown name, with the nearest ones."""
+        """The circuit of these edges. Raises KeyError for an unknown name, with the nearest
+        ones.
+        """
         mask = torch.zeros(graph.n_edges, dtype=torch.bool)
         mask[[graph.index(edge) for edge in edges]] = True
         return cls(graph, mask, metadata)
@@ -179,28 +181,38 @@ class Circuit:
         try:
             document = json.loads(Path(path).read_text(encoding="utf-8"))
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is no circuit file: it is not valid JSON ({error}).") from None
+            raise ValueError(
+                f"{path} is no circuit file: it is not valid JSON ({error})."
+            ) from None
         if not isinstance(document, dict) or document.get("kind") != "tl_edgeprune circuit":
             raise ValueError(f"{path} is no circuit file: expected one written by Circuit.save.")
         if document.get("format") != FORMAT:
             raise ValueError(
-                f"{path} has format {document.get('format')!r}, this version reads {FORMAT}: save it again "
+                f"{path} has format {document.get('format')!r}, this version reads {FORMAT}: "
+                f"save it again "
                 "with the version that wrote it, or find the circuit anew."
             )
         try:
             graph = EdgeGraph.from_dict(document["graph"])
-            circuit = cls.from_edges(graph, document["edges"], **document["metadata"])
-        except (KeyError, TypeError) as error:
+            mask = cls.from_edges(graph, document["edges"]).mask
+            circuit = cls(graph, mask, dict(document["metadata"]))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{path} is damaged: {error}.") from None
         if circuit.n_edges != document.get("n_edges"):
-            raise ValueError(f"{path} is damaged: it says {document.get('n_edges')} edges and lists {circuit.n_edges}.")
+            raise ValueError(
+                f"{path} is damaged: it says {document.get('n_edges')} edges and lists "
+                f"{circuit.n_edges}."
+            )
         return circuit
 
 
 def check_budget(n_edges: int, graph: EdgeGraph) -> None:
     """Raise ValueError unless 1 <= n_edges <= graph.n_edges."""
     if isinstance(n_edges, bool) or int(n_edges) != n_edges or not 1 <= n_edges <= graph.n_edges:
-        raise ValueError(f"n_edges={n_edges}: expected a whole number from 1 to {graph.n_edges}, the graph's edges.")
+        raise ValueError(
+            f"n_edges={n_edges}: expected a whole number from 1 to {graph.n_edges}, the "
+            f"graph's edges."
+        )
 
 
 def versions() -> dict[str, str]:

@@ -52,7 +52,9 @@ def _demo(options: argparse.Namespace) -> int:
     model = models.load("smollm2-135m")
     task = load_task(options.task, model, PAIRS, options.seed)
     held_out, train = task.split(HELD_OUT, options.seed)
-    print(f"Task {task.name}: {len(train)} pairs to train on, {len(held_out)} held out.", flush=True)
+    print(
+        f"Task {task.name}: {len(train)} pairs to train on, {len(held_out)} held out.", flush=True
+    )
     result = EdgePruner(options.n_edges, seed=options.seed, **_steps(options)).fit(model, train)
     print("Scoring every edge by EAP, for comparison …", flush=True)
     rival = eap(model, train[:32]).top(options.n_edges)
@@ -104,8 +106,8 @@ def _print_summary(
         f"on {len(held_out)} pairs that it was not trained on:\n"
     )
     print(f"{'':24}{'Edge Pruning':>14}{'EAP':>10}{'full model':>13}")
-    for name, mine, theirs, full in _rows(ours, rival):
-        print(f"{name:24}{mine:>14}{theirs:>10}{full:>13}")
+    for row in _rows(ours, rival):
+        print("{:24}{:>14}{:>10}{:>13}".format(*row))
     if len(groups) > 1:
         print(f"\n{'KL by template':34}{'Edge Pruning':>14}{'EAP':>10}{'pairs':>8}")
         for group, (mine, theirs) in groups.items():
@@ -117,12 +119,26 @@ def _print_summary(
 def _rows(ours: Evaluation, rival: Evaluation) -> list[tuple[str, str, str, str]]:
     rows = [
         ("KL to the full model", f"{ours.kl:.3f}", f"{rival.kl:.3f}", "0"),
-        ("exact match", f"{100 * ours.exact_match:.1f} %", f"{100 * rival.exact_match:.1f} %", "100 %"),
+        (
+            "exact match",
+            f"{100 * ours.exact_match:.1f} %",
+            f"{100 * rival.exact_match:.1f} %",
+            "100 %",
+        ),
         ("edges alive", f"{ours.n_alive:,}", f"{rival.n_alive:,}", f"{ours.n_edges_full:,}"),
     ]
     if ours.logit_diff is not None and rival.logit_diff is not None:
         full = f"{ours.logit_diff_full:.2f}"
-        rows.insert(1, ("logit difference", f"{ours.logit_diff:.2f}", f"{rival.logit_diff:.2f}", full))
+        rows.insert(
+            1, ("logit difference", f"{ours.logit_diff:.2f}", f"{rival.logit_diff:.2f}", full)
+        )
     if ours.accuracy is not None and rival.accuracy is not None:
-        rows.append(("answer over distractor", f"{100 * ours.accuracy:.1f} %", f"{100 * rival.accuracy:.1f} %", ""))
+        rows.append(
+            (
+                "answer over distractor",
+                f"{100 * ours.accuracy:.1f} %",
+                f"{100 * rival.accuracy:.1f} %",
+                "",
+            )
+        )
     return rows

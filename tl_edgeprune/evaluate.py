@@ -27,7 +27,8 @@ class Evaluation:
     """A circuit's figures on a task.
 
     kl: KL(full model || circuit), nats, mean over read positions. mse: mean squared difference of
-    the outputs. logit_diff: of the circuit; logit_diff_full, logit_diff_empty: of the full model and
+    the outputs. logit_diff: of the circuit; logit_diff_full, logit_diff_empty: of the full model
+    and
     of the circuit without edges. recovered: logit_diff / logit_diff_full. exact_match: share of
     pairs whose top tokens are the full model's at every read position. accuracy: share whose answer
     has a higher logit than the distractor (or, without one, is the top token). faithfulness:
@@ -53,10 +54,14 @@ class Evaluation:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def __str__(self) -> str:
-        lines = [f"edges kept      {self.n_edges:,} of {self.n_edges_full:,} ({self.n_alive:,} alive)"]
+        lines = [
+            f"edges kept      {self.n_edges:,} of {self.n_edges_full:,} ({self.n_alive:,} alive)"
+        ]
         lines.append(f"KL              {self.kl:.3f}")
         if self.logit_diff is not None:
-            lines.append(f"logit diff      {self.logit_diff:.2f} (full model {self.logit_diff_full:.2f})")
+            lines.append(
+                f"logit diff      {self.logit_diff:.2f} (full model {self.logit_diff_full:.2f})"
+            )
         lines.append(f"exact match     {100 * self.exact_match:.1f} %")
         if self.accuracy is not None:
             lines.append(f"accuracy        {100 * self.accuracy:.1f} %")
@@ -108,7 +113,10 @@ def evaluate_all(
             full.add(lesson.full, lesson, task)
             for mask, total in zip(masks, sums, strict=True):
                 logits = run(
-                    lesson.batch.clean, mask.to(teacher.device), lesson.reference, lesson.batch.positions
+                    lesson.batch.clean,
+                    mask.to(teacher.device),
+                    lesson.reference,
+                    lesson.batch.positions,
                 )
                 total.add(logits, lesson, task)
     nothing = sums[0].means()
@@ -132,19 +140,24 @@ def evaluate_groups(
 
 
 def check_circuit(model: Any, circuit: Circuit) -> None:
-    """Raise ValueError unless the circuit's graph, and where it matters its weights, are the model's."""
+    """Raise ValueError unless the circuit's graph, and where it matters its weights, are the
+    model's.
+    """
     graph = circuit.graph
     actual = EdgeGraph.from_model(
         model, split_qkv=graph.split_qkv, split_embeddings=graph.split_embeddings
     )
     if graph != actual:
-        raise ValueError(f"the circuit is for another model: its graph is {graph}, this model's is {actual}.")
+        raise ValueError(
+            f"the circuit is for another model: its graph is {graph}, this model's is {actual}."
+        )
     folded = circuit.metadata.get("folded")
     kind = circuit.metadata.get("ablation", "counterfactual")
     if folded is not None and kind != "counterfactual" and folded != is_folded(model):
         raise ValueError(
             f"the circuit was found under {kind} ablation on a model with "
-            f"{'folded' if folded else 'unfolded'} norm weights, and this model's are not so: what an "
+            f"{'folded' if folded else 'unfolded'} norm weights, and this model's are not so: "
+            f"what an "
             "ablated source leaves differs between the two. Load the model as it was then."
         )
 

@@ -6,7 +6,8 @@
    the graph is a list of reads: dense blocks [destination, source] laid end to end in one flat
    vector of `n_edges`. Every mask and every score in the package is such a vector.
 
-Edge Pruning, Bhaskar et al. 2024, section 3; the names are those of EAP-IG and of the MIB benchmark.
+Edge Pruning, Bhaskar et al. 2024, section 3; the names are those of EAP-IG and of the MIB
+benchmark.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from typing import Any, Literal, NamedTuple
 
 
 class Read(NamedTuple):
-    """One dense block of edges: `n_destinations` destinations that read the same prefix of sources."""
+    """One dense block of edges: `n_destinations` destinations that read the same prefix of
+    sources.
+    """
 
     kind: Literal["attention", "mlp", "logits"]
     layer: int
@@ -60,7 +63,8 @@ class EdgeGraph:
             )
         if not self.split_qkv and self.grouped:
             raise ValueError(
-                f"split_qkv=False needs a key and a value per head, but this model's {self.n_heads} "
+                f"split_qkv=False needs a key and a value per head, but this model's "
+                f"{self.n_heads} "
                 f"heads share {self.n_kv_heads} of each (grouped-query attention): a head's one "
                 "input would decide other heads' keys. Use split_qkv=True."
             )
@@ -115,7 +119,9 @@ class EdgeGraph:
         reads: list[Read] = []
         destination = edge = 0
 
-        def add(kind: Literal["attention", "mlp", "logits"], layer: int, rows: int, sources: int) -> None:
+        def add(
+            kind: Literal["attention", "mlp", "logits"], layer: int, rows: int, sources: int
+        ) -> None:
             nonlocal destination, edge
             reads.append(Read(kind, layer, destination, rows, sources, edge))
             destination += rows
@@ -155,7 +161,9 @@ class EdgeGraph:
         heads = [f"a{layer}.h{head}" for head in range(self.n_heads)]
         if not self.split_qkv:
             return heads
-        shared = [f"a{layer}.kv{group}" for group in range(self.n_kv_heads)] if self.grouped else heads
+        shared = (
+            [f"a{layer}.kv{group}" for group in range(self.n_kv_heads)] if self.grouped else heads
+        )
         return (
             [f"{head}<q>" for head in heads]
             + [f"{name}<k>" for name in shared]
@@ -194,14 +202,21 @@ class EdgeGraph:
     def _unknown_edge(self, name: str) -> str:
         source, arrow, destination = name.partition("->")
         if not arrow:
-            return f"{name!r} is no edge: an edge is written 'source->destination', as {self.edges[0]!r}."
+            first = self.edges[0]
+            return f"{name!r} is no edge: one is written 'source->destination', as {first!r}."
         sources = _nearest(source, self.sources)
         destinations = _nearest(destination, self.destinations)
-        near = [f"{s}->{d}" for s in sources for d in destinations if f"{s}->{d}" in self._index][:4]
+        near = [f"{s}->{d}" for s in sources for d in destinations if f"{s}->{d}" in self._index][
+            :4
+        ]
         if source in self.sources and destination in self.destinations:
             reason = f"{destination} comes before {source} writes"
         else:
-            missing = [n for n, known in ((source, self.sources), (destination, self.destinations)) if n not in known]
+            missing = [
+                n
+                for n, known in ((source, self.sources), (destination, self.destinations))
+                if n not in known
+            ]
             reason = f"this graph has no {' and no '.join(missing)}"
         return f"unknown edge {name!r}: {reason}. Nearest: {', '.join(near) or 'none'}."
 

@@ -22,6 +22,15 @@ from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.norms import Norm, identity, inverse_rms, norm_function, weight_is_offset
 
 Hook = tuple[str, Callable[..., Tensor | None]]
+# Points of a block that lie on the model's own residual stream or before its projections: what
+# hooks do there goes unread under masks.
+LOST = (
+    *("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_in", "hook_out"),
+    *("hook_attn_in", "hook_q_input", "hook_k_input", "hook_v_input", "hook_attn_out"),
+    *("ln1.hook_in", "ln1.hook_scale", "ln1.hook_normalized", "ln1.hook_out", "hook_mlp_in"),
+    *("attn.hook_in", "attn.q.hook_in", "attn.k.hook_in", "attn.v.hook_in"),
+    *("attn.hook_result", "attn.o.hook_out"),
+)
 
 
 @dataclass(frozen=True)
@@ -38,21 +47,25 @@ class PostNorm:
 
 @dataclass(frozen=True)
 class AttentionSite:
-    """One layer's attention. Weights: q, k, v as [head, d_model, d_head], output [head, d_head, d_model]."""
+    """One layer's attention. Weights: q, k, v as [head, d_model, d_head], output [head, d_head,
+    d_model].
+    """
 
     q: str
     k: str
     v: str
     z: str
     norm: Norm
-    weights: tuple[Tensor, Tensor, Tensor]
-    biases: tuple[Tensor | None, Tensor | None, Tensor | None]
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor | None, ...]
     output: Float[Tensor, "head d_head d_model"]
     output_bias: Float[Tensor, " d_model"] | None
     post: PostNorm | None
 
     def scaled(self, z: Float[Tensor, "row head d_head"]) -> Float[Tensor, "row head d_head"]:
-        """z, times the post-norm's scale where there is one: heads' outputs are then linear in it."""
+        """z, times the post-norm's scale where there is one: heads' outputs are then linear in
+        it.
+        """
         if self.post is None:
             return z
         summed = z.flatten(1) @ self.output.flatten(0, 1)
@@ -65,7 +78,9 @@ class AttentionSite:
 
 @dataclass(frozen=True)
 class MlpSite:
-    """One layer's MLP: where it reads, the norm that we must apply there (if any), where it writes."""
+    """One layer's MLP: where it reads, the norm that we must apply there (if any), where it
+    writes.
+    """
 
     read: str
     norm: Norm
@@ -108,12 +123,7 @@ class Sites:
         names = {self.embed, self.final, self.cut}
         names |= {name for site in self.attention for name in (site.q, site.k, site.v, site.z)}
         names |= {name for site in self.mlp for name in (site.read, site.write)}
-        lost = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out")
-        lost += ("hook_attn_in", "hook_q_input", "hook_k_input", "hook_v_input", "hook_mlp_in")
-        lost += ("hook_in", "hook_out", "attn.hook_in", "attn.hook_result", "attn.o.hook_out")
-        lost += tuple(f"attn.{part}.hook_in" for part in "qkv")
-        lost += tuple(f"ln1.{hook}" for hook in ("hook_in", "hook_scale", "hook_normalized", "hook_out"))
-        names |= {f"{block}.{name}" for block in self.blocks for name in lost}
+        names |= {f"{block}.{name}" for block in self.blocks for name in LOST}
         return [name for name in model.hook_dict if name in names and name != self.embed]
 
 
@@ -152,7 +162,7 @@ def find_sites(model: Any) -> Sites:
 
 
 def model_kind(model: Any) -> str:
-    """"hooked" or "bridge". Raises TypeError for anything else."""
+    """ "hooked" or "bridge". Raises TypeError for anything else."""
     names = {cls.__name__ for cls in type(model).__mro__}
     if "HookedTransformer" in names:
         return "hooked"
@@ -165,7 +175,9 @@ def model_kind(model: Any) -> str:
 
 
 def is_folded(model: Any) -> bool:
-    """Whether norms' weights were folded into the model's own: zero and mean ablation then differ."""
+    """Whether norms' weights were folded into the model's own: zero and mean ablation then
+    differ.
+    """
     return bool(
         getattr(model, "compatibility_mode", False)
         or str(getattr(model.cfg, "normalization_type", "")).endswith("Pre")
@@ -176,10 +188,13 @@ def _refuse_unsupported(model: Any) -> None:
     cfg = model.cfg
     name = getattr(cfg, "model_name", type(model).__name__)
     if getattr(cfg, "is_encoder_decoder", False) or not hasattr(model, "blocks"):
-        raise NotImplementedError(f"{name}: not a decoder-only transformer, so it has no such graph.")
+        raise NotImplementedError(
+            f"{name}: not a decoder-only transformer, so it has no such graph."
+        )
     if getattr(cfg, "gated_q_proj", False):
         raise NotImplementedError(
-            f"{name}: gated query projections (its queries carry an output gate) are not supported: "
+            f"{name}: gated query projections (its queries carry an output gate) are not "
+            f"supported: "
             "the gate reads the query's input but is no part of the query."
         )
     for layer, block in enumerate(model.blocks):
@@ -189,13 +204,16 @@ def _refuse_unsupported(model: Any) -> None:
             raise NotImplementedError(f"{name}: block {layer} has no attention (a hybrid model).")
         if "MLA" in label or "Latent" in label or "MlaAttention" in label:
             raise NotImplementedError(
-                f"{name}: multi-head latent attention ({label}) is not supported: its keys and values "
+                f"{name}: multi-head latent attention ({label}) is not supported: its keys and "
+                f"values "
                 "come from a shared compression, so they have no input of their own to mask."
             )
         if "gate" in getattr(attention, "_modules", {}):
             raise NotImplementedError(f"{name}: gated attention ({label}) is not supported.")
     if getattr(cfg, "n_devices", 1) > 1:
-        raise NotImplementedError(f"{name}: models spread over {cfg.n_devices} devices are not supported.")
+        raise NotImplementedError(
+            f"{name}: models spread over {cfg.n_devices} devices are not supported."
+        )
     if getattr(cfg, "positional_embedding_type", None) == "shortformer":
         raise NotImplementedError(f"{name}: shortformer position embeddings are not supported.")
     if getattr(cfg, "load_in_4bit", False):
@@ -205,7 +223,9 @@ def _refuse_unsupported(model: Any) -> None:
 def _check_one_shape(sites: Sites) -> None:
     shapes = {tuple(tuple(w.shape) for w in site.weights) for site in sites.attention}
     if len(shapes) > 1:
-        raise NotImplementedError(f"layers of different attention shapes are not supported: {sorted(shapes)}")
+        raise NotImplementedError(
+            f"layers of different attention shapes are not supported: {sorted(shapes)}"
+        )
 
 
 def _attention_site(model: Any, layer: int, norm: Norm, post: PostNorm | None) -> AttentionSite:
@@ -215,8 +235,8 @@ def _attention_site(model: Any, layer: int, norm: Norm, post: PostNorm | None) -
         # HookedTransformer's W_K repeats grouped keys; _W_K holds the group's own.
         weights = (
             attention.W_Q,
-            getattr(attention, "_W_K", None) if hasattr(attention, "_W_K") else attention.W_K,
-            getattr(attention, "_W_V", None) if hasattr(attention, "_W_V") else attention.W_V,
+            attention._W_K if hasattr(attention, "_W_K") else attention.W_K,
+            attention._W_V if hasattr(attention, "_W_V") else attention.W_V,
         )
         biases = (
             attention.b_Q,
@@ -226,17 +246,21 @@ def _attention_site(model: Any, layer: int, norm: Norm, post: PostNorm | None) -
         output, output_bias = attention.W_O, attention.b_O
     except (AttributeError, TypeError, ValueError) as error:
         raise NotImplementedError(
-            f"{prefix} ({type(attention).__name__}): its query, key, value and output weights cannot "
+            f"{prefix} ({type(attention).__name__}): its query, key, value and output weights "
+            f"cannot "
             f"be read per head ({error}), so its inputs cannot be masked."
         ) from error
     missing = [h for h in "qkvz" if f"{prefix}.hook_{h}" not in model.hook_dict]
     if missing:
-        raise NotImplementedError(f"{prefix} ({type(attention).__name__}) has no hook_{missing[0]}.")
+        raise NotImplementedError(
+            f"{prefix} ({type(attention).__name__}) has no hook_{missing[0]}."
+        )
     if post is not None and output_bias is not None and bool(output_bias.any()):
         raise NotImplementedError(f"{prefix}: an output bias under a norm belongs to no head.")
     if output.shape[0] * output.shape[1] != _output_width(attention, output):
         raise NotImplementedError(
-            f"{prefix}: {output.shape[0]} heads of {output.shape[1]} do not make up its output weight's "
+            f"{prefix}: {output.shape[0]} heads of {output.shape[1]} do not make up its output "
+            f"weight's "
             "width: the configuration's head size is wrong for this model."
         )
     return AttentionSite(
@@ -245,8 +269,8 @@ def _attention_site(model: Any, layer: int, norm: Norm, post: PostNorm | None) -
         v=f"{prefix}.hook_v",
         z=f"{prefix}.hook_z",
         norm=norm,
-        weights=tuple(w.detach() for w in weights),  # type: ignore[arg-type]
-        biases=tuple(None if b is None else b.detach() for b in biases),  # type: ignore[arg-type]
+        weights=tuple(w.detach() for w in weights),
+        biases=tuple(None if b is None else b.detach() for b in biases),
         output=output.detach(),
         output_bias=None if output_bias is None else output_bias.detach(),
         post=post,
@@ -264,9 +288,11 @@ def _post_norm(module: Any) -> PostNorm:
     """The parameters of a root-mean-square norm over attention's output."""
     original = getattr(module, "original_component", None) or module
     if "RMS" not in type(original).__name__:
-        raise NotImplementedError(f"{type(original).__name__} after attention: only RMS norms are supported.")
+        raise NotImplementedError(
+            f"{type(original).__name__} after attention: only RMS norms are supported."
+        )
     gain = module.weight if hasattr(module, "weight") else module.w
-    eps = getattr(original, "variance_epsilon", getattr(original, "eps", None))
+    eps = original.variance_epsilon if hasattr(original, "variance_epsilon") else original.eps
     offset = original is not module and weight_is_offset(module)
     return PostNorm(gain=(gain + 1.0 if offset else gain).detach(), eps=float(eps))
 
@@ -300,7 +326,9 @@ def _bridge_attention(model: Any, layer: int) -> AttentionSite:
     after = block.hook_aliases.get("hook_attn_out", "").partition(".")[0]
     post = _post_norm(modules[after]) if after.startswith("ln") else None
     before = "ln1" in modules and after != "ln1"
-    return _attention_site(model, layer, norm_function(modules["ln1"]) if before else identity, post)
+    return _attention_site(
+        model, layer, norm_function(modules["ln1"]) if before else identity, post
+    )
 
 
 def _bridge_mlp(model: Any, layer: int) -> MlpSite:
@@ -320,14 +348,16 @@ def refuse_conflicts(model: Any, sites: Sites) -> None:
     """Raise ValueError where the user's hooks or flags would be overruled without a word."""
     if getattr(model.cfg, "use_attn_in", False):
         raise ValueError(
-            "use_attn_in is on: it feeds queries, keys and values from one shared input, which edge "
+            "use_attn_in is on: it feeds queries, keys and values from one shared input, which "
+            "edge "
             "masks split. Call model.set_use_attn_in(False) first."
         )
     points = model.hook_dict
     taken = [name for name in sites.overwritten(model) if _users_hooks(points[name])]
     if taken:
         raise ValueError(
-            f"hooks of your own on {', '.join(taken[:4])}{' …' if len(taken) > 4 else ''}: edge masks "
+            f"hooks of your own on {', '.join(taken[:4])}{' …' if len(taken) > 4 else ''}: "
+            f"edge masks "
             "overwrite what flows there, so those hooks would be lost. Remove them first "
             "(model.reset_hooks(including_permanent=True) removes all)."
         )

@@ -1,12 +1,15 @@
 """A model with masked edges, by hooks on the model that the user already has.
 
-1. Each source's output is written into the split residual stream as its difference from a reference.
-2. Each destination reads its own mix of differences. Attention's reads are normalised, projected and
+1. Each source's output is written into the split residual stream as its difference from a
+   reference.
+2. Each destination reads its own mix of differences. Attention's reads are normalised, projected
+   and
    handed to the model at `hook_q`, `hook_k`, `hook_v`; an MLP's read at `hook_mlp_in`; the logits'
    read at the last residual stream.
 3. The model computes everything in between itself. Its own residual stream flows on, unread.
 
-`masked` is the drop-in context; `MaskedModel` is what it is made of, for loops that change the mask,
+`masked` is the drop-in context; `MaskedModel` is what it is made of, for loops that change the
+mask,
 the reference and the positions from one forward to the next.
 """
 
@@ -25,7 +28,7 @@ from torch.autograd.function import once_differentiable
 
 from tl_edgeprune import ablation as ablations
 from tl_edgeprune.ablation import Reference
-from tl_edgeprune.graph import EdgeGraph, Read
+from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.hooks import (
     AttentionSite,
     Hook,
@@ -38,7 +41,8 @@ from tl_edgeprune.hooks import (
 )
 from tl_edgeprune.residual import BufferPool, Stream
 
-# Reads that share one pass over the buffer: those of four blocks with an MLP. More would save little
+# Reads that share one pass over the buffer: those of four blocks with an MLP. More would save
+# little
 # (the passes that are left are few) and cost memory (their mixes wait until they are read).
 READS_AHEAD = 8
 GENERATORS = ("generate", "generate_stream", "hf_generate", "diffusion_generate")
@@ -77,7 +81,8 @@ def masked(
 
     Yields the model. Weights are frozen inside; hooks, flags, gradients and mode are on leaving as
     they were. Raises ValueError for a mask of another length or kind, for tokens of another shape
-    than `corrupted`, for KV caches, padding masks, active dropout, `generate`, and for hooks of your
+    than `corrupted`, for KV caches, padding masks, active dropout, `generate`, and for hooks of
+    your
     own where the mask would overrule them; NotImplementedError for a model that does not split.
 
     Bhaskar et al. 2024, equations 1 to 3; x_i = r_i + sum_j z_ij (y_j - ref_j).
@@ -102,22 +107,30 @@ def _wanted_graph(model: Any, circuit_or_mask: Any, graph: EdgeGraph | None) -> 
         model, split_qkv=wanted.split_qkv, split_embeddings=wanted.split_embeddings
     )
     if wanted != actual:
-        raise ValueError(f"the circuit or mask is for another model: its graph is {wanted}, this model's {actual}.")
+        raise ValueError(
+            f"the circuit or mask is for another model: its graph is {wanted}, this model's "
+            f"{actual}."
+        )
     return actual
 
 
 def _mask_of(circuit_or_mask: Any) -> Tensor:
     mask = getattr(circuit_or_mask, "mask", circuit_or_mask)
     if not isinstance(mask, Tensor):
-        raise TypeError(f"expected a Circuit or a mask tensor [n_edges], got {type(mask).__name__}.")
+        raise TypeError(
+            f"expected a Circuit or a mask tensor [n_edges], got {type(mask).__name__}."
+        )
     return mask
 
 
 def check_mask(mask: Shaped[Tensor, "..."], graph: EdgeGraph) -> None:
-    """Raise ValueError unless `mask` is a float or bool vector over the graph's edges without NaN."""
+    """Raise ValueError unless `mask` is a float or bool vector over the graph's edges without
+    NaN.
+    """
     if mask.shape != (graph.n_edges,):
         raise ValueError(
-            f"the mask has shape {tuple(mask.shape)}, expected ({graph.n_edges},): one value for each "
+            f"the mask has shape {tuple(mask.shape)}, expected ({graph.n_edges},): one value "
+            f"for each "
             f"edge of {graph}, in the order of graph.edges."
         )
     if not (mask.is_floating_point() or mask.dtype == torch.bool):
@@ -130,16 +143,21 @@ def _ablation_kind(kind: str | None, corrupted: Tensor | None, prompts: Any) -> 
     if kind is None:
         kind = "counterfactual"
     if kind not in ablations.ABLATIONS:
-        raise ValueError(f"unknown ablation {kind!r}: expected one of {', '.join(ablations.ABLATIONS)}.")
+        raise ValueError(
+            f"unknown ablation {kind!r}: expected one of {', '.join(ablations.ABLATIONS)}."
+        )
     if kind == "counterfactual" and corrupted is None:
         raise ValueError(
-            "counterfactual ablation needs corrupted=…, tokens [batch, pos] of the same shape as the "
+            "counterfactual ablation needs corrupted=…, tokens [batch, pos] of the same shape "
+            "as the "
             "clean ones; or give ablation='zero', 'mean' or 'mean-positional'."
         )
     if kind != "counterfactual" and corrupted is not None:
         raise ValueError(f"corrupted=… belongs to counterfactual ablation, but ablation={kind!r}.")
     if kind.startswith("mean") and prompts is None:
-        raise ValueError(f"ablation={kind!r} needs prompts=…, token prompts to take the means over.")
+        raise ValueError(
+            f"ablation={kind!r} needs prompts=…, token prompts to take the means over."
+        )
     return kind
 
 
@@ -203,7 +221,9 @@ class MaskedModel:
         positions: Int[Tensor, "batch read"] | None = None,
         path: InputPath | None = None,
     ) -> Float[Tensor, "batch read d_vocab"]:
-        """Logits under a mask, at `positions` or everywhere, from the clean input or one on a path."""
+        """Logits under a mask, at `positions` or everywhere, from the clean input or one on a
+        path.
+        """
         before = self._inputs
         self._inputs = _Inputs(mask, reference, positions, path)
         try:
@@ -288,8 +308,8 @@ class MaskedModel:
         inputs = self._inputs
         if inputs is None:
             return self._model_forward(*args, **kwargs)
-        tokens = args[0] if args else kwargs.get("input", kwargs.get("input_ids"))
-        self._check_call(tokens, kwargs)
+        given = args[0] if args else kwargs.get("input", kwargs.get("input_ids"))
+        tokens = self._checked_call(given, kwargs)
         check_mask(inputs.mask, self.graph)
         self._forward = _Forward(self, inputs, tokens)
         try:
@@ -302,13 +322,18 @@ class MaskedModel:
         finally:
             self._forward = None
 
-    def _check_call(self, tokens: Any, kwargs: dict[str, Any]) -> None:
+    def _checked_call(self, tokens: Any, kwargs: dict[str, Any]) -> Int[Tensor, "batch pos"]:
         if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.is_floating_point():
             given = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
-            raise ValueError(f"expected tokens [batch, pos] inside masked, got {given}: use model.to_tokens first.")
+            raise ValueError(
+                f"expected tokens [batch, pos] inside masked, got {given}: use model.to_tokens "
+                f"first."
+            )
         for name, label in REFUSED_ARGUMENTS.items():
             if kwargs.get(name) is not None:
-                raise ValueError(f"{label} is not supported inside masked: run whole prompts, from tokens.")
+                raise ValueError(
+                    f"{label} is not supported inside masked: run whole prompts, from tokens."
+                )
         if kwargs.get("use_cache"):
             raise ValueError("a KV cache is not supported inside masked: run with use_cache=False.")
         padding = kwargs.get("attention_mask")
@@ -320,9 +345,11 @@ class MaskedModel:
         active = [type(module).__name__ for module in self._dropouts if module.training]
         if active:
             raise ValueError(
-                f"dropout is active ({active[0]}, training mode): masked runs would differ from one "
+                f"dropout is active ({active[0]}, training mode): masked runs would differ "
+                f"from one "
                 "another. Call model.eval() first."
             )
+        return tokens
 
     def _check_padding(self, tokens: Tensor) -> None:
         # HookedTransformer masks left padding by itself, where its tokenizer pads on the left.
@@ -331,7 +358,9 @@ class MaskedModel:
             return
         pad = getattr(tokenizer, "pad_token_id", None)
         if pad is not None and bool((tokens[:, :2] == pad).all(1).any()):
-            raise ValueError("tokens start with padding: give prompts of one length a batch, unpadded.")
+            raise ValueError(
+                "tokens start with padding: give prompts of one length a batch, unpadded."
+            )
 
     def _hooks(self) -> list[Hook]:
         def at(method: str, *place: Any) -> Callable[..., Tensor | None]:
@@ -345,7 +374,10 @@ class MaskedModel:
         hooks = [(sites.embed, at("embed"))] if self.graph.split_embeddings else []
         for layer, site in enumerate(sites.attention):
             hooks.append((f"{sites.blocks[layer]}.hook_resid_pre", at("enter_block", layer)))
-            hooks += [(name, at("projected", layer, part)) for part, name in enumerate((site.q, site.k, site.v))]
+            hooks += [
+                (name, at("projected", layer, part))
+                for part, name in enumerate((site.q, site.k, site.v))
+            ]
             hooks.append((site.z, at("heads", layer)))
         for layer, mlp in enumerate(sites.mlp):
             hooks += [(mlp.read, at("mlp_in", layer)), (mlp.write, at("mlp_out", layer))]
@@ -369,12 +401,16 @@ class _Forward:
         self.blocks = [
             part.view(read.n_destinations, read.n_sources)
             for part, read in zip(
-                inputs.mask.to(dtype).split([r.n_destinations * r.n_sources for r in self.graph.reads]),
+                inputs.mask.to(dtype).split(
+                    [r.n_destinations * r.n_sources for r in self.graph.reads]
+                ),
                 self.graph.reads,
                 strict=True,
             )
         ]
-        self.read_of = {(read.kind, read.layer): place for place, read in enumerate(self.graph.reads)}
+        self.read_of: dict[tuple[str, int], int] = {
+            (read.kind, read.layer): place for place, read in enumerate(self.graph.reads)
+        }
         self.ahead: dict[int, Tensor] = {}
         self.embedding: Tensor | None = None
         self.stream: Stream | None = None
@@ -401,8 +437,9 @@ class _Forward:
         """At hook_z: the heads write. The model goes on with a copy that no gradient follows."""
         site = self.sites.attention[layer]
         rows = site.scaled(z.reshape(-1, *z.shape[2:])) - self.reference.z[layer].flatten(0, 1)
-        shared = self.reference.bias_in_heads and site.output_bias is not None
-        bias = site.output_bias / site.output.shape[0] if shared else None
+        bias = None
+        if self.reference.bias_in_heads and site.output_bias is not None:
+            bias = site.output_bias / site.output.shape[0]
         self._stream.write_heads(
             self.graph.first_head(layer), rows.transpose(0, 1), site.output, site.gain, bias
         )
@@ -413,19 +450,25 @@ class _Forward:
         return self.sites.mlp[layer].norm(x).view(tensor.shape)
 
     def mlp_out(self, y: Tensor, layer: int) -> Tensor:
-        self._stream.write(self.graph.mlp_source(layer), (y - self.reference.mlp[layer]).flatten(0, 1))
+        self._stream.write(
+            self.graph.mlp_source(layer), (y - self.reference.mlp[layer]).flatten(0, 1)
+        )
         return y.detach()
 
     def logits_in(self, resid: Tensor) -> Tensor:
         """At the last residual stream: what the logits read, at the read positions only."""
         if self.positions is None:
             return self._read("logits", self.graph.n_layers)[0].view(resid.shape)
-        rows = (self.positions + torch.arange(self.batch, device=resid.device)[:, None] * self.pos).flatten()
+        rows = (
+            self.positions + torch.arange(self.batch, device=resid.device)[:, None] * self.pos
+        ).flatten()
         x = self._read("logits", self.graph.n_layers, rows)[0]  # [batch*read, d_model]
         if self.sites.cut is None:
             return x.view(self.batch, -1, x.shape[-1])
         # The Bridge must see the input's length until after its last norm; `cut` undoes this.
-        return x.new_zeros(self.batch * self.pos, x.shape[-1]).index_copy(0, rows, x).view(resid.shape)
+        return (
+            x.new_zeros(self.batch * self.pos, x.shape[-1]).index_copy(0, rows, x).view(resid.shape)
+        )
 
     def cut(self, normalised: Tensor) -> Tensor | None:
         if self.positions is None:
@@ -437,14 +480,18 @@ class _Forward:
         """After the forward: every destination has read, and the logits are those asked for."""
         if self.reads != len(self.graph.reads):
             raise RuntimeError(
-                f"{self.reads} of {len(self.graph.reads)} reads happened in this forward: a hook point "
+                f"{self.reads} of {len(self.graph.reads)} reads happened in this forward: a "
+                f"hook point "
                 "did not fire, or its hook was removed inside the context (model.reset_hooks?)."
             )
         logits = getattr(output, "logits", output)
         if isinstance(logits, Tensor) and logits.dim() == 3:
             expected = (self.batch, self.pos if self.positions is None else self.positions.shape[1])
             if logits.shape[:2] != expected:
-                raise RuntimeError(f"the model gave logits of shape {tuple(logits.shape)}, expected {expected} first.")
+                raise RuntimeError(
+                    f"the model gave logits of shape {tuple(logits.shape)}, expected "
+                    f"{expected} first."
+                )
         if keep is not None:
             assert self._stream.differences is not None
             keep.append(self._stream.differences.clone())
@@ -463,11 +510,15 @@ class _Forward:
 
     def _write_inputs(self, resid: Tensor) -> None:
         if resid.shape[:2] != (self.batch, self.pos):
-            raise RuntimeError(f"block 0 got shape {tuple(resid.shape)} for tokens [{self.batch}, {self.pos}].")
+            raise RuntimeError(
+                f"block 0 got shape {tuple(resid.shape)} for tokens [{self.batch}, {self.pos}]."
+            )
         contract, share = (self.path.contract, self.path.share) if self.path else (None, 1.0)
         self.stream = Stream(self.graph.n_sources, resid.flatten(0, 1), self.pool, contract)
         inputs = ablations.split_inputs(self.graph, resid, self.embedding)
-        for source, (value, reference) in enumerate(zip(inputs, self.reference.inputs, strict=True)):
+        for source, (value, reference) in enumerate(
+            zip(inputs, self.reference.inputs, strict=True)
+        ):
             self.stream.write(source, (share * (value - reference)).flatten(0, 1))
 
     def _read(self, kind: str, layer: int, rows: Tensor | None = None) -> Tensor:
@@ -491,7 +542,9 @@ class _Forward:
         parts = self._stream.read_ahead(torch.cat(blocks)).split([len(block) for block in blocks])
         self.ahead = dict(zip(places, parts, strict=True))
 
-    def _by_head(self, x: Float[Tensor, "head row d_head"]) -> Float[Tensor, "batch pos head d_head"]:
+    def _by_head(
+        self, x: Float[Tensor, "head row d_head"]
+    ) -> Float[Tensor, "batch pos head d_head"]:
         return x.transpose(0, 1).reshape(self.batch, self.pos, x.shape[0], x.shape[2])
 
 
@@ -510,12 +563,16 @@ class _ProjectHeads(torch.autograd.Function):
         weights = ctx.weights
         rows, d_model = grads[0].shape[1], weights[0].shape[1]
         grad = grads[0].new_empty(sum(w.shape[0] for w in weights), rows, d_model)
-        for part, g, w in zip(grad.split([w.shape[0] for w in weights]), grads, weights, strict=True):
+        for part, g, w in zip(
+            grad.split([w.shape[0] for w in weights]), grads, weights, strict=True
+        ):
             torch.bmm(g, w.transpose(1, 2), out=part)
         return grad, *[None] * len(weights)
 
 
-def _project_split(x: Float[Tensor, "destination row d_model"], site: AttentionSite) -> list[Tensor]:
+def _project_split(
+    x: Float[Tensor, "destination row d_model"], site: AttentionSite
+) -> list[Tensor]:
     """Queries, keys and values [head, row, d_head], each head's from its own input."""
     return _with_biases(list(_ProjectHeads.apply(x, *site.weights)), site)
 
@@ -540,7 +597,8 @@ def _fitting(reference: Reference, tokens: Tensor) -> Reference:
     if reference.batch == 1:
         return reference.expand(batch, pos)
     raise ValueError(
-        f"the tokens have shape {(batch, pos)}, the corrupted prompts {(reference.batch, reference.n_positions)}. "
+        f"the tokens have shape {(batch, pos)}, the corrupted prompts "
+        f"{(reference.batch, reference.n_positions)}. "
         "Edge masks mix the two runs position by position, so both must have the same shape."
     )
 
@@ -550,15 +608,21 @@ def _checked_positions(positions: Tensor | None, tokens: Tensor) -> Tensor | Non
         return None
     batch, pos = tokens.shape
     if positions.dim() != 2 or positions.shape[0] != batch or positions.is_floating_point():
-        raise ValueError(f"positions has shape {tuple(positions.shape)}, expected whole numbers [{batch}, read].")
+        raise ValueError(
+            f"positions has shape {tuple(positions.shape)}, expected whole numbers [{batch}, read]."
+        )
     if positions.numel() and not 0 <= int(positions.min()) <= int(positions.max()) < pos:
-        raise ValueError(f"positions go from {int(positions.min())} to {int(positions.max())}, expected 0 to {pos - 1}.")
+        raise ValueError(
+            f"positions go from {int(positions.min())} to {int(positions.max())}, expected 0 "
+            f"to {pos - 1}."
+        )
     return positions.to(tokens.device)
 
 
 def _refuse_generation(*_: Any, **__: Any) -> None:
     raise ValueError(
-        "generate is not supported inside masked: its prompts grow token by token, and the reference "
+        "generate is not supported inside masked: its prompts grow token by token, and the "
+        "reference "
         "run has the length of the first. Run whole prompts and read their logits."
     )
 
@@ -583,8 +647,10 @@ def _check_once(run: MaskedModel) -> None:
     error = float((plain - kept).float().abs().max() / scale)
     if not error <= tolerance:
         raise NotImplementedError(
-            f"{getattr(run.model.cfg, 'model_name', 'this model')}: its residual stream is not the sum "
-            f"of its input, heads and MLPs (with every edge kept the logits are off by {error:.2g} of "
+            f"{getattr(run.model.cfg, 'model_name', 'this model')}: its residual stream is not "
+            f"the sum "
+            f"of its input, heads and MLPs (with every edge kept the logits are off by "
+            f"{error:.2g} of "
             "their largest). Such a model would be scored wrongly, so it is refused."
         )
     _checked[run.model] = True

@@ -2,7 +2,8 @@
 
 1. A gate draws u ~ U(eps, 1 - eps), s = sigmoid((log u - log(1 - u) + log alpha) / beta), and is
    z = clamp(s (zeta - gamma) + gamma, 0, 1): 0 or 1 much of the time, differentiable in between.
-   P(z != 0) = sigmoid(log alpha - beta log(-gamma / zeta)). (Louizos et al. 2018, equations 10 to 12.)
+   P(z != 0) = sigmoid(log alpha - beta log(-gamma / zeta)). (Louizos et al. 2018, equations 10 to
+   12.)
 2. `Lagrangian` is the paper's controller: the loss gains lambda1 (t - s) + lambda2 (t - s)^2 for
    sparsity s and target t, and the lambdas ascend. (Bhaskar et al. 2024, section 3.)
 3. `ExactBudget` shifts every log alpha by one number tau, so that the expected number of kept edges
@@ -69,7 +70,8 @@ def budget_shift(log_alpha: Float[Tensor, " gate"], budget: float) -> Float[Tens
     """
     if not 0 < budget < log_alpha.numel():
         raise ValueError(
-            f"a budget of {budget} of {log_alpha.numel()} gates: expected a number above 0 and below "
+            f"a budget of {budget} of {log_alpha.numel()} gates: expected a number above 0 and "
+            f"below "
             "the number of gates."
         )
     return _BudgetShift.apply(log_alpha, budget)
@@ -139,11 +141,15 @@ class ExactBudget:
 
     def __post_init__(self) -> None:
         if self.schedule not in ("annealed", "sampled", "fixed"):
-            raise ValueError(f"unknown schedule {self.schedule!r}: expected annealed, sampled or fixed.")
+            raise ValueError(
+                f"unknown schedule {self.schedule!r}: expected annealed, sampled or fixed."
+            )
 
     def start(self, n_edges: int, budget: int | None) -> None:
         if budget is None and self.schedule != "sampled":
-            raise ValueError(f"ExactBudget(schedule={self.schedule!r}) needs n_edges: a budget to aim at.")
+            raise ValueError(
+                f"ExactBudget(schedule={self.schedule!r}) needs n_edges: a budget to aim at."
+            )
         self.n_edges, self.budget = n_edges, float(budget or 0)
 
     def target(self, progress: float, draw: float) -> float:
@@ -196,7 +202,9 @@ class Lagrangian:
         if final is None:
             assert self.budget is not None
             final = 1 - self.budget / self.n_edges
-        sparsity = self.start_sparsity + (final - self.start_sparsity) * min(1.0, progress / self.warmup)
+        sparsity = self.start_sparsity + (final - self.start_sparsity) * min(
+            1.0, progress / self.warmup
+        )
         return (1 - sparsity) * self.n_edges
 
     def gates(self, log_alpha: Tensor, target: float) -> Tensor:

@@ -1,7 +1,8 @@
 """A block's normalisation as a plain function, for the many split inputs of one read.
 
 TransformerLens' own modules fire their hook points and build several temporaries a call; a read of
-36 destinations wants one fused call. `norm_function` gives a function with the module's own numerics
+36 destinations wants one fused call. `norm_function` gives a function with the module's own
+numerics
 (its weight, its epsilon, the precision it computes in).
 """
 
@@ -112,7 +113,9 @@ class _RMSNorm(torch.autograd.Function):
     """RMS norm that keeps only its input and one number a row for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float, compute: torch.dtype) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, eps: float, compute: torch.dtype
+    ) -> Tensor:
         wide = x.to(compute)
         scale = inverse_rms(wide, eps)
         ctx.save_for_backward(x, scale, weight)

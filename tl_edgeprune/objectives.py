@@ -27,7 +27,7 @@ def kl(
     logits: Float[Tensor, "batch read vocab"], full: Float[Tensor, "batch read vocab"], batch: Batch
 ) -> Float[Tensor, " batch"]:
     """KL(full model || circuit), mean over read positions, in nats (Bhaskar et al. 2024, eq. 4)."""
-    log_full, log_circuit = full.float().log_softmax(-1), logits.float().log_softmax(-1)
+    log_full, log_circuit = _log_softmax(full), _log_softmax(logits)
     return (log_full.exp() * (log_full - log_circuit)).sum(-1).mean(-1)
 
 
@@ -41,7 +41,9 @@ def mean_squared_error(
 def negative_logit_diff(
     logits: Float[Tensor, "batch read vocab"], full: Float[Tensor, "batch read vocab"], batch: Batch
 ) -> Float[Tensor, " batch"]:
-    """Minus the logit of the answer less that of the distractor (Wang et al. 2022), one token each."""
+    """Minus the logit of the answer less that of the distractor (Wang et al. 2022), one token
+    each.
+    """
     return -logit_diff(logits, batch)
 
 
@@ -55,7 +57,7 @@ def negative_log_prob(
     logits: Float[Tensor, "batch read vocab"], full: Float[Tensor, "batch read vocab"], batch: Batch
 ) -> Float[Tensor, " batch"]:
     """Minus the log-probability of the answer's tokens, mean over read positions, in nats."""
-    return -_at(logits.float().log_softmax(-1), batch.answers).mean(-1)
+    return -_at(_log_softmax(logits), batch.answers).mean(-1)
 
 
 OBJECTIVES: dict[str, Callable[..., Tensor]] = {
@@ -86,18 +88,30 @@ def find_objective(wanted: str | Objective | None, task: Task) -> Objective:
 
 def has_logit_diff(task: Task) -> bool:
     """Whether every pair has one answer token and one distractor token."""
-    return all(len(a) == 1 and len(d) == 1 for a, d in zip(task.answers, task.distractors, strict=True))
+    return all(
+        len(a) == 1 and len(d) == 1 for a, d in zip(task.answers, task.distractors, strict=True)
+    )
 
 
 def _check_answers(name: str, task: Task) -> None:
     for pair, (answer, distractor) in enumerate(zip(task.answers, task.distractors, strict=True)):
         if len(answer) == 0:
-            raise ValueError(f"objective {name!r}: pair {pair} of task {task.name!r} has no answer tokens. Use 'kl'.")
+            raise ValueError(
+                f"objective {name!r}: pair {pair} of task {task.name!r} has no answer tokens. "
+                f"Use 'kl'."
+            )
         if name == "logit-diff" and (len(answer), len(distractor)) != (1, 1):
             raise ValueError(
-                f"objective 'logit-diff' needs one answer token and one distractor token, but pair {pair} "
-                f"of task {task.name!r} has {len(answer)} and {len(distractor)}. Use 'kl' or 'log-prob'."
+                f"objective 'logit-diff' needs one answer token and one distractor token, but "
+                f"pair {pair} "
+                f"of task {task.name!r} has {len(answer)} and {len(distractor)}. Use 'kl' or "
+                f"'log-prob'."
             )
+
+
+def _log_softmax(logits: Float[Tensor, "batch read vocab"]) -> Float[Tensor, "batch read vocab"]:
+    """In float32 at least: half precision has too few digits for it."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 
 def _at(values: Float[Tensor, "batch read vocab"], tokens: Int[Tensor, "batch read"]) -> Tensor:

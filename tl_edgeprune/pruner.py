@@ -99,7 +99,8 @@ class PruneResult:
     def __repr__(self) -> str:
         steps = len(self.history)
         size = f"{self.n_edges:,} edges" if self.n_edges else "any size"
-        return f"PruneResult({size} of {self.graph.n_edges:,}, {steps} steps{'' if self.finished else ', stopped early'})"
+        early = "" if self.finished else ", stopped early"
+        return f"PruneResult({size} of {self.graph.n_edges:,}, {steps} steps{early})"
 
 
 class EdgePruner:
@@ -131,7 +132,7 @@ class EdgePruner:
         self,
         n_edges: int | None = None,
         *,
-        steps: int = 300,
+        steps: int = 200,
         lr: float = 0.3,
         batch_size: int = 8,
         accumulate: int = 1,
@@ -143,7 +144,7 @@ class EdgePruner:
         node_masks: bool = False,
         node_controller: Controller | None = None,
         optimizer: Optimizer | None = None,
-        hard_share: float = 0.5,
+        hard_share: float = 0.4,
         split_qkv: bool = True,
         split_embeddings: bool = False,
         bias_in_heads: bool = False,
@@ -177,7 +178,8 @@ class EdgePruner:
 
         AdamW with its default weight decay (0.01) and gradients clipped at 1, as the published code
         runs; learning rate 0.8 for log alphas and multipliers, risen over 200 steps and decayed
-        linearly; log alpha from N(10, 0.01); 3,000 steps of 32 pairs; sparsity target warmed up over
+        linearly; log alpha from N(10, 0.01); 3,000 steps of 32 pairs; sparsity target warmed up
+        over
         2,500 steps; node masks drawn but not penalised; two embedding sources; b_O shared out over
         the heads. Its padding to 64 tokens is left out: batches hold one length. `changes` override
         single settings.
@@ -190,7 +192,9 @@ class EdgePruner:
             "init_scores": None,
             "init_log_alpha": (10.0, 0.01),
             "node_masks": True,
-            "optimizer": Optimizer((0.9, 0.999), 0.01, 1.0, warmup=200, decay=True, controller_lr=0.8),
+            "optimizer": Optimizer(
+                (0.9, 0.999), 0.01, 1.0, warmup=200, decay=True, controller_lr=0.8
+            ),
             "hard_share": 0.0,
             "split_embeddings": True,
             "bias_in_heads": True,
@@ -243,7 +247,8 @@ class EdgePruner:
             raise ValueError(f"hard_share={self.hard_share}: expected a share from 0 to 1.")
         if isinstance(self.init_scores, str) and self.init_scores != "mask-ig":
             raise ValueError(
-                f"init_scores={self.init_scores!r}: expected 'mask-ig', EdgeScores, a tensor or None."
+                f"init_scores={self.init_scores!r}: expected 'mask-ig', EdgeScores, a tensor "
+                f"or None."
             )
         if self.node_controller is not None and not self.node_masks:
             raise ValueError("node_controller needs node_masks=True.")
@@ -263,14 +268,20 @@ class EdgePruner:
 class _Fit:
     """One run of an EdgePruner: its parameters, its optimisers, its history."""
 
-    def __init__(self, pruner: EdgePruner, run: MaskedModel, task: Task, loss_of: Objective) -> None:
+    def __init__(
+        self, pruner: EdgePruner, run: MaskedModel, task: Task, loss_of: Objective
+    ) -> None:
         self.pruner, self.run, self.task, self.loss_of = pruner, run, task, loss_of
         self.graph = run.graph
         self.started = time.monotonic()
         self.history: History = []
         self.seconds_before = 0.0
         self.teacher = Teacher(
-            run, task, pruner.ablation, batch_size=pruner.batch_size, bias_in_heads=pruner.bias_in_heads
+            run,
+            task,
+            pruner.ablation,
+            batch_size=pruner.batch_size,
+            bias_in_heads=pruner.bias_in_heads,
         )
         self.device = self.teacher.device
         self.controller = copy.deepcopy(pruner.controller)
@@ -280,7 +291,9 @@ class _Fit:
             self.node_controller.start(self.graph.n_sources, None)
         self.log_alpha = self._first_log_alpha().to(self.device).requires_grad_()
         self.node_log_alpha = self._node_log_alpha()
-        self.source_of_edge = torch.tensor([source for source, _ in self.graph.pairs], device=self.device)
+        self.source_of_edge = torch.tensor(
+            [source for source, _ in self.graph.pairs], device=self.device
+        )
         self.optimizer, self.multipliers = self._optimizers()
         self._batches = self._endless_batches()
 
@@ -370,7 +383,9 @@ class _Fit:
             return mean + std * noise
         scores = self._warm_scores()
         if scores.shape != (self.graph.n_edges,):
-            raise ValueError(f"init_scores has shape {tuple(scores.shape)}, expected ({self.graph.n_edges},).")
+            raise ValueError(
+                f"init_scores has shape {tuple(scores.shape)}, expected ({self.graph.n_edges},)."
+            )
         if not bool(torch.isfinite(scores).all()):
             raise ValueError("init_scores holds NaN or infinite values.")
         return mean + std * rank_quantiles(scores.abs())
@@ -379,7 +394,9 @@ class _Fit:
         scores = self.pruner.init_scores
         if isinstance(scores, EdgeScores):
             if scores.graph != self.graph:
-                raise ValueError(f"init_scores are of another graph: {scores.graph}, this run's is {self.graph}.")
+                raise ValueError(
+                    f"init_scores are of another graph: {scores.graph}, this run's is {self.graph}."
+                )
             return scores.tensor.float()
         if isinstance(scores, Tensor):
             return scores.detach().cpu().float()
@@ -403,7 +420,7 @@ class _Fit:
 
     def _optimizers(self) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer | None]:
         settings = self.pruner.optimizer
-        common = {"betas": settings.betas, "weight_decay": settings.weight_decay}
+        common: dict[str, Any] = {"betas": settings.betas, "weight_decay": settings.weight_decay}
         learned = [self.log_alpha] + ([] if self.node_log_alpha is None else [self.node_log_alpha])
         optimizer = torch.optim.AdamW(learned, lr=self.pruner.lr, **common)
         multipliers = list(self._multipliers().values())
@@ -475,7 +492,8 @@ class _Fit:
         for key, value in self._identity().items():
             if note[key] != value:
                 raise ValueError(
-                    f"checkpoint {path} is of another run: its {key} is {note[key]}, this run's {value}."
+                    f"checkpoint {path} is of another run: its {key} is {note[key]}, this "
+                    f"run's {value}."
                 )
         self.history, self.seconds_before = note["history"], note["seconds"]
         mine = {"log_alpha": self.log_alpha, **self._multipliers()}
@@ -490,7 +508,9 @@ class _Fit:
         self._batches = self._endless_batches()
 
     def _identity(self) -> dict[str, Any]:
-        prompts = [[t.tolist() for t in tokens] for tokens in (self.task.clean, self.task.corrupted)]
+        prompts = [
+            [t.tolist() for t in tokens] for tokens in (self.task.clean, self.task.corrupted)
+        ]
         return {
             "settings": json.loads(json.dumps(self.pruner.settings())),
             "graph": self.graph.to_dict(),
@@ -502,7 +522,10 @@ class _Fit:
     def _set_rates(self, step: int) -> None:
         settings, pruner = self.pruner.optimizer, self.pruner
         factor = settings.rate(step, pruner.steps)
-        for optimizer, lr in ((self.optimizer, pruner.lr), (self.multipliers, settings.controller_lr)):
+        for optimizer, lr in (
+            (self.optimizer, pruner.lr),
+            (self.multipliers, settings.controller_lr),
+        ):
             if optimizer is not None:
                 for group in optimizer.param_groups:
                     group["lr"] = lr * factor
@@ -515,7 +538,8 @@ class _Fit:
     def _check_loss(self, loss: Tensor, step: int) -> None:
         if not bool(torch.isfinite(loss)):
             raise ValueError(
-                f"the objective is {float(loss)} at step {step}: the model gives NaN or infinite logits "
+                f"the objective is {float(loss)} at step {step}: the model gives NaN or "
+                f"infinite logits "
                 "under masks. Try float32, or a lower learning rate."
             )
 
@@ -533,7 +557,8 @@ class _Fit:
         recent = [entry["loss"] for entry in self.history[-10:]]
         bar.set_postfix_str(
             f"{self.loss_of.__name__ if hasattr(self.loss_of, '__name__') else 'loss'} "
-            f"{sum(recent) / len(recent):.3f}, {last['edges']:,.0f} edges, target {last['target']:,.0f}"
+            f"{sum(recent) / len(recent):.3f}, {last['edges']:,.0f} edges, target "
+            f"{last['target']:,.0f}"
         )
         bar.update()
 

@@ -5,7 +5,8 @@
    on top of the reference stream r.
 3. Backward adds M.T @ grad into a second buffer of the same shape, in place, and a source's
    gradient is its row of that buffer once every later reader has added to it.
-4. The buffer is read whole only once for several layers: `read_ahead` mixes, for all destinations of
+4. The buffer is read whole only once for several layers: `read_ahead` mixes, for all destinations
+   of
    the next few layers, the sources that have written so far; each read then adds the few since.
 5. A token passes from each operation to the next, so that autograd runs them backward in exactly
    the reverse order.
@@ -31,12 +32,16 @@ def read_naive(
     reference: Float[Tensor, "row d_model"],
     mask: Float[Tensor, "destination source"],
 ) -> Float[Tensor, "destination row d_model"]:
-    """Residual input of each destination: the reference stream plus the kept part of each difference."""
+    """Residual input of each destination: the reference stream plus the kept part of each
+    difference.
+    """
     return reference + einsum(mask, differences, "dst src, src row d -> dst row d")
 
 
 class BufferPool:
-    """Buffers of finished forwards, kept for the next ones: a fresh one costs a page fault a page."""
+    """Buffers of finished forwards, kept for the next ones: a fresh one costs a page fault a
+    page.
+    """
 
     def __init__(self, keep: int = 2) -> None:
         self.keep = keep
@@ -67,8 +72,10 @@ class Stream:
         pool: BufferPool,
         contract: Float[Tensor, "source row d_model"] | None = None,
     ) -> None:
-        """`like`: rows, width, dtype and device. `contract`: differences that the mask's gradient is
-        taken against in place of this forward's own (EAP-IG: the run is interpolated, they are not).
+        """`like`: rows, width, dtype and device. `contract`: differences that the mask's gradient
+        is
+        taken against in place of this forward's own (EAP-IG: the run is interpolated, they are
+        not).
         """
         self._pool = pool
         self.contract = contract
@@ -93,7 +100,9 @@ class Stream:
         gain: Float[Tensor, " d_model"] | None = None,
         bias: Float[Tensor, " d_model"] | None = None,
     ) -> None:
-        """Heads `first`, `first + 1`, … add `z @ weight` (times `gain`, plus `bias`) to the stream."""
+        """Heads `first`, `first + 1`, … add `z @ weight` (times `gain`, plus `bias`) to the
+        stream.
+        """
         self._mark(first, z.shape[0])
         self._token = _WriteHeads.apply(self._token, z, weight, gain, bias, self, first)
 
@@ -119,7 +128,9 @@ class Stream:
         ahead: Float[Tensor, "destination row d_model"],
         first: int,
     ) -> Float[Tensor, "destination row d_model"]:
-        """A read of which `ahead` holds the sources before `first`; `mask` is of those from there on."""
+        """A read of which `ahead` holds the sources before `first`; `mask` is of those from there
+        on.
+        """
         return self._read(mask, reference, ahead, first, None)
 
     def _read(
@@ -142,7 +153,8 @@ class Stream:
     def close(self) -> None:
         """End the forward: no more operations. Where no gradient will flow, the buffers are free.
 
-        The token goes: it holds the graph, whose nodes hold this stream, a cycle that nothing frees.
+        The token goes: it holds the graph, whose nodes hold this stream, a cycle that nothing
+        frees.
         """
         if not self._token.requires_grad:
             self.release()
@@ -163,7 +175,8 @@ class Stream:
         repeated = self._last_backward is not None and operation >= self._last_backward
         if self.differences is None or repeated:
             raise RuntimeError(
-                "backward through a masked forward that has been backpropagated before: its buffers "
+                "backward through a masked forward that has been backpropagated before: its "
+                "buffers "
                 "hold that pass's gradients. Run the forward again for each backward."
             )
         self._last_backward = operation
@@ -291,7 +304,15 @@ class _Read(torch.autograd.Function):
         if mask.shape[1]:
             ctx.stream.add_gradients(mask, grad, ctx.first, ctx.rows)
         ctx.stream.end_backward(ctx.operation)
-        return grad_token, grad_mask, None, grad if ctx.needs_input_grad[3] else None, None, None, None
+        return (
+            grad_token,
+            grad_mask,
+            None,
+            grad if ctx.needs_input_grad[3] else None,
+            None,
+            None,
+            None,
+        )
 
 
 def _block(differences: Tensor | None, ctx: Any, mask: Tensor) -> Tensor:

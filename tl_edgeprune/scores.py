@@ -26,7 +26,9 @@ class EdgeScores:
 
     def __post_init__(self) -> None:
         if self.tensor.shape != (self.graph.n_edges,):
-            raise ValueError(f"scores of shape {tuple(self.tensor.shape)} for {self.graph.n_edges} edges.")
+            raise ValueError(
+                f"scores of shape {tuple(self.tensor.shape)} for {self.graph.n_edges} edges."
+            )
         if not bool(torch.isfinite(self.tensor).all()):
             raise ValueError("scores hold NaN or infinite values.")
 

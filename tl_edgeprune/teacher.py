@@ -91,7 +91,8 @@ class Teacher:
         if not bool(torch.isfinite(full).all()):
             bad = batch.indices[~torch.isfinite(full).flatten(1).all(1)].tolist()
             raise ValueError(
-                f"the model gives NaN or infinite logits on pair {bad[0]} of task {self.task.name!r}: "
+                f"the model gives NaN or infinite logits on pair {bad[0]} of task "
+                f"{self.task.name!r}: "
                 "check its weights and dtype before looking for a circuit in it."
             )
         return full
@@ -101,4 +102,6 @@ def check_vocabulary(task: Task, vocab: int) -> None:
     """Raise ValueError where a task's tokens are not in the model's vocabulary."""
     largest = max(int(tokens.max()) for tokens in (*task.clean, *task.corrupted))
     if largest >= vocab:
-        raise ValueError(f"task {task.name!r} has token {largest}, but the model knows 0 to {vocab - 1}.")
+        raise ValueError(
+            f"task {task.name!r} has token {largest}, but the model knows 0 to {vocab - 1}."
+        )

@@ -29,7 +29,9 @@ Point = tuple[Float[Tensor, " edge"], InputPath | None]
 Path = Callable[[MaskedModel, Lesson], Iterator[Point]]
 
 
-def eap(model: Any, task: Task, *, objective: str | Objective | None = None, **settings: Any) -> EdgeScores:
+def eap(
+    model: Any, task: Task, *, objective: str | Objective | None = None, **settings: Any
+) -> EdgeScores:
     """Edge attribution patching (Syed et al. 2023, equation 2), by one gradient at z = 1.
 
     The default objective is the logit difference of answer and distractor: the KL to the model's
@@ -40,7 +42,12 @@ def eap(model: Any, task: Task, *, objective: str | Objective | None = None, **s
 
 
 def mask_ig(
-    model: Any, task: Task, *, objective: str | Objective | None = None, steps: int = 5, **settings: Any
+    model: Any,
+    task: Task,
+    *,
+    objective: str | Objective | None = None,
+    steps: int = 5,
+    **settings: Any,
 ) -> EdgeScores:
     """The mask's gradient averaged over z = (1/2, 3/2, …)/steps, every edge alike."""
     return _scores("mask-ig", mask_path(steps), model, task, objective, steps=steps, **settings)
@@ -57,7 +64,12 @@ def mask_path(steps: int) -> Path:
 
 
 def eap_ig(
-    model: Any, task: Task, *, objective: str | Objective | None = None, steps: int = 5, **settings: Any
+    model: Any,
+    task: Task,
+    *,
+    objective: str | Objective | None = None,
+    steps: int = 5,
+    **settings: Any,
 ) -> EdgeScores:
     """EAP with integrated gradients over inputs, at shares 1/steps, 2/steps, …, 1 of the clean one.
 
@@ -92,7 +104,9 @@ def _scores(
     with MaskedModel.attach(model, graph) as run:
         teacher = Teacher(run, task, ablation, batch_size=batch_size, max_bytes=0)
         scores = path_scores(run, teacher, path, loss_of, steps=steps, batch_size=batch_size)
-    name = objective if isinstance(objective, str) else getattr(objective, "__name__", task.objective)
+    name = (
+        objective if isinstance(objective, str) else getattr(objective, "__name__", task.objective)
+    )
     metadata = {"method": method, "task": task.name, "objective": name, "ablation": ablation}
     return EdgeScores(run.graph, scores, metadata)
 
@@ -141,8 +155,10 @@ def _differentiable_at_one(objective: str | Objective | None, task: Task) -> str
         return "logit-diff"
     if objective in (None, "kl", "mse") or objective is kl:
         raise ValueError(
-            f"objective {objective or task.objective!r} is smallest at the full model, so its gradient "
-            "there is zero and EAP's scores would be noise. Use 'logit-diff' (it needs an answer and a "
+            f"objective {objective or task.objective!r} is smallest at the full model, so its "
+            f"gradient "
+            "there is zero and EAP's scores would be noise. Use 'logit-diff' (it needs an "
+            "answer and a "
             "distractor of one token each), 'log-prob', mask_ig or eap_ig."
         )
     return objective

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
@@ -39,7 +40,7 @@ def plot_history(
     """
     _check(history)
     steps, loss, edges, target = (
-        [math.nan if step.get(key) is None else float(step[key]) for step in history]
+        [float(math.nan if (value := step.get(key)) is None else value) for step in history]
         for key in ("step", "loss", "edges", "target")
     )
     with saved_figure(path, 7.2, 5.4) as figure:
@@ -87,8 +88,10 @@ def _plot_loss(axes: Axes, steps: list[float], loss: list[float]) -> None:
 
 def _plot_edges(axes: Axes, steps: list[float], edges: list[float], target: list[float]) -> None:
     jumps = _jumps(edges)
-    kept = _DOTS | {"markersize": 7} if jumps else {"linewidth": 2}
-    budget = _DOTS | {"markersize": 2} if jumps else {"linewidth": 1.3, "linestyle": (0, (4, 3))}
+    kept: dict[str, Any] = _DOTS | {"markersize": 7} if jumps else {"linewidth": 2}
+    budget: dict[str, Any] = (
+        _DOTS | {"markersize": 2} if jumps else {"linewidth": 1.3, "linestyle": (0, (4, 3))}
+    )
     axes.plot(steps, edges, color=EDGES_COLOR, label="kept (expected)", **kept)
     if any(map(math.isfinite, target)):
         axes.plot(steps, target, color=INK, label="budget", **budget)

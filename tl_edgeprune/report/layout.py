@@ -53,7 +53,7 @@ class Node(NamedTuple):
     name: str
     kind: str
     layer: int  # -1 for inputs and the logits
-    index: int  # head, group, or the place among the inputs
+    number: int  # head, group, or the place among the inputs
 
 
 class Edge(NamedTuple):
@@ -156,7 +156,7 @@ def _order(node: Node, heads_per_group: int) -> tuple[float, bool, float]:
 
 def _slot(node: Node, heads_per_group: int) -> float:
     """A head's place in its row; a kv node's is between its group's last head and the next."""
-    return (node.index + 1) * heads_per_group - 0.5 if node.kind == "kv" else float(node.index)
+    return (node.number + 1) * heads_per_group - 0.5 if node.kind == "kv" else float(node.number)
 
 
 def _row_pitch(nodes: Sequence[Node]) -> float:
@@ -252,7 +252,7 @@ def _groups(nodes: Sequence[Node], heads_per_group: int) -> dict[str, tuple[str,
             for head in nodes
             if head.kind == "head"
             and head.layer == kv.layer
-            and head.index // heads_per_group == kv.index
+            and head.number // heads_per_group == kv.number
         )
         for kv in nodes
         if kv.kind == "kv"

@@ -77,7 +77,7 @@ def from_jsonl(
     if not pairs:
         found = ", ".join(sorted(map(str, splits))) or "none"
         raise ValueError(f"{path}: no prompt pairs for split={split!r}; splits found: {found}.")
-    fields = {name: [pair[name] for pair in pairs] for name in pairs[0]}
+    fields: dict[str, Any] = {name: [pair[name] for pair in pairs] for name in pairs[0]}
     return Task(path.stem, **fields, prepend_bos=prepend_bos)
 
 

@@ -123,7 +123,9 @@ class Task:
     def subset(self, indices: Iterable[int]) -> Task:
         """The task with only these pairs, in this order."""
         indices = tuple(indices)
-        fields = {f: tuple(getattr(self, f)[i] for i in indices) for f in PAIR_FIELDS}
+        fields: dict[str, Any] = {
+            f: tuple(getattr(self, f)[i] for i in indices) for f in PAIR_FIELDS
+        }
         groups = tuple(self.groups[i] for i in indices) if self.groups else ()
         return replace(self, **fields, groups=groups)
 

@@ -1,0 +1,290 @@
+"""Evaluation: what must hold at both ends, and every figure computed again from `masked`'s logits."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+import zoo
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tl_edgeprune import models, tasks
+from tl_edgeprune.circuit import Circuit
+from tl_edgeprune.evaluate import check_circuit, evaluate, evaluate_all, evaluate_groups
+from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.masked import masked
+from tl_edgeprune.tasks import Task
+
+TINY = ["bridge-gpt2", "bridge-llama-gqa", "bridge-pythia", "native-ln"]
+
+
+def random_task(model, n: int = 5, lengths=(5, 7), seed: int = 0, read: int = 1, **fields) -> Task:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(count):
+        return torch.randint(model.cfg.d_vocab, (count,), generator=generator)
+
+    sizes = [lengths[pair % len(lengths)] for pair in range(n)]
+    return Task(
+        "random",
+        [draw(size) for size in sizes],
+        [draw(size) for size in sizes],
+        [torch.arange(size - read, size) for size in sizes],
+        **{"answers": [draw(read) for _ in sizes], "distractors": [draw(read) for _ in sizes]}
+        | fields,
+    )
+
+
+def random_circuit(model, share: float = 0.5, seed: int = 0, **metadata) -> Circuit:
+    graph = EdgeGraph.from_model(model)
+    generator = torch.Generator().manual_seed(seed)
+    return Circuit(graph, torch.rand(graph.n_edges, generator=generator) < share, metadata)
+
+
+def pronouns(model, names="Lily Tom Sara Ben Anna Max Lucy Tim Mia Sam".split()) -> Task:
+    """stories260K's own behaviour: girls go to the park as She, boys as He."""
+    tokenizer = model.tokenizer
+    he, she = (tokenizer(f" {word}", add_special_tokens=False).input_ids[-1] for word in ("He", "She"))
+    prompts = [tokenizer(f"Once upon a time, {n} went to the park.").input_ids for n in names]
+    by_length: dict[int, list[int]] = {}
+    for place, prompt in enumerate(prompts):
+        by_length.setdefault(len(prompt), []).append(place)
+    girls = {"Lily", "Sara", "Anna", "Lucy", "Mia"}
+    clean, corrupted, answers, groups = [], [], [], []
+    for places in by_length.values():
+        for place in places:
+            others = [p for p in places if (names[p] in girls) != (names[place] in girls)]
+            if others:
+                clean.append(torch.tensor(prompts[place]))
+                corrupted.append(torch.tensor(prompts[others[0]]))
+                answers.append(she if names[place] in girls else he)
+                groups.append("girl" if names[place] in girls else "boy")
+    return Task(
+        "pronouns",
+        clean,
+        corrupted,
+        [torch.tensor([len(tokens) - 1]) for tokens in clean],
+        [torch.tensor([token]) for token in answers],
+        [torch.tensor([he + she - token]) for token in answers],
+        groups=tuple(groups),
+    )
+
+
+# ------------------------------------------------------------------------------------- both ends
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_the_full_circuit_is_the_model(name):
+    model = zoo.load(name)
+    task = random_task(model)
+    result = evaluate(model, random_circuit(model, 1.1), task)
+    assert result.kl == pytest.approx(0, abs=1e-6) and result.mse == pytest.approx(0, abs=1e-8)
+    assert result.exact_match == 1 and result.faithfulness == pytest.approx(1, abs=1e-4)
+    assert result.recovered == pytest.approx(1, abs=1e-4)
+    assert result.n_edges == result.n_alive == result.n_edges_full
+    assert result.n_pairs == len(task)
+
+
+@pytest.mark.parametrize("ablation", ["counterfactual", "zero", "mean"])
+def test_the_empty_circuit_is_faithful_in_nothing(ablation):
+    model = zoo.load("bridge-gpt2")
+    task = random_task(model)
+    result = evaluate(model, random_circuit(model, 0.0), task, ablation=ablation)
+    assert result.faithfulness == 0 and result.n_edges == result.n_alive == 0
+    assert result.logit_diff == result.logit_diff_empty
+    assert result.kl > 0
+
+
+def test_the_empty_counterfactual_circuit_gives_the_corrupted_prompts_logits():
+    model = zoo.load("bridge-llama-gqa")
+    task = random_task(model)
+    result = evaluate(model, random_circuit(model, 0.0), task)
+    swapped = dataclasses.replace(task, clean=task.corrupted)
+    assert result.logit_diff == pytest.approx(
+        evaluate(model, random_circuit(model, 1.1), swapped).logit_diff, abs=1e-4
+    )
+
+
+# ---------------------------------------------------------------------------------- every figure
+
+
+def by_hand(model, circuit: Circuit, task: Task, **ablation) -> dict[str, float]:
+    """The figures, pair by pair, from the logits that `masked` gives."""
+    rows = []
+    for pair in range(len(task)):
+        clean, corrupted = task.clean[pair][None], task.corrupted[pair][None]
+        own = {} if ablation else {"corrupted": corrupted}
+        read = task.positions[pair]
+        with torch.no_grad():
+            full = model(clean)[0, read].double()
+            with masked(model, circuit, **own, **ablation):
+                logits = model(clean)[0, read].double()
+            with masked(model, Circuit(circuit.graph, circuit.mask & False), **own, **ablation):
+                empty = model(clean)[0, read].double()
+        log_p, log_q, log_e = (x.log_softmax(-1) for x in (full, logits, empty))
+        row = {
+            "kl": float((log_p.exp() * (log_p - log_q)).sum(-1).mean()),
+            "kl_empty": float((log_p.exp() * (log_p - log_e)).sum(-1).mean()),
+            "mse": float((logits - full).square().mean()),
+            "mse_empty": float((empty - full).square().mean()),
+            "exact_match": float((logits.argmax(-1) == full.argmax(-1)).all()),
+        }
+        if len(task.distractors[pair]):
+            a, d = int(task.answers[pair][0]), int(task.distractors[pair][0])
+            row |= {
+                f"ld{end}": float(x[0, a] - x[0, d])
+                for end, x in (("", logits), ("_full", full), ("_empty", empty))
+            }
+            row["accuracy"] = float(row["ld"] > 0)
+        elif len(task.answers[pair]):
+            row["accuracy"] = float((logits.argmax(-1) == task.answers[pair]).all())
+        rows.append(row)
+    return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
+
+
+def check_figures(result, expected: dict[str, float], tolerance: float = 2e-4) -> None:
+    def same(found, wanted):
+        assert found == pytest.approx(wanted, abs=tolerance, rel=tolerance)
+
+    for name in ("kl", "mse", "exact_match"):
+        same(getattr(result, name), expected[name])
+    assert result.accuracy == pytest.approx(expected["accuracy"])
+    if "ld" in expected:
+        same(result.logit_diff, expected["ld"])
+        same(result.logit_diff_full, expected["ld_full"])
+        same(result.logit_diff_empty, expected["ld_empty"])
+        same(result.recovered, expected["ld"] / expected["ld_full"])
+        span = expected["ld_full"] - expected["ld_empty"]
+        same(result.faithfulness * span, expected["ld"] - expected["ld_empty"])
+
+
+@pytest.mark.parametrize("name", TINY)
+@given(share=st.floats(0.1, 0.9), seed=st.integers(0, 99))
+def test_every_figure_is_the_mean_over_pairs(name, share, seed):
+    model = zoo.load(name)
+    task = random_task(model, seed=seed)
+    circuit = random_circuit(model, share, seed)
+    check_figures(evaluate(model, circuit, task, batch_size=2), by_hand(model, circuit, task))
+
+
+@pytest.mark.parametrize("ablation", ["zero", "mean", "mean-positional"])
+def test_every_figure_under_other_ablations(ablation):
+    model = zoo.load("bridge-gpt2")
+    task = random_task(model, lengths=(6,))
+    circuit = random_circuit(model, 0.5, ablation=ablation)
+    prompts = {} if ablation == "zero" else {"prompts": list(task.corrupted)}
+    expected = by_hand(model, circuit, task, ablation=ablation, **prompts)
+    check_figures(evaluate(model, circuit, task), expected)  # the circuit's own ablation
+    check_figures(evaluate(model, random_circuit(model, 0.5), task, ablation=ablation), expected)
+
+
+def test_answers_of_several_tokens_have_no_logit_difference():
+    model = zoo.load("bridge-gpt2")
+    task = random_task(model, read=2, lengths=(6, 8), distractors=())
+    circuit = random_circuit(model)
+    result, expected = evaluate(model, circuit, task), by_hand(model, circuit, task)
+    check_figures(result, expected)
+    assert (result.logit_diff, result.recovered, result.logit_diff_full) == (None, None, None)
+    assert result.faithfulness == pytest.approx(1 - expected["kl"] / expected["kl_empty"], abs=1e-4)
+
+
+def test_tasks_without_answers_are_judged_by_their_own_objective():
+    model = models.load("tracr-xproportion")
+    task = tasks.load("tracr-xproportion", model, 30, seed=1)
+    circuit = Circuit.from_edges(EdgeGraph.from_model(model), ["input->m0", "m0->a1.h0<v>"])
+    result = evaluate(model, circuit, task)
+    expected = by_hand(model, circuit, task)
+    assert result.accuracy is None and result.logit_diff is None
+    assert result.mse == pytest.approx(expected["mse"], abs=1e-7)
+    assert result.faithfulness == pytest.approx(1 - expected["mse"] / expected["mse_empty"], abs=1e-5)
+    assert result.n_alive == 0
+
+
+@pytest.mark.parametrize("share", [0.2, 0.6, 0.95])
+def test_every_figure_on_real_weights(stories, share):
+    task = pronouns(stories)
+    assert len(task) >= 6 and len({len(tokens) for tokens in task.clean}) >= 1
+    circuit = random_circuit(stories, share, 3)
+    result = evaluate(stories, circuit, task)
+    check_figures(result, by_hand(stories, circuit, task))
+    full = evaluate(stories, random_circuit(stories, 1.1), task)
+    assert full.accuracy == 1 and full.logit_diff > 2
+    assert "KL" in str(result) and result.to_dict()["kl"] == result.kl
+
+
+def test_several_circuits_at_once_are_each_one_alone():
+    model = zoo.load("bridge-llama-gqa")
+    task = random_task(model)
+    circuits = [random_circuit(model, share, 7) for share in (0.2, 0.8)]
+    together = evaluate_all(model, circuits, task)
+    assert together == [evaluate(model, circuit, task) for circuit in circuits]
+    assert evaluate_all(model, [], task) == []
+
+
+def test_batches_do_not_change_a_figure():
+    model = zoo.load("bridge-gpt2")
+    task = random_task(model, n=7)
+    circuit = random_circuit(model)
+    one, all_ = (evaluate(model, circuit, task, batch_size=size).to_dict() for size in (1, 64))
+    assert one == pytest.approx(all_, abs=1e-5)
+
+
+def test_groups_are_evaluated_apart(stories):
+    task = pronouns(stories)
+    circuit = random_circuit(stories, 0.9, 1)
+    found = evaluate_groups(stories, [circuit], task)
+    assert set(found) == {"boy", "girl"}
+    for group, (result,) in found.items():
+        alone = task.subset([i for i, g in enumerate(task.groups) if g == group])
+        assert result == evaluate(stories, circuit, alone)
+    assert sum(r.n_pairs for (r,) in found.values()) == len(task)
+
+
+def test_an_evaluation_leaves_the_model_as_it_was():
+    model = zoo.build("bridge-gpt2")
+    tokens = zoo.tokens(model)
+    before = model(tokens).detach()
+    evaluate(model, random_circuit(model), random_task(model))
+    assert torch.equal(model(tokens), before)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+# ------------------------------------------------------------------------------------- refusals
+
+
+def test_a_circuit_for_another_model_is_refused():
+    circuit = random_circuit(zoo.load("bridge-llama-gqa"))
+    model = zoo.load("bridge-gpt2")
+    with pytest.raises(ValueError, match=r"the circuit is for another model: its graph is EdgeGraph"):
+        evaluate(model, circuit, random_task(model))
+
+
+@pytest.mark.parametrize("ablation", ["zero", "mean"])
+def test_folded_weights_are_refused_where_they_change_the_ablation(ablation):
+    folded, unfolded = zoo.load("bridge-gpt2-lnpre"), zoo.load("bridge-gpt2")
+    found_on_unfolded = random_circuit(unfolded, folded=False, ablation=ablation)
+    with pytest.raises(ValueError, match=rf"under {ablation} ablation on a model with unfolded norm"):
+        evaluate(folded, found_on_unfolded, random_task(folded))
+    with pytest.raises(ValueError, match="with folded norm"):
+        check_circuit(unfolded, random_circuit(unfolded, folded=True, ablation=ablation))
+    check_circuit(unfolded, found_on_unfolded)
+    check_circuit(folded, random_circuit(unfolded, folded=False, ablation="counterfactual"))
+
+
+def test_circuits_of_two_graphs_are_not_evaluated_together():
+    model = zoo.load("bridge-gpt2")
+    graph = EdgeGraph.from_model(model, split_qkv=False)
+    other = Circuit(graph, torch.ones(graph.n_edges, dtype=torch.bool))
+    with pytest.raises(ValueError, match="different graphs cannot be evaluated together"):
+        evaluate_all(model, [random_circuit(model), other], random_task(model))
+    assert evaluate(model, other, random_task(model)).kl == pytest.approx(0, abs=1e-6)
+
+
+def test_tokens_outside_the_vocabulary_are_refused():
+    model = zoo.load("bridge-gpt2")
+    prompt = torch.tensor([1, 2, zoo.VOCAB])
+    task = Task("big", [prompt], [prompt], [torch.tensor([2])])
+    with pytest.raises(ValueError, match=f"task 'big' has token {zoo.VOCAB}, but the model knows"):
+        evaluate(model, random_circuit(model), task)
