@@ -28,12 +28,11 @@ class Evaluation:
 
     kl: KL(full model || circuit), nats, mean over read positions. mse: mean squared difference of
     the outputs. logit_diff: of the circuit; logit_diff_full, logit_diff_empty: of the full model
-    and
-    of the circuit without edges. recovered: logit_diff / logit_diff_full. exact_match: share of
+    and of the circuit without edges. recovered: logit_diff / logit_diff_full. exact_match: share of
     pairs whose top tokens are the full model's at every read position. accuracy: share whose answer
-    has a higher logit than the distractor (or, without one, is the top token). faithfulness:
-    (m(C) - m(empty)) / (m(full) - m(empty)) with m the mean logit difference, or minus the mean
-    objective where there is none (then m(full) = 0). n_alive: edges on a path from input to logits.
+    has a higher logit than the distractor (or, without one, is the top token). faithfulness: (m(C)
+    - m(empty)) / (m(full) - m(empty)) with m the mean logit difference, or minus the mean objective
+    where there is none (then m(full) = 0). n_alive: edges on a path from input to logits.
     """
 
     n_pairs: int

@@ -3,14 +3,12 @@
 1. Each source's output is written into the split residual stream as its difference from a
    reference.
 2. Each destination reads its own mix of differences. Attention's reads are normalised, projected
-   and
-   handed to the model at `hook_q`, `hook_k`, `hook_v`; an MLP's read at `hook_mlp_in`; the logits'
-   read at the last residual stream.
+   and handed to the model at `hook_q`, `hook_k`, `hook_v`; an MLP's read at `hook_mlp_in`; the
+   logits' read at the last residual stream.
 3. The model computes everything in between itself. Its own residual stream flows on, unread.
 
 `masked` is the drop-in context; `MaskedModel` is what it is made of, for loops that change the
-mask,
-the reference and the positions from one forward to the next.
+mask, the reference and the positions from one forward to the next.
 """
 
 from __future__ import annotations
@@ -82,8 +80,8 @@ def masked(
     Yields the model. Weights are frozen inside; hooks, flags, gradients and mode are on leaving as
     they were. Raises ValueError for a mask of another length or kind, for tokens of another shape
     than `corrupted`, for KV caches, padding masks, active dropout, `generate`, and for hooks of
-    your
-    own where the mask would overrule them; NotImplementedError for a model that does not split.
+    your own where the mask would overrule them; NotImplementedError for a model that does not
+    split.
 
     Bhaskar et al. 2024, equations 1 to 3; x_i = r_i + sum_j z_ij (y_j - ref_j).
     """

@@ -2,8 +2,7 @@
 
 TransformerLens' own modules fire their hook points and build several temporaries a call; a read of
 36 destinations wants one fused call. `norm_function` gives a function with the module's own
-numerics
-(its weight, its epsilon, the precision it computes in).
+numerics (its weight, its epsilon, the precision it computes in).
 """
 
 from __future__ import annotations

@@ -179,10 +179,9 @@ class EdgePruner:
         AdamW with its default weight decay (0.01) and gradients clipped at 1, as the published code
         runs; learning rate 0.8 for log alphas and multipliers, risen over 200 steps and decayed
         linearly; log alpha from N(10, 0.01); 3,000 steps of 32 pairs; sparsity target warmed up
-        over
-        2,500 steps; node masks drawn but not penalised; two embedding sources; b_O shared out over
-        the heads. Its padding to 64 tokens is left out: batches hold one length. `changes` override
-        single settings.
+        over 2,500 steps; node masks drawn but not penalised; two embedding sources; b_O shared out
+        over the heads. Its padding to 64 tokens is left out: batches hold one length. `changes`
+        override single settings.
         """
         settings: dict[str, Any] = {
             "steps": 3000,

@@ -6,8 +6,7 @@
 3. Backward adds M.T @ grad into a second buffer of the same shape, in place, and a source's
    gradient is its row of that buffer once every later reader has added to it.
 4. The buffer is read whole only once for several layers: `read_ahead` mixes, for all destinations
-   of
-   the next few layers, the sources that have written so far; each read then adds the few since.
+   of the next few layers, the sources that have written so far; each read then adds the few since.
 5. A token passes from each operation to the next, so that autograd runs them backward in exactly
    the reverse order.
 
@@ -73,8 +72,7 @@ class Stream:
         contract: Float[Tensor, "source row d_model"] | None = None,
     ) -> None:
         """`like`: rows, width, dtype and device. `contract`: differences that the mask's gradient
-        is
-        taken against in place of this forward's own (EAP-IG: the run is interpolated, they are
+        is taken against in place of this forward's own (EAP-IG: the run is interpolated, they are
         not).
         """
         self._pool = pool
