@@ -17,6 +17,8 @@ from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.masked import masked
 from tl_edgeprune.tasks import Task
 
+GIRLS = ("Lily", "Sara", "Anna", "Lucy", "Mia", "Amy", "Jane", "Sue")
+NAMES = (*GIRLS, "Tom", "Ben", "Max", "Tim", "Sam", "Jack", "Bob", "Timmy")
 TINY = ["bridge-gpt2", "bridge-llama-gqa", "bridge-pythia", "native-ln"]
 
 
@@ -43,7 +45,7 @@ def random_circuit(model, share: float = 0.5, seed: int = 0, **metadata) -> Circ
     return Circuit(graph, torch.rand(graph.n_edges, generator=generator) < share, metadata)
 
 
-def pronouns(model, names="Lily Tom Sara Ben Anna Max Lucy Tim Mia Sam".split()) -> Task:
+def pronouns(model, names=NAMES) -> Task:
     """stories260K's own behaviour: girls go to the park as She, boys as He."""
     tokenizer = model.tokenizer
     he, she = (tokenizer(f" {word}", add_special_tokens=False).input_ids[-1] for word in ("He", "She"))
@@ -51,16 +53,15 @@ def pronouns(model, names="Lily Tom Sara Ben Anna Max Lucy Tim Mia Sam".split())
     by_length: dict[int, list[int]] = {}
     for place, prompt in enumerate(prompts):
         by_length.setdefault(len(prompt), []).append(place)
-    girls = {"Lily", "Sara", "Anna", "Lucy", "Mia"}
     clean, corrupted, answers, groups = [], [], [], []
     for places in by_length.values():
         for place in places:
-            others = [p for p in places if (names[p] in girls) != (names[place] in girls)]
+            others = [p for p in places if (names[p] in GIRLS) != (names[place] in GIRLS)]
             if others:
                 clean.append(torch.tensor(prompts[place]))
                 corrupted.append(torch.tensor(prompts[others[0]]))
-                answers.append(she if names[place] in girls else he)
-                groups.append("girl" if names[place] in girls else "boy")
+                answers.append(she if names[place] in GIRLS else he)
+                groups.append("girl" if names[place] in GIRLS else "boy")
     return Task(
         "pronouns",
         clean,
@@ -205,7 +206,6 @@ def test_tasks_without_answers_are_judged_by_their_own_objective():
 @pytest.mark.parametrize("share", [0.2, 0.6, 0.95])
 def test_every_figure_on_real_weights(stories, share):
     task = pronouns(stories)
-    assert len(task) >= 6 and len({len(tokens) for tokens in task.clean}) >= 1
     circuit = random_circuit(stories, share, 3)
     result = evaluate(stories, circuit, task)
     check_figures(result, by_hand(stories, circuit, task))

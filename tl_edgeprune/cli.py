@@ -6,7 +6,6 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from tl_edgeprune.circuit import Circuit
 from tl_edgeprune.evaluate import Evaluation, evaluate_all, evaluate_groups
@@ -37,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="prune SmolLM2-135M on indirect object identification")
     demo.add_argument("--task", default="ioi-t1", choices=["ioi-t1", "ioi"], help="default: ioi-t1")
     demo.add_argument("--n-edges", type=int, default=1000, help="edges to keep (default: 1000)")
-    demo.add_argument("--steps", type=int, default=None, help="training steps")
+    demo.add_argument("--steps", type=int, default=150, help="training steps (default: 150)")
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="default: runs/demo")
     demo.set_defaults(run=_demo)
@@ -48,6 +47,7 @@ def _demo(options: argparse.Namespace) -> int:
     from tl_edgeprune import models  # imports transformers: seconds
 
     started = time.monotonic()
+    options.out.mkdir(parents=True, exist_ok=True)
     print("Loading SmolLM2-135M …", flush=True)
     model = models.load("smollm2-135m")
     task = load_task(options.task, model, PAIRS, options.seed)
@@ -55,11 +55,13 @@ def _demo(options: argparse.Namespace) -> int:
     print(
         f"Task {task.name}: {len(train)} pairs to train on, {len(held_out)} held out.", flush=True
     )
-    result = EdgePruner(options.n_edges, seed=options.seed, **_steps(options)).fit(model, train)
+    pruner = EdgePruner(options.n_edges, steps=options.steps, seed=options.seed)
+    result = pruner.fit(model, train)
     print("Scoring every edge by EAP, for comparison …", flush=True)
     rival = eap(model, train[:32]).top(options.n_edges)
     figures = evaluate_all(model, [result.circuit, rival], held_out)
-    groups = evaluate_groups(model, [result.circuit, rival], held_out)
+    several = len(set(held_out.groups)) > 1
+    groups = evaluate_groups(model, [result.circuit, rival], held_out) if several else {}
     _save(options.out, result, figures[0])
     _print_summary(result, held_out, figures, groups)
     print(f"\nIn {options.out}/: circuit.json, history.png, circuit.html (open it in a browser).")
@@ -67,14 +69,9 @@ def _demo(options: argparse.Namespace) -> int:
     return 0
 
 
-def _steps(options: argparse.Namespace) -> dict[str, Any]:
-    return {} if options.steps is None else {"steps": options.steps}
-
-
 def _save(folder: Path, result: PruneResult, figures: Evaluation) -> None:
     from tl_edgeprune.report import plot_history, write_html
 
-    folder.mkdir(parents=True, exist_ok=True)
     circuit = result.circuit
     title = f"{circuit.metadata['task']} in SmolLM2-135M: {circuit.n_edges:,} edges"
     Circuit(circuit.graph, circuit.mask, circuit.metadata | {"held_out": figures.to_dict()}).save(
@@ -108,7 +105,7 @@ def _print_summary(
     print(f"{'':24}{'Edge Pruning':>14}{'EAP':>10}{'full model':>13}")
     for row in _rows(ours, rival):
         print("{:24}{:>14}{:>10}{:>13}".format(*row))
-    if len(groups) > 1:
+    if groups:
         print(f"\n{'KL by template':34}{'Edge Pruning':>14}{'EAP':>10}{'pairs':>8}")
         for group, (mine, theirs) in groups.items():
             print(f"{group[:33]:34}{mine.kl:>14.3f}{theirs.kl:>10.3f}{mine.n_pairs:>8}")
