@@ -46,7 +46,7 @@ types: .venv/installed-dev
 	.venv/bin/mypy
 
 docs: .venv/installed-docs
-	.venv/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
 	@echo "Open site/index.html"
 
 .venv/installed: pyproject.toml constraints.txt Makefile

@@ -307,7 +307,7 @@ def run(model: Any, tokens: Tensor) -> None:
 
 def interrupted(error: type[BaseException]) -> Callable[[Any, Tensor], None]:
     def run(model: Any, tokens: Tensor) -> None:
-        with stopping(model, "blocks.1.attn.hook_z", error):
+        with stopping(model, "ln_final.hook_normalized", error):
             model(tokens)
 
     return run

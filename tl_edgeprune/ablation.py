@@ -33,6 +33,7 @@ class Reference:
     """Reference outputs of every source, and the reference stream at every read.
 
     `bias_in_heads`: the output biases are no part of the streams; each head writes its share.
+    `any_batch`, `any_position`: one prompt's that stands for all, one position's that stands for all.
     """
 
     inputs: Float[Tensor, "input batch pos d_model"]
@@ -40,6 +41,8 @@ class Reference:
     mlp: Float[Tensor, "mlp batch pos d_model"]
     streams: Float[Tensor, "read batch pos d_model"]
     bias_in_heads: bool = False
+    any_batch: bool = False
+    any_position: bool = False
 
     @property
     def batch(self) -> int:
@@ -54,8 +57,8 @@ class Reference:
         return sum(t.numel() * t.element_size() for t in self._tensors())
 
     def expand(self, batch: int, pos: int) -> Reference:
-        """The same reference for every prompt (and, from one position, for every position)."""
-        if self.n_positions > 1 and pos > self.n_positions:
+        """One prompt's reference for every prompt (and, from one position, for every position)."""
+        if not self.any_position and pos > self.n_positions:
             raise ValueError(
                 f"the prompts have {pos} positions, but the means by position were taken over "
                 f"prompts "
@@ -80,7 +83,7 @@ class Reference:
 
     def _with(self, tensors: Iterable[Tensor]) -> Reference:
         inputs, z, mlp, streams = tensors
-        return Reference(inputs, z, mlp, streams, self.bias_in_heads)
+        return replace(self, inputs=inputs, z=z, mlp=mlp, streams=streams)
 
 
 # ------------------------------------------------------------------------------------ one run
@@ -158,13 +161,14 @@ def zero_reference(
     if bias_in_heads:
         plain = zero_reference(sites, graph, like)
         return replace(plain, streams=torch.zeros_like(plain.streams), bias_in_heads=True)
-    return _with_streams(
+    reference = _with_streams(
         sites,
         graph,
         inputs=like.new_zeros(graph.n_inputs, 1, 1, d_model),
         z=like.new_zeros(graph.n_layers, 1, 1, heads, d_head),
         mlp=like.new_zeros(len(sites.mlp), 1, 1, d_model),
     )
+    return replace(reference, any_batch=True, any_position=True)
 
 
 def mean_reference(
@@ -199,7 +203,8 @@ def mean_reference(
     means = {
         name: _mean(t, counts.to(t.device), positional).to(like.dtype) for name, t in kept.items()
     }
-    return _with_streams(sites, graph, **means)
+    reference = _with_streams(sites, graph, **means)
+    return replace(reference, any_batch=True, any_position=not positional)
 
 
 def _mean(total: Tensor, counts: Tensor, positional: bool) -> Tensor:

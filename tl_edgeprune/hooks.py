@@ -9,7 +9,7 @@ classes and for every attention, with or without TransformerLens' split inputs, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,8 +29,10 @@ LOST = (
     *("hook_attn_in", "hook_q_input", "hook_k_input", "hook_v_input", "hook_attn_out"),
     *("ln1.hook_in", "ln1.hook_scale", "ln1.hook_normalized", "ln1.hook_out", "hook_mlp_in"),
     *("attn.hook_in", "attn.q.hook_in", "attn.k.hook_in", "attn.v.hook_in"),
-    *("attn.hook_result", "attn.o.hook_out"),
+    *("attn.hook_result", "attn.o.hook_out", "attn.hook_hidden_states"),
+    *("ln1_post.hook_in", "ln1_post.hook_scale", "ln1_post.hook_normalized", "ln1_post.hook_out"),
 )
+LIBRARIES = ("transformer_lens", "tl_edgeprune")
 
 
 @dataclass(frozen=True)
@@ -352,21 +354,31 @@ def refuse_conflicts(model: Any, sites: Sites) -> None:
             "edge "
             "masks split. Call model.set_use_attn_in(False) first."
         )
-    points = model.hook_dict
-    taken = [name for name in sites.overwritten(model) if _users_hooks(points[name])]
+    points = {name: model.hook_dict[name] for name in sites.overwritten(model)}
+    if any(origin.startswith("tl_edgeprune") for p in points.values() for origin in _origins(p)):
+        raise ValueError("the model is masked already: leave that context before entering another.")
+    refuse_hooks(points)
+
+
+def refuse_hooks(points: Mapping[str, Any]) -> None:
+    """Raise ValueError where one of these points, by name, has a hook of the user's own."""
+    taken = [
+        name
+        for name, point in points.items()
+        if not all(origin.startswith(LIBRARIES) for origin in _origins(point))
+    ]
     if taken:
         raise ValueError(
-            f"hooks of your own on {', '.join(taken[:4])}{' …' if len(taken) > 4 else ''}: "
-            f"edge masks "
-            "overwrite what flows there, so those hooks would be lost. Remove them first "
+            f"hooks of your own on {', '.join(taken[:4])}{' …' if len(taken) > 4 else ''}: edge "
+            "masks overwrite what flows there, so those hooks would be lost. Remove them first "
             "(model.reset_hooks(including_permanent=True) removes all)."
         )
 
 
-def _users_hooks(point: Any) -> bool:
-    """Whether a hook point has hooks other than those that TransformerLens installs for itself."""
+def _origins(point: Any) -> list[str]:
+    """The modules that the hooks on a point come from."""
     functions = [getattr(handle, "user_hook", None) for handle in point.fwd_hooks + point.bwd_hooks]
-    return any(not getattr(f, "__module__", "").startswith("transformer_lens") for f in functions)
+    return [getattr(getattr(f, "func", f), "__module__", None) or "" for f in functions]
 
 
 @contextmanager
@@ -419,9 +431,12 @@ def _parameters(model: Any) -> list[torch.nn.Parameter]:
 
 def dropouts(model: Any) -> list[torch.nn.Module]:
     """Modules that drop activations when they are in training mode."""
-    return [
-        module
-        for module in model.modules()
-        if (isinstance(module, torch.nn.Dropout) and module.p > 0)
-        or float(getattr(module, "attention_dropout", 0.0) or 0.0) > 0
-    ]
+    return [module for module in model.modules() if _drops(module)]
+
+
+def _drops(module: torch.nn.Module) -> bool:
+    """Whether it is a dropout, or holds a rate for a functional one (OPT's `dropout`)."""
+    if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+        return module.p > 0
+    rates = [value for name, value in vars(module).items() if "drop" in name]
+    return any(isinstance(rate, float) and rate > 0 for rate in rates)

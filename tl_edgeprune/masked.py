@@ -13,10 +13,12 @@ mask, the reference and the positions from one forward to the next.
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,6 +38,7 @@ from tl_edgeprune.hooks import (
     find_sites,
     prepared,
     refuse_conflicts,
+    refuse_hooks,
 )
 from tl_edgeprune.residual import BufferPool, Stream
 
@@ -51,6 +54,7 @@ REFUSED_ARGUMENTS = {
     "stop_at_layer": "stop_at_layer",
     "inputs_embeds": "inputs_embeds",
     "shortformer_pos_embed": "shortformer position embeddings",
+    "position_ids": "position_ids",
 }
 
 
@@ -85,29 +89,26 @@ def masked(
 
     Bhaskar et al. 2024, equations 1 to 3; x_i = r_i + sum_j z_ij (y_j - ref_j).
     """
-    wanted = _wanted_graph(model, circuit_or_mask, graph)
     mask = _mask_of(circuit_or_mask)
     kind = _ablation_kind(ablation, corrupted, prompts)
-    with MaskedModel.attach(model, wanted) as run:
-        check_mask(mask, wanted)
+    with MaskedModel.attach(model, getattr(circuit_or_mask, "graph", graph)) as run:
+        check_mask(mask, run.graph)
         reference = run.reference(kind, corrupted=corrupted, prompts=prompts)
         run.set(mask=mask, reference=reference, positions=positions)
         with run.shadowed():
             yield model
 
 
-def _wanted_graph(model: Any, circuit_or_mask: Any, graph: EdgeGraph | None) -> EdgeGraph:
-    own = getattr(circuit_or_mask, "graph", None)
-    wanted = own or graph
+def _graph_of(sites: Sites, wanted: EdgeGraph | None) -> EdgeGraph:
+    """The model's graph, which is the wanted one."""
     if wanted is None:
-        return EdgeGraph.from_model(model)
-    actual = EdgeGraph.from_model(
-        model, split_qkv=wanted.split_qkv, split_embeddings=wanted.split_embeddings
+        return sites.graph(split_qkv=True, split_embeddings=False)
+    actual = sites.graph(
+        split_qkv=wanted.split_qkv, split_embeddings=wanted.split_embeddings
     )
     if wanted != actual:
         raise ValueError(
-            f"the circuit or mask is for another model: its graph is {wanted}, this model's "
-            f"{actual}."
+            f"the circuit or mask is for another model: its graph is {wanted}, this model's {actual}."
         )
     return actual
 
@@ -191,6 +192,8 @@ class MaskedModel:
         self._inputs: _Inputs | None = None
         self._forward: _Forward | None = None
         self._model_forward: Callable[..., Any] = model.forward
+        self._names = list(inspect.signature(self._model_forward).parameters)
+        self._points = {name: model.hook_dict[name] for name in sites.overwritten(model)}
 
     @classmethod
     @contextmanager
@@ -201,7 +204,7 @@ class MaskedModel:
         graph's sources: with every edge kept it must give its own logits.
         """
         sites = find_sites(model)
-        graph = graph or sites.graph(split_qkv=True, split_embeddings=False)
+        graph = _graph_of(sites, graph)
         refuse_conflicts(model, sites)
         with ExitStack() as undo:
             undo.enter_context(prepared(model, sites))
@@ -307,7 +310,7 @@ class MaskedModel:
         if inputs is None:
             return self._model_forward(*args, **kwargs)
         given = args[0] if args else kwargs.get("input", kwargs.get("input_ids"))
-        tokens = self._checked_call(given, kwargs)
+        tokens = self._checked_call(given, dict(zip(self._names, args, strict=False)) | kwargs)
         check_mask(inputs.mask, self.graph)
         self._forward = _Forward(self, inputs, tokens)
         try:
@@ -320,7 +323,7 @@ class MaskedModel:
         finally:
             self._forward = None
 
-    def _checked_call(self, tokens: Any, kwargs: dict[str, Any]) -> Int[Tensor, "batch pos"]:
+    def _checked_call(self, tokens: Any, call: dict[str, Any]) -> Int[Tensor, "batch pos"]:
         if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.is_floating_point():
             given = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
             raise ValueError(
@@ -328,19 +331,26 @@ class MaskedModel:
                 f"first."
             )
         for name, label in REFUSED_ARGUMENTS.items():
-            if kwargs.get(name) is not None:
+            if call.get(name) is not None:
                 raise ValueError(
                     f"{label} is not supported inside masked: run whole prompts, from tokens."
                 )
-        if kwargs.get("use_cache"):
+        if call.get("use_cache"):
             raise ValueError("a KV cache is not supported inside masked: run with use_cache=False.")
-        padding = kwargs.get("attention_mask")
+        padding = call.get("attention_mask")
         if padding is not None and not bool(torch.as_tensor(padding).bool().all()):
             raise ValueError(
                 "padding masks are not supported inside masked: give prompts of one length a batch."
             )
         self._check_padding(tokens)
-        active = [type(module).__name__ for module in self._dropouts if module.training]
+        if self._inputs is not None and self._inputs.positions is not None:
+            if call.get("labels") is not None or call.get("return_type") in ("loss", "both"):
+                raise ValueError(
+                    "a loss needs the logits at every position, but positions=… asks for some: take "
+                    "the logits, or leave positions out."
+                )
+        refuse_hooks(self._points)
+        active = self.active_dropout()
         if active:
             raise ValueError(
                 f"dropout is active ({active[0]}, training mode): masked runs would differ "
@@ -360,13 +370,17 @@ class MaskedModel:
                 "tokens start with padding: give prompts of one length a batch, unpadded."
             )
 
-    def _hooks(self) -> list[Hook]:
-        def at(method: str, *place: Any) -> Callable[..., Tensor | None]:
-            def hook(tensor: Tensor, hook: Any) -> Tensor | None:
-                forward = self._forward
-                return None if forward is None else getattr(forward, method)(tensor, *place)
+    def _at(self, method: str, place: tuple[int, ...], tensor: Tensor, hook: Any) -> Tensor | None:
+        forward = self._forward
+        return None if forward is None else getattr(forward, method)(tensor, *place)
 
-            return hook
+    def active_dropout(self) -> list[str]:
+        """Types of the modules that would drop activations now."""
+        return [type(module).__name__ for module in self._dropouts if module.training]
+
+    def _hooks(self) -> list[Hook]:
+        def at(method: str, *place: int) -> Callable[..., Tensor | None]:
+            return partial(self._at, method, place)
 
         sites = self.sites
         hooks = [(sites.embed, at("embed"))] if self.graph.split_embeddings else []
@@ -393,13 +407,13 @@ class _Forward:
         self.graph, self.sites, self.pool = run.graph, run.sites, run._pool
         self.batch, self.pos = tokens.shape
         self.reference = _fitting(inputs.reference, tokens)
-        self.positions = _checked_positions(inputs.positions, tokens)
+        weight = self.sites.attention[0].output  # mask and positions may come from another device
+        self.positions = _checked_positions(inputs.positions, tokens, weight.device)
         self.path = inputs.path
-        dtype = self.sites.attention[0].output.dtype
         self.blocks = [
             part.view(read.n_destinations, read.n_sources)
             for part, read in zip(
-                inputs.mask.to(dtype).split(
+                inputs.mask.to(weight).split(
                     [r.n_destinations * r.n_sources for r in self.graph.reads]
                 ),
                 self.graph.reads,
@@ -412,7 +426,7 @@ class _Forward:
         self.ahead: dict[int, Tensor] = {}
         self.embedding: Tensor | None = None
         self.stream: Stream | None = None
-        self.handed: list[Tensor] = []
+        self.handed: dict[int, Tensor] = {}
         self.reads = 0
 
     def embed(self, tensor: Tensor) -> None:
@@ -425,14 +439,21 @@ class _Forward:
         site = self.sites.attention[layer]
         x = site.norm(self._read("attention", layer))  # [destination, row, d_model]
         project = _project_split if self.graph.split_qkv else _project_shared
-        self.handed = [self._by_head(part) for part in project(x, site)]
+        self.handed = dict(enumerate(self._by_head(part) for part in project(x, site)))
 
     def projected(self, tensor: Tensor, layer: int, part: int) -> Tensor:
         """At hook_q, hook_k, hook_v: the projections of what the destinations read."""
-        return self.handed[part].to(tensor.dtype)
+        if part not in self.handed:
+            raise RuntimeError(f"hook_{'qkv'[part]} of block {layer} fired twice in one forward.")
+        return self.handed.pop(part).to(tensor.dtype)
 
     def heads(self, z: Tensor, layer: int) -> Tensor:
         """At hook_z: the heads write. The model goes on with a copy that no gradient follows."""
+        if self.handed:
+            raise RuntimeError(
+                f"hook_{'qkv'[min(self.handed)]} of block {layer} did not fire, or its hook was "
+                "removed inside the context (model.reset_hooks?)."
+            )
         site = self.sites.attention[layer]
         rows = site.scaled(z.reshape(-1, *z.shape[2:])) - self.reference.z[layer].flatten(0, 1)
         bias = None
@@ -460,10 +481,12 @@ class _Forward:
         rows = (
             self.positions + torch.arange(self.batch, device=resid.device)[:, None] * self.pos
         ).flatten()
-        x = self._read("logits", self.graph.n_layers, rows)[0]  # [batch*read, d_model]
         if self.sites.cut is None:
+            x = self._read("logits", self.graph.n_layers, rows)[0]  # [batch*read, d_model]
             return x.view(self.batch, -1, x.shape[-1])
         # The Bridge must see the input's length until after its last norm; `cut` undoes this.
+        rows = rows.unique()  # index_copy would give a repeated row its gradient twice
+        x = self._read("logits", self.graph.n_layers, rows)[0]
         return (
             x.new_zeros(self.batch * self.pos, x.shape[-1]).index_copy(0, rows, x).view(resid.shape)
         )
@@ -588,11 +611,11 @@ def _with_biases(parts: list[Tensor], site: AttentionSite) -> list[Tensor]:
 
 
 def _fitting(reference: Reference, tokens: Tensor) -> Reference:
-    """The reference for these tokens' shape: expanded where it is one prompt's mean or zero."""
+    """The reference for these tokens' shape: expanded where it is a mean or zero."""
     batch, pos = tokens.shape
     if (reference.batch, reference.n_positions) == (batch, pos):
         return reference
-    if reference.batch == 1:
+    if reference.any_batch:
         return reference.expand(batch, pos)
     raise ValueError(
         f"the tokens have shape {(batch, pos)}, the corrupted prompts "
@@ -601,7 +624,9 @@ def _fitting(reference: Reference, tokens: Tensor) -> Reference:
     )
 
 
-def _checked_positions(positions: Tensor | None, tokens: Tensor) -> Tensor | None:
+def _checked_positions(
+    positions: Tensor | None, tokens: Tensor, device: torch.device
+) -> Tensor | None:
     if positions is None:
         return None
     batch, pos = tokens.shape
@@ -614,7 +639,7 @@ def _checked_positions(positions: Tensor | None, tokens: Tensor) -> Tensor | Non
             f"positions go from {int(positions.min())} to {int(positions.max())}, expected 0 "
             f"to {pos - 1}."
         )
-    return positions.to(tokens.device)
+    return positions.to(device, torch.long)
 
 
 def _refuse_generation(*_: Any, **__: Any) -> None:
@@ -632,26 +657,43 @@ _checked: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
 
 
 def _check_once(run: MaskedModel) -> None:
-    """Raise NotImplementedError if the model with every edge kept does not give its own logits."""
-    if run.model in _checked or run.model.training:
+    """Raise NotImplementedError if the model's own run is not what the masks leave of it.
+
+    With every edge kept the logits must be the model's own. With the edges from heads and MLPs to
+    the logits alone, every head and MLP must read the reference run, and so give its logits.
+    """
+    if run.model in _checked or run.active_dropout():
         return
     tokens = _probe_tokens(run)
-    reference, _ = run.record(tokens.flip(0))
     with torch.no_grad():
         plain = run._model_forward(tokens)
-        kept = run(tokens, torch.ones(run.graph.n_edges, device=tokens.device), reference)
-    scale = plain.float().abs().max().clamp(min=1.0)
+        reference, other = run.record(tokens.flip(0))
+        kept = torch.ones(run.graph.n_edges, device=tokens.device)
+        cut = torch.zeros_like(kept)
+        cut[run.graph.reads[-1].edges][run.graph.n_inputs :] = 1.0
+        errors = [_relative(run(tokens, kept, reference), plain)]
+        errors.append(_relative(run(tokens, cut, reference), other))
     tolerance = 0.05 if plain.dtype in (torch.float16, torch.bfloat16) else 1e-3
-    error = float((plain - kept).float().abs().max() / scale)
-    if not error <= tolerance:
+    name = getattr(run.model.cfg, "model_name", "this model")
+    if not errors[0] <= tolerance:
         raise NotImplementedError(
-            f"{getattr(run.model.cfg, 'model_name', 'this model')}: its residual stream is not "
-            f"the sum "
-            f"of its input, heads and MLPs (with every edge kept the logits are off by "
-            f"{error:.2g} of "
-            "their largest). Such a model would be scored wrongly, so it is refused."
+            f"{name}: its residual stream is not the sum of its input, heads and MLPs (with every "
+            f"edge kept the logits are off by {errors[0]:.2g} of their largest). Such a model would be "
+            "scored wrongly, so it is refused."
+        )
+    if not errors[1] <= tolerance:
+        raise NotImplementedError(
+            f"{name}: its heads or MLPs do not read what their edges carry (with every edge into them "
+            f"cut the logits are off by {errors[1]:.2g} of their largest). Such a model would be "
+            "scored wrongly, so it is refused."
         )
     _checked[run.model] = True
+
+
+def _relative(actual: Tensor, expected: Tensor) -> float:
+    """The largest difference, in units of the largest expected value."""
+    scale = expected.float().abs().max().clamp(min=1.0)
+    return float((actual - expected).float().abs().max() / scale)
 
 
 def _probe_tokens(run: MaskedModel) -> Tensor:

@@ -57,7 +57,8 @@ class BufferPool:
 
     def give(self, *buffers: Tensor | None) -> None:
         """Take back buffers that nothing will read again."""
-        self._free.extend(buffer for buffer in buffers if buffer is not None)
+        # One made in inference mode could not be written to outside of it.
+        self._free.extend(b for b in buffers if b is not None and not b.is_inference())
         del self._free[: max(0, len(self._free) - self.keep)]
 
 

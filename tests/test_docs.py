@@ -1,0 +1,85 @@
+"""The tutorial's code runs, block after block, as a reader would run it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tl_edgeprune import EdgePruner
+from tl_edgeprune.models import smollm2
+
+ROOT = Path(__file__).parents[1]
+TUTORIAL = ROOT / "docs" / "tutorial.md"
+FENCE = re.compile(
+    r'(?P<slow><!-- slow -->\n)?^```(?P<language>python|json)(?: title="(?P<title>[^"]+)")?\n'
+    r"(?P<code>.*?)^```$",
+    re.MULTILINE | re.DOTALL,
+)
+
+
+class Block(NamedTuple):
+    line: int
+    language: str
+    title: str | None
+    slow: bool
+    code: str
+
+
+def blocks() -> list[Block]:
+    text = TUTORIAL.read_text(encoding="utf-8")
+    return [
+        Block(
+            text[: match.start("code")].count("\n") + 1,
+            match["language"],
+            match["title"],
+            bool(match["slow"]),
+            match["code"],
+        )
+        for match in FENCE.finditer(text)
+    ]
+
+
+def run(chosen: list[Block]) -> None:
+    """Run blocks in one namespace, in the working folder; errors name the tutorial's line."""
+    namespace: dict[str, object] = {"__name__": "tutorial"}
+    for block in chosen:
+        if block.title:
+            Path(block.title).write_text(block.code, encoding="utf-8")
+        else:
+            code = "\n" * (block.line - 1) + block.code
+            exec(compile(code, str(TUTORIAL), "exec"), namespace)
+
+
+def change_defaults(monkeypatch: pytest.MonkeyPatch, **changes: object) -> None:
+    """Other defaults of EdgePruner, for a quick and quiet run."""
+    defaults = dict(EdgePruner.__init__.__kwdefaults__) | changes
+    monkeypatch.setattr(EdgePruner.__init__, "__kwdefaults__", defaults)
+
+
+def test_quick_blocks_of_the_tutorial_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    change_defaults(monkeypatch, progress=False)
+    quick = [block for block in blocks() if not block.slow]
+    assert len(quick) >= 10
+    run(quick)
+    assert (tmp_path / "circuit.html").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(smollm2.wheel_folder() is None, reason=f"needs {smollm2.REQUIREMENT}")
+def test_slow_blocks_of_the_tutorial_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    change_defaults(monkeypatch, progress=False, steps=4)
+    every = blocks()
+    run(every[:1] + [block for block in every if block.slow or block.title])
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.stem)
+def test_links_and_pictures_of_the_docs_exist(page):
+    text = page.read_text(encoding="utf-8")
+    targets = re.findall(r"\]\((?!https?:|#)([^)#]+)", text)
+    missing = [target for target in targets if not (page.parent / target).exists()]
+    assert not missing
