@@ -18,11 +18,13 @@ install_import_hook("tl_edgeprune", "beartype.beartype")  # before anything impo
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 torch.set_num_threads(1)
-settings.register_profile("ci", max_examples=4, deadline=None, derandomize=True)
-settings.register_profile("all", max_examples=40, deadline=None)
+# Not Phase.explain: it traces every line, which takes a minute of a failing test.
+phases = (Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink)
+settings.register_profile("ci", max_examples=8, deadline=None, derandomize=True, phases=phases)
+settings.register_profile("all", max_examples=40, deadline=None, phases=phases)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 

@@ -66,7 +66,9 @@ def saved(tmp_path):
 def test_a_file_names_its_edges_and_the_libraries(saved):
     document = json.loads(saved.read_text())
     assert document["edges"] == list(random_circuit(GRAPH, 0.2, 0).edges)
-    assert {"tl_edgeprune", "transformer-lens", "transformers", "torch"} <= set(document["versions"])
+    assert {"tl_edgeprune", "transformer-lens", "transformers", "torch"} <= set(
+        document["versions"]
+    )
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
@@ -78,7 +80,11 @@ def test_a_file_cut_short_is_refused(saved, share):
 
 
 def _damage(document, key, value):
-    return {k: v for k, v in document.items() if k != key} if value is None else document | {key: value}
+    return (
+        {k: v for k, v in document.items() if k != key}
+        if value is None
+        else document | {key: value}
+    )
 
 
 @pytest.mark.parametrize(
@@ -115,7 +121,9 @@ def test_a_damaged_or_older_file_is_refused_by_name(saved, key, value, message):
 @pytest.mark.parametrize("content", [b"[]", b"3", b'"text"', b'{"cfg": {}, "nodes": {}}'])
 def test_another_programs_file_is_refused(saved, content):
     saved.write_bytes(content)
-    with pytest.raises(ValueError, match="is no circuit file: expected one written by Circuit.save"):
+    with pytest.raises(
+        ValueError, match="is no circuit file: expected one written by Circuit.save"
+    ):
         Circuit.load(saved)
 
 
@@ -141,7 +149,7 @@ def test_metadata_that_json_cannot_write_leaves_the_old_file(saved):
 @given(drawn=st.tuples(shares, shares, shares), seed=seeds)
 def test_circuits_are_sets_of_edges(drawn, seed):
     a, b, c = (random_circuit(GRAPH, share, seed + i) for i, share in enumerate(drawn))
-    A, B, C = set(a.edges), set(b.edges), set(c.edges)
+    A, B, _C = set(a.edges), set(b.edges), set(c.edges)
     assert set((a & b).edges) == A & B
     assert set((a | b).edges) == A | B
     assert set((a - b).edges) == A - B

@@ -1,4 +1,6 @@
-"""Evaluation: what must hold at both ends, and every figure computed again from `masked`'s logits."""
+"""Evaluation: what must hold at both ends, and every figure computed again from `masked`'s
+logits.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ def random_circuit(model, share: float = 0.5, seed: int = 0, **metadata) -> Circ
 def pronouns(model, names=NAMES) -> Task:
     """stories260K's own behaviour: girls go to the park as She, boys as He."""
     tokenizer = model.tokenizer
-    he, she = (tokenizer(f" {word}", add_special_tokens=False).input_ids[-1] for word in ("He", "She"))
+    he, she = (
+        tokenizer(f" {word}", add_special_tokens=False).input_ids[-1] for word in ("He", "She")
+    )
     prompts = [tokenizer(f"Once upon a time, {n} went to the park.").input_ids for n in names]
     by_length: dict[int, list[int]] = {}
     for place, prompt in enumerate(prompts):
@@ -199,7 +203,9 @@ def test_tasks_without_answers_are_judged_by_their_own_objective():
     expected = by_hand(model, circuit, task)
     assert result.accuracy is None and result.logit_diff is None
     assert result.mse == pytest.approx(expected["mse"], abs=1e-7)
-    assert result.faithfulness == pytest.approx(1 - expected["mse"] / expected["mse_empty"], abs=1e-5)
+    assert result.faithfulness == pytest.approx(
+        1 - expected["mse"] / expected["mse_empty"], abs=1e-5
+    )
     assert result.n_alive == 0
 
 
@@ -257,7 +263,9 @@ def test_an_evaluation_leaves_the_model_as_it_was():
 def test_a_circuit_for_another_model_is_refused():
     circuit = random_circuit(zoo.load("bridge-llama-gqa"))
     model = zoo.load("bridge-gpt2")
-    with pytest.raises(ValueError, match=r"the circuit is for another model: its graph is EdgeGraph"):
+    with pytest.raises(
+        ValueError, match=r"the circuit is for another model: its graph is EdgeGraph"
+    ):
         evaluate(model, circuit, random_task(model))
 
 
@@ -265,7 +273,9 @@ def test_a_circuit_for_another_model_is_refused():
 def test_folded_weights_are_refused_where_they_change_the_ablation(ablation):
     folded, unfolded = zoo.load("bridge-gpt2-lnpre"), zoo.load("bridge-gpt2")
     found_on_unfolded = random_circuit(unfolded, folded=False, ablation=ablation)
-    with pytest.raises(ValueError, match=rf"under {ablation} ablation on a model with unfolded norm"):
+    with pytest.raises(
+        ValueError, match=rf"under {ablation} ablation on a model with unfolded norm"
+    ):
         evaluate(folded, found_on_unfolded, random_task(folded))
     with pytest.raises(ValueError, match="with folded norm"):
         check_circuit(unfolded, random_circuit(unfolded, folded=True, ablation=ablation))

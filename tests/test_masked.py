@@ -1,11 +1,13 @@
 """The masked forward pass and its gradients, model by model, held to brute force.
 
-`brute_force` overwrites each destination's input by TransformerLens' own split inputs, one edge at a
+`brute_force` overwrites each destination's input by TransformerLens' own split inputs, one edge at
+a
 time, in plain autograd; `masked` does none of that. Whatever both agree on, both define alike.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +15,7 @@ import brute_force as bf
 import pytest
 import torch
 import zoo
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -28,6 +30,8 @@ CASES = [
 ]
 # float64 wherever the model itself computes in it: there brute force and mask agree to 1e-10.
 FINEST = [pytest.param(name, zoo.dtypes(name)[-1], id=name) for name in zoo.ARCHITECTURES]
+# Every example of brute force takes one run an architecture: there are fewer of them.
+few = settings(max_examples=max(2, settings.default.max_examples // 4))
 SEEDS = st.integers(2, 2**16)
 DENSITIES = st.sampled_from([None, 0.1, 0.5, 0.9])  # None: numbers between 0 and 1
 
@@ -49,6 +53,7 @@ def options(model: Any, ablation: str, pos: int = 7, seed: int = 1) -> dict[str,
     return {"ablation": ablation, "prompts": prompts(model)}
 
 
+@functools.cache
 def replacement(model: Any, ablation: str, pos: int = 7, seed: int = 1) -> Mapping[str, Tensor]:
     """What each source's removed edges carry, by brute force."""
     with torch.no_grad():
@@ -102,18 +107,18 @@ def logit_difference(logits: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("ablation", ABLATIONS)
 @pytest.mark.parametrize("name, dtype", CASES)
-def test_everything_kept_is_the_model(name: str, dtype: torch.dtype, ablation: str) -> None:
+def test_everything_kept_is_the_model(name: str, dtype: torch.dtype) -> None:
     model = zoo.load(name, dtype)
     clean = zoo.tokens(model)
     expected = model(clean)
     ones = torch.ones(EdgeGraph.from_model(model).n_edges, dtype=dtype)
-    with masked(model, ones, **options(model, ablation)):
-        actual = model(clean)
-    assert actual.dtype == dtype
-    assert_equal(actual, expected, name)
-    assert torch.equal(model(clean), expected), "the context left something behind"
+    for ablation in ABLATIONS:
+        with masked(model, ones, **options(model, ablation)):
+            actual = model(clean)
+        assert actual.dtype == dtype
+        assert_equal(actual, expected, name)
+        assert torch.equal(model(clean), expected), "the context left something behind"
 
 
 @torch.no_grad()
@@ -131,6 +136,7 @@ def test_nothing_kept_is_the_corrupted_prompt(name: str, dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("name, dtype", FINEST)
+@few
 @given(data=st.data())
 @torch.no_grad()
 def test_removing_one_edge_is_path_patching(
@@ -148,6 +154,7 @@ def test_removing_one_edge_is_path_patching(
 
 @pytest.mark.parametrize("ablation", ABLATIONS)
 @pytest.mark.parametrize("name, dtype", FINEST)
+@few
 @given(seed=SEEDS, density=DENSITIES)
 @torch.no_grad()
 def test_a_random_mask_is_brute_force(
@@ -167,15 +174,20 @@ def test_masks_in_between_interpolate_linearly(name: str) -> None:
     """At the input of every MLP and of the logits, in the edges that lead there."""
     model = zoo.load(name)
     graph, sites, clean = EdgeGraph.from_model(model), find_sites(model), zoo.tokens(model)
-    points = {"logits": sites.final} | {f"m{layer}": mlp.read for layer, mlp in enumerate(sites.mlp)}
+    points = {"logits": sites.final} | {
+        f"m{layer}": mlp.read for layer, mlp in enumerate(sites.mlp)
+    }
     mask = random_mask(model, graph, 0)
     with masked(model, mask, **options(model, "counterfactual")):
         for read in graph.reads:
             destination = graph.destinations[read.first_destination]
-            if destination not in points or name.endswith("gptj") and destination != "logits":
-                continue  # queries, keys and values: next test; GPT-J's MLP is handed a norm's output
+            if destination not in points or (name.endswith("gptj") and destination != "logits"):
+                # queries, keys and values: next test; GPT-J's MLP is handed a norm's output
+                continue
 
-            def seen(row: Tensor, point: str = points[destination], at: slice = read.edges) -> Tensor:
+            def seen(
+                row: Tensor, point: str = points[destination], at: slice = read.edges
+            ) -> Tensor:
                 mask[at] = row
                 return model.run_with_cache(clean, names_filter=point)[1][point]
 
@@ -234,6 +246,7 @@ def test_minus_the_gradient_at_one_is_eap(name: str, dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize("ablation", ["counterfactual", "zero"])
 @pytest.mark.parametrize("name, dtype", FINEST)
+@few
 @given(seed=SEEDS, density=DENSITIES)
 def test_the_gradient_of_a_mask_is_autograds(
     name: str, dtype: torch.dtype, ablation: str, seed: int, density: float | None
@@ -259,6 +272,7 @@ def test_a_mask_in_another_precision_gets_its_gradient_there(name: str) -> None:
 
 
 @pytest.mark.parametrize("name, dtype", FINEST)
+@few
 @given(seed=SEEDS, n=st.integers(1, 9))
 def test_positions_choose_among_the_logits(
     name: str, dtype: torch.dtype, seed: int, n: int
@@ -367,8 +381,12 @@ def test_embeddings_treated_alike_are_one_input(ablation: str) -> None:
     clean = zoo.tokens(model)
     joint, graph = (EdgeGraph.from_model(model, split_embeddings=split) for split in (False, True))
     mask = random_mask(model, joint, 0)
-    alike = mask[[joint.index(edge.replace("tok->", "input->").replace("pos->", "input->"))
-                  for edge in graph.edges]]
+    alike = mask[
+        [
+            joint.index(edge.replace("tok->", "input->").replace("pos->", "input->"))
+            for edge in graph.edges
+        ]
+    ]
     with masked(model, mask, **options(model, ablation)):
         expected = model(clean)
     with masked(model, alike, **options(model, ablation), graph=graph):

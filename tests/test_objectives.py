@@ -67,7 +67,12 @@ def test_kl_is_never_below_zero_and_zero_for_the_model_itself(batch, read, seed)
 def test_mean_squared_error_is_its_mean(batch, read, seed):
     logits, full, pairs = made(batch, read, seed)
     for row, value in enumerate(mean_squared_error(logits, full, pairs).tolist()):
-        squares = [(a - b) ** 2 for a, b in zip(logits[row].flatten().tolist(), full[row].flatten().tolist(), strict=True)]
+        squares = [
+            (a - b) ** 2
+            for a, b in zip(
+                logits[row].flatten().tolist(), full[row].flatten().tolist(), strict=True
+            )
+        ]
         assert value == pytest.approx(sum(squares) / len(squares))
 
 
@@ -85,7 +90,9 @@ def test_logit_difference_is_answer_less_distractor(batch, seed):
 def test_log_probability_is_that_of_the_answers_tokens(batch, read, seed):
     logits, full, pairs = made(batch, read, seed)
     for row, value in enumerate(negative_log_prob(logits, full, pairs).tolist()):
-        found = [log_softmax(logits[row, i].tolist())[int(pairs.answers[row, i])] for i in range(read)]
+        found = [
+            log_softmax(logits[row, i].tolist())[int(pairs.answers[row, i])] for i in range(read)
+        ]
         assert value == pytest.approx(-sum(found) / read, abs=1e-10)
 
 
@@ -126,13 +133,17 @@ def test_a_function_is_taken_as_it_is():
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="unknown objective 'kld': expected one of kl, mse") as error:
+    with pytest.raises(
+        ValueError, match="unknown objective 'kld': expected one of kl, mse"
+    ) as error:
         find_objective("kld", task())
     assert all(name in str(error.value) for name in OBJECTIVES)
 
 
 def test_the_logit_difference_is_refused_for_answers_of_several_tokens():
-    with pytest.raises(ValueError, match=r"pair 0 of task 'made' has 2 and 2. Use 'kl' or 'log-prob'"):
+    with pytest.raises(
+        ValueError, match=r"pair 0 of task 'made' has 2 and 2. Use 'kl' or 'log-prob'"
+    ):
         find_objective("logit-diff", task(2, 2))
     with pytest.raises(ValueError, match=r"has 1 and 0"):
         find_objective("logit-diff", task(1, 0))

@@ -56,7 +56,9 @@ class NaiveStream:
 
 @dataclass
 class Program:
-    """Layers of heads and an MLP on a stream, with random weights: the chain of a masked forward."""
+    """Layers of heads and an MLP on a stream, with random weights: the chain of a masked
+    forward.
+    """
 
     layers: int
     heads: int
@@ -224,7 +226,7 @@ def a_chain() -> tuple[Program, Tensor]:
 
 
 def test_a_second_backward_raises() -> None:
-    program, output = a_chain()
+    _program, output = a_chain()
     output.sum().backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="Run the forward again for each backward"):
         output.sum().backward()

@@ -33,7 +33,8 @@ class Reference:
     """Reference outputs of every source, and the reference stream at every read.
 
     `bias_in_heads`: the output biases are no part of the streams; each head writes its share.
-    `any_batch`, `any_position`: one prompt's that stands for all, one position's that stands for all.
+    `any_batch`, `any_position`: one prompt's that stands for all, one position's that stands for
+    all.
     """
 
     inputs: Float[Tensor, "input batch pos d_model"]
@@ -96,8 +97,16 @@ def record(
     logits.
     """
     seen: dict[str, Tensor] = {}
-    with torch.no_grad(), prepared(model, sites), attached(model, _recorders(sites, seen)):
+    recorders = _recorders(sites, seen)
+    with torch.no_grad(), prepared(model, sites), attached(model, recorders):
         logits = model(tokens)
+    silent = [name for name, _ in recorders if name not in seen]
+    if silent:
+        raise NotImplementedError(
+            f"{getattr(model.cfg, 'model_name', 'this model')}: its hook point {silent[0]} "
+            f"does not "
+            "fire, so what passes there cannot be masked. Such a model is not supported."
+        )
     return _reference_from(sites, graph, seen), logits
 
 

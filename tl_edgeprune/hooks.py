@@ -423,15 +423,23 @@ def _flags(sites: Sites) -> list[tuple[str, bool]]:
     return flags
 
 
+def _modules(model: Any) -> list[torch.nn.Module]:
+    """Every module that runs, also those that the Bridge's own tree leaves out."""
+    original = getattr(model, "original_model", None)
+    both = [
+        *model.modules(),
+        *(original.modules() if isinstance(original, torch.nn.Module) else ()),
+    ]
+    return list(dict.fromkeys(both))
+
+
 def _parameters(model: Any) -> list[torch.nn.Parameter]:
-    """Every parameter in the module tree, also those that the Bridge's own list leaves out."""
-    found = {id(p): p for m in model.modules() for p in m._parameters.values() if p is not None}
-    return list(found.values())
+    return [p for module in _modules(model) for p in module._parameters.values() if p is not None]
 
 
 def dropouts(model: Any) -> list[torch.nn.Module]:
     """Modules that drop activations when they are in training mode."""
-    return [module for module in model.modules() if _drops(module)]
+    return [module for module in _modules(model) if _drops(module)]
 
 
 def _drops(module: torch.nn.Module) -> bool:

@@ -45,7 +45,7 @@ from tl_edgeprune.scores import EdgeScores
 from tl_edgeprune.tasks.task import Batch, Task
 from tl_edgeprune.teacher import Teacher, check_vocabulary
 
-History = list[dict[str, float]]
+History = list[dict[str, float | int]]
 WARM_STEPS, WARM_PAIRS = 5, 32
 
 
@@ -281,6 +281,7 @@ class _Fit:
             pruner.ablation,
             batch_size=pruner.batch_size,
             bias_in_heads=pruner.bias_in_heads,
+            progress=pruner.progress,
         )
         self.device = self.teacher.device
         self.controller = copy.deepcopy(pruner.controller)
@@ -333,7 +334,7 @@ class _Fit:
             loss = self.loss_of(logits, lesson.full, lesson.batch).mean()
             self._check_loss(loss, step)
             ((loss + penalty) / self.pruner.accumulate).backward()
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
         self._update()
         self._note(step, sum(losses) / len(losses), target)
 
@@ -407,6 +408,7 @@ class _Fit:
             steps=WARM_STEPS,
             batch_size=self.pruner.batch_size,
             max_pairs=WARM_PAIRS,
+            progress=self.pruner.progress,
         )
 
     def _node_log_alpha(self) -> Float[Tensor, " source"] | None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from tl_edgeprune.ablation import Reference
 from tl_edgeprune.masked import MaskedModel
@@ -42,6 +43,7 @@ class Teacher:
         batch_size: int = 16,
         max_bytes: int = MAX_BYTES,
         bias_in_heads: bool = False,
+        progress: bool = False,
     ) -> None:
         self.run, self.task, self.ablation = run, task, ablation
         self.device = run.sites.attention[0].output.device
@@ -52,7 +54,7 @@ class Teacher:
             self._fixed = run.reference(
                 ablation, prompts=task.corrupted, bias_in_heads=bias_in_heads
             )
-        self._precompute(batch_size, max_bytes)
+        self._precompute(batch_size, max_bytes, progress)
 
     def lesson(self, batch: Batch) -> Lesson:
         """The batch on the model's device, with its targets and its reference."""
@@ -68,9 +70,9 @@ class Teacher:
             return self.run.record(batch.corrupted)[0]
         return Reference.cat([self._references[i] for i in indices])
 
-    def _precompute(self, batch_size: int, max_bytes: int) -> None:
-        kept = 0
-        for batch in self.task.batches(batch_size):
+    def _precompute(self, batch_size: int, max_bytes: int, progress: bool) -> None:
+        kept, batches = 0, list(self.task.batches(batch_size))
+        for batch in tqdm(batches, "full model", disable=not progress, leave=False):
             batch = batch.to(self.device)
             for index, logits in zip(batch.indices.tolist(), self._targets(batch), strict=True):
                 self._full[index] = logits

@@ -10,12 +10,14 @@ Scores are means over the task's pairs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.masked import InputPath, MaskedModel
@@ -120,6 +122,7 @@ def path_scores(
     steps: int = 1,
     batch_size: int = 8,
     max_pairs: int | None = None,
+    progress: bool = False,
 ) -> Float[Tensor, " edge"]:
     """-d loss/d mask, mean over the teacher's pairs and over the `steps` points of a path (CPU).
 
@@ -128,9 +131,10 @@ def path_scores(
     if steps < 1:
         raise ValueError(f"steps={steps}: a path needs at least one point.")
     total, pairs = torch.zeros(run.graph.n_edges, device=teacher.device), 0
-    for batch in teacher.task.batches(batch_size, shuffle=max_pairs is not None):
-        if max_pairs is not None and pairs >= max_pairs:
-            break
+    batches = list(teacher.task.batches(batch_size, shuffle=max_pairs is not None))
+    if max_pairs is not None:
+        batches = batches[: math.ceil(max_pairs / batch_size)]
+    for batch in tqdm(batches, "scoring edges", disable=not progress, leave=False):
         pairs += len(batch)
         lesson = teacher.lesson(batch)
         for mask, point in path(run, lesson):

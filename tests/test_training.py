@@ -1,0 +1,292 @@
+"""A run is repeatable, resumable, stoppable, and exact in its size; scores follow their
+definitions.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import brute_force as bf
+import pytest
+import torch
+import zoo
+from torch import Tensor
+
+from tl_edgeprune import (
+    Circuit,
+    EdgeGraph,
+    EdgePruner,
+    ExactBudget,
+    Lagrangian,
+    Task,
+    discover,
+    evaluate,
+    masked,
+    models,
+    tasks,
+)
+from tl_edgeprune.masked import MaskedModel
+
+MODEL = "bridge-gpt2"
+
+
+def pairs(model: Any, n: int = 10) -> Task:
+    """Random pairs of two lengths, read at the last position, with an answer and a distractor."""
+    lengths = [5 + i % 2 for i in range(n)]
+    clean = [zoo.tokens(model, 1, length, seed)[0] for seed, length in enumerate(lengths)]
+    corrupted = [zoo.tokens(model, 1, length, 99 + seed)[0] for seed, length in enumerate(lengths)]
+    last = [torch.tensor([length - 1]) for length in lengths]
+    answers = [torch.tensor([3])] * n
+    return Task("random", clean, corrupted, last, answers, [torch.tensor([5])] * n)
+
+
+def pruner(n_edges: int | None = 20, **changes: Any) -> EdgePruner:
+    settings: dict[str, Any] = {"steps": 8, "batch_size": 4, "progress": False} | changes
+    return EdgePruner(n_edges, **settings)
+
+
+SETTINGS = {
+    "default": {},
+    "sampled": {"controller": ExactBudget("sampled")},
+    "fixed-cold": {"controller": ExactBudget("fixed"), "init_scores": None},
+    "nodes-lagrangian": {
+        "controller": Lagrangian(),
+        "node_masks": True,
+        "node_controller": Lagrangian(target_sparsity=0.3),
+    },
+    "zero": {"ablation": "zero", "accumulate": 2},
+    "mean": {"ablation": "mean"},
+    "logit-diff": {"objective": "logit-diff"},
+    "unsplit": {"split_qkv": False},
+    "two-embeddings": {"split_embeddings": True},
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
+def test_a_run_keeps_exactly_the_budget_and_repeats_to_the_bit(settings: dict[str, Any]) -> None:
+    model = zoo.load(MODEL)
+    task = pairs(model)
+    first, second = (pruner(**settings).fit(model, task) for _ in range(2))
+    assert first.circuit.n_edges == 20
+    assert first.log_alpha.equal(second.log_alpha)
+    assert [h["loss"] for h in first.history] == [h["loss"] for h in second.history]
+    assert not first.log_alpha.equal(pruner(seed=1, **settings).fit(model, task).log_alpha)
+
+
+@pytest.mark.parametrize("name", ["default", "nodes-lagrangian", "zero"])
+def test_resuming_gives_the_bits_of_a_run_never_stopped(name: str, tmp_path: Path) -> None:
+    model, settings = zoo.load(MODEL), SETTINGS[name]
+    task, path = pairs(model), tmp_path / "run.safetensors"
+    whole = pruner(**settings).fit(model, task)
+    stop = StopAfter(5)
+    cut = pruner(**settings, checkpoint=path, checkpoint_every=5, objective=stop)
+    stop.accumulate = cut.accumulate
+    whole_with_same_objective = pruner(**settings, objective=StopAfter(10**9)).fit(model, task)
+    assert whole.log_alpha.equal(whole_with_same_objective.log_alpha)
+    part = cut.fit(model, task)
+    assert not part.finished and len(part.history) == 5
+    stop.left = 10**9
+    rest = cut.fit(model, task, resume=path)
+    assert rest.finished and rest.log_alpha.equal(whole.log_alpha)
+    assert [h["loss"] for h in rest.history] == [h["loss"] for h in whole.history]
+
+
+class StopAfter:
+    """The KL, and Ctrl-C after so many steps of training (the warm start's calls are sums)."""
+
+    def __init__(self, steps: int) -> None:
+        self.left, self.accumulate, self.calls = steps, 1, 0
+        self.__name__ = "kl"
+
+    def __call__(self, logits: Tensor, full: Tensor, batch: Any) -> Tensor:
+        from tl_edgeprune.objectives import kl
+
+        if not torch.is_inference_mode_enabled() and _in_training():
+            self.calls += 1
+            if self.calls > self.left * self.accumulate:
+                self.calls = 0
+                raise KeyboardInterrupt
+        return kl(logits, full, batch)
+
+
+def _in_training() -> bool:
+    import inspect
+
+    return any(frame.function == "_step" for frame in inspect.stack())
+
+
+def test_ctrl_c_leaves_the_model_as_it_was() -> None:
+    model = zoo.build(MODEL)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    result = pruner(objective=StopAfter(2)).fit(model, pairs(model))
+    assert not result.finished and result.circuit.n_edges == 20
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+    assert not any(point.has_hooks() for point in model.hook_dict.values())
+
+
+def test_checkpoints_of_other_runs_and_damaged_ones_are_refused(tmp_path: Path) -> None:
+    model, path = zoo.load(MODEL), tmp_path / "run.safetensors"
+    task = pairs(model)
+    pruner(checkpoint=path).fit(model, task)
+    with pytest.raises(ValueError, match="its settings"):
+        pruner(21).fit(model, task, resume=path)
+    with pytest.raises(ValueError, match="its task"):
+        pruner().fit(model, task[:6], resume=path)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="damaged"):
+        pruner().fit(model, task, resume=path)
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        pruner().fit(model, task, resume=tmp_path / "none")
+
+
+@pytest.mark.parametrize("n_edges", [0, -3, 10**6])
+def test_impossible_budgets_are_refused_before_any_run(n_edges: int) -> None:
+    model = zoo.load(MODEL)
+    with pytest.raises(ValueError, match=r"n_edges"):
+        pruner(n_edges).fit(model, pairs(model))
+
+
+def test_a_model_with_nan_weights_is_refused() -> None:
+    model = zoo.build(MODEL)
+    task = pairs(model)
+    with MaskedModel.attach(model):
+        pass  # the model's first look, while it is whole
+    with torch.no_grad():
+        next(p for n, p in model.named_parameters() if "mlp" in n).fill_(float("nan"))
+    with pytest.raises(ValueError, match="NaN or infinite logits"):
+        pruner().fit(model, task)
+
+
+def test_the_published_preset_has_the_published_settings() -> None:
+    paper = EdgePruner.paper(1000)
+    assert (paper.steps, paper.lr, paper.batch_size) == (3000, 0.8, 32)
+    assert paper.init_scores is None and paper.init_log_alpha == (10.0, 0.01)
+    assert paper.node_masks and paper.node_controller is None and paper.split_embeddings
+    assert paper.bias_in_heads and paper.hard_share == 0
+    rules = paper.optimizer
+    assert (rules.weight_decay, rules.clip, rules.warmup, rules.decay) == (0.01, 1.0, 200, True)
+    assert (rules.betas, rules.controller_lr) == ((0.9, 0.999), 0.8)
+    assert [round(rules.rate(s, 3000), 6) for s in (0, 100, 200, 1600, 3000)] == [0, 0.5, 1, 0.5, 0]
+    model = zoo.load(MODEL)
+    result = EdgePruner.paper(20, steps=4, batch_size=4, progress=False).fit(model, pairs(model))
+    assert result.circuit.n_edges == 20 and result.graph.split_embeddings
+
+
+# ------------------------------------------------------------------------------- attribution
+
+
+def test_eap_is_difference_times_gradient_by_brute_force() -> None:
+    """-d loss/dz at z = 1, with the gradient taken through brute-force path patching."""
+    model = zoo.load(MODEL, torch.float64)
+    task = pairs(model, 4)
+    scores = discover(model, task, method="eap")
+    expected = torch.zeros(scores.graph.n_edges, dtype=torch.float64)
+    for clean, corrupted in zip(task.clean, task.corrupted, strict=True):
+        mask = {
+            e: torch.ones((), dtype=torch.float64, requires_grad=True) for e in scores.graph.edges
+        }
+        replacement = {k: v.detach() for k, v in bf.source_outputs(model, corrupted[None]).items()}
+        logits = bf.masked_logits(model, clean[None], mask, replacement)[0, -1]
+        (logits[3] - logits[5]).backward()
+        expected += torch.stack([z.grad for z in mask.values()]) / len(task)
+    torch.testing.assert_close(scores.tensor.double(), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["eap-ig", "mask-ig"])
+def test_path_methods_follow_their_definitions(method: str) -> None:
+    model, steps = zoo.load(MODEL), 3
+    task = pairs(model, 2)
+    scores = discover(model, task, method=method, steps=steps, objective="logit-diff")
+    expected = torch.zeros(scores.graph.n_edges)
+    for clean, corrupted in zip(task.clean, task.corrupted, strict=True):
+        for step in range(steps):
+            expected += _slopes(model, clean[None], corrupted[None], method, step, steps) / steps
+    torch.testing.assert_close(scores.tensor, expected / len(task), atol=2e-4, rtol=2e-3)
+
+
+def _slopes(
+    model: Any, clean: Tensor, corrupted: Tensor, method: str, step: int, steps: int
+) -> Tensor:
+    """d logit difference / d z of every edge at one point of the path, by brute force."""
+    ours, theirs = (
+        {k: v.detach() for k, v in bf.source_outputs(model, t).items()} for t in (clean, corrupted)
+    )
+    edges = bf.edges(model)
+    if method == "mask-ig":
+        z = {e: torch.tensor((step + 0.5) / steps, requires_grad=True) for e in edges}
+        logits = bf.masked_logits(model, clean, z, theirs)[0, -1]
+        (logits[3] - logits[5]).backward()
+        return torch.stack([z[e].grad for e in edges])
+    share, inputs = (step + 1) / steps, {}
+    start = theirs["input"] + share * (ours["input"] - theirs["input"])
+
+    def hook(resid: Tensor, hook: Any) -> Tensor:
+        return start
+
+    def read(name: str, own: Tensor) -> Tensor:
+        inputs[name] = own + torch.zeros_like(own, requires_grad=True)
+        inputs[name].retain_grad()
+        return inputs[name]
+
+    with model.hooks(fwd_hooks=[("blocks.0.hook_resid_pre", hook)]):
+        logits = bf.run(model, clean, read, lambda name, y: None)[0, -1]
+    (logits[3] - logits[5]).backward()
+    pair = [e.split("->") for e in edges]
+    return torch.stack([((ours[s] - theirs[s]) * inputs[d].grad).sum() for s, d in pair])
+
+
+@pytest.mark.parametrize("objective", [None, "kl"])
+def test_eap_refuses_an_objective_without_a_gradient(objective: str | None) -> None:
+    model = models.load("tracr-xproportion")
+    task = tasks.load("tracr-xproportion", model, 8)
+    with pytest.raises(ValueError, match="gradient there is zero"):
+        discover(model, task, method="eap", objective=objective)
+
+
+# ----------------------------------------------------------------------------------- real weights
+
+
+NAMES = "Lily Tom Mia Ben Anna Sam Lucy Max Sue Tim Jane Jack Emma Bob Amy Dan Sara Mark Kate Joe"
+
+
+def she_or_he(stories: Any) -> Task:
+    """ "{name} went to the park." and then " She" or " He"; corrupted by another name."""
+    prompts = [f"Once upon a time, {name} went to the park." for name in NAMES.split()]
+    tokens = [stories.to_tokens(prompt, prepend_bos=True)[0] for prompt in prompts]
+    pairs = [
+        (a, b)
+        for i, a in enumerate(tokens)
+        for j, b in enumerate(tokens)
+        if i != j and len(a) == len(b) and (i + 2 * j) % 3 == 0
+    ]
+    clean, corrupted = zip(*pairs, strict=True)
+    return Task("she-he", clean, corrupted, [torch.tensor([len(c) - 1]) for c in clean])
+
+
+def test_pruning_beats_attribution_and_chance_on_real_weights(stories: Any) -> None:
+    """Held-out KL at 60 edges of stories260K."""
+    train, held_out = she_or_he(stories).split(0.5)
+    found = pruner(60, steps=80, batch_size=8).fit(stories, train)
+    rivals = [discover(stories, train, method=method).top(60) for method in ("mask-ig", "eap-ig")]
+    noise = torch.rand(found.graph.n_edges, generator=torch.Generator().manual_seed(0))
+    chance = Circuit.top(found.graph, noise, 60)
+    ours, *theirs = (
+        evaluate(stories, circuit, held_out).kl for circuit in (found.circuit, *rivals, chance)
+    )
+    assert ours < min(theirs[:2]) and ours < 0.5 * theirs[2]
+
+
+def test_masks_and_circuits_agree_with_evaluate() -> None:
+    model = zoo.load(MODEL)
+    task = pairs(model, 6)
+    circuit = pruner(40).fit(model, task).circuit
+    report, kls = evaluate(model, circuit, task), []
+    for batch in task.batches(3):
+        with torch.no_grad():
+            full = model(batch.clean)[:, -1].log_softmax(-1)
+            with masked(model, circuit, corrupted=batch.corrupted):
+                own = model(batch.clean)[:, -1].log_softmax(-1)
+        kls.append((full.exp() * (full - own)).sum(-1))
+    assert report.kl == pytest.approx(float(torch.cat(kls).mean()), rel=1e-4)
+    assert report.n_edges == 40 and report.n_edges_full == EdgeGraph.from_model(model).n_edges
