@@ -55,7 +55,9 @@ def test_training_recovers_the_known_circuit_exactly(benchmark, name, ablation, 
 
 @pytest.mark.parametrize(("name", "ablation"), CASES)
 def test_cutting_edges_alone_finds_the_known_circuit(name, ablation):
-    """Both ways: from the full model (only what it then notices) and from the circuit (all of it)."""
+    """Both ways: from the full model (only what it then notices) and from the circuit (all of
+    it).
+    """
     model = models.load(name, device="cpu")
     graph = EdgeGraph.from_model(model)
     known = Circuit.from_edges(graph, models.known_circuit(name, ablation)).mask.float()

@@ -342,13 +342,13 @@ class MaskedModel:
                 "padding masks are not supported inside masked: give prompts of one length a batch."
             )
         self._check_padding(tokens)
-        if self._inputs is not None and self._inputs.positions is not None:
-            if call.get("labels") is not None or call.get("return_type") in ("loss", "both"):
-                raise ValueError(
-                    "a loss needs the logits at every position, but positions=… asks for some: "
-                    "take "
-                    "the logits, or leave positions out."
-                )
+        loss = call.get("labels") is not None or call.get("return_type") in ("loss", "both")
+        if loss and self._inputs is not None and self._inputs.positions is not None:
+            raise ValueError(
+                "a loss needs the logits at every position, but positions=… asks for some: "
+                "take "
+                "the logits, or leave positions out."
+            )
         refuse_hooks(self._points)
         active = self.active_dropout()
         if active:
