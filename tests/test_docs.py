@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -53,10 +53,14 @@ def run(chosen: list[Block]) -> None:
             exec(compile(code, str(TUTORIAL), "exec"), namespace)
 
 
-def change_defaults(monkeypatch: pytest.MonkeyPatch, **changes: object) -> None:
+def change_defaults(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
     """Other defaults of EdgePruner, for a quick and quiet run."""
-    defaults = dict(EdgePruner.__init__.__kwdefaults__) | changes
-    monkeypatch.setattr(EdgePruner.__init__, "__kwdefaults__", defaults)
+    original = EdgePruner.__init__
+
+    def changed(self: EdgePruner, *args: Any, **settings: Any) -> None:
+        original(self, *args, **(changes | settings))
+
+    monkeypatch.setattr(EdgePruner, "__init__", changed)
 
 
 def test_quick_blocks_of_the_tutorial_run(tmp_path, monkeypatch):
