@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tl_edgeprune import EdgePruner
+from tl_edgeprune import EdgePruner, tasks
 from tl_edgeprune.models import smollm2
 
 ROOT = Path(__file__).parents[1]
@@ -77,6 +77,8 @@ def test_quick_blocks_of_the_tutorial_run(tmp_path, monkeypatch):
 def test_slow_blocks_of_the_tutorial_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     change_defaults(monkeypatch, progress=False, steps=4)
+    load = tasks.load
+    monkeypatch.setattr(tasks, "load", lambda name, model, n, seed: load(name, model, 24, seed))
     every = blocks()
     run(every[:1] + [block for block in every if block.slow or block.title])
 

@@ -453,7 +453,13 @@ def test_the_reference_ignores_the_mask() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:A forward hook edited")
-@pytest.mark.parametrize("name", zoo.ARCHITECTURES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in NAMES else pytest.mark.slow)
+        for name in zoo.ARCHITECTURES
+    ],
+)
 @torch.no_grad()
 def test_a_users_hook_acts_as_outside_or_is_refused(name: str) -> None:
     """At every hook point of the last block and after it, with every edge kept."""

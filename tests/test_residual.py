@@ -68,6 +68,7 @@ class Program:
     gain: bool
     bias: bool
     some_rows: bool
+    ahead: bool
     seed: int
     leaves: dict[str, Tensor] = field(default_factory=dict)
 
@@ -83,19 +84,35 @@ class Program:
         weight = normal(self.heads, self.head_width, self.width, seed=self.seed + 102)
         down = normal(self.heads, self.width, self.head_width, seed=self.seed + 103)
         stream.write(0, self.leaf("input", self.rows, self.width))
+        read = self.reader(stream)
         n = 1
         for layer in range(self.layers):
-            reference = normal(self.rows, self.width, seed=self.seed + 200 + layer)
-            mask = self.leaf(f"attention {layer}", self.heads, n)
-            x = stream.read(mask, reference)
+            x = read(f"attention {layer}")
             stream.write_heads(n, torch.tanh(x @ down), weight, gain, bias)
             n += self.heads
-            x = stream.read(self.leaf(f"mlp {layer}", 1, n), reference)[0]
-            stream.write(n, torch.sin(x))
+            stream.write(n, torch.sin(read(f"mlp {layer}")[0]))
             n += 1
         rows = torch.arange(self.rows - 1, -1, -2) if self.some_rows else None
         reference = normal(self.rows, self.width, seed=self.seed + 300)
         return stream.read(self.leaf("logits", 1, n), reference, rows)
+
+    def reader(self, stream: Stream | NaiveStream) -> Callable[[str], Tensor]:
+        """Reads by name: each alone, or in two parts of which the first is read for all at once."""
+        masks, references, n = {}, {}, 1
+        for layer in range(self.layers):
+            masks[f"attention {layer}"] = self.leaf(f"attention {layer}", self.heads, n)
+            n += self.heads
+            masks[f"mlp {layer}"] = self.leaf(f"mlp {layer}", 1, n)
+            n += 1
+        for place, name in enumerate(masks):
+            references[name] = normal(self.rows, self.width, seed=self.seed + 200 + place)
+        if not self.ahead or isinstance(stream, NaiveStream):
+            return lambda name: stream.read(masks[name], references[name])
+        begun = stream.read_ahead(torch.cat([mask[:, :1] for mask in masks.values()]))
+        parts = dict(zip(masks, begun.split([len(mask) for mask in masks.values()]), strict=True))
+        return lambda name: stream.read_rest(
+            masks[name][:, 1:], references[name], parts[name], first=1
+        )
 
     @property
     def n_sources(self) -> int:
@@ -121,6 +138,7 @@ programs = st.builds(
     gain=st.booleans(),
     bias=st.booleans(),
     some_rows=st.booleans(),
+    ahead=st.booleans(),
     seed=SEEDS,
 )
 
@@ -182,7 +200,7 @@ def test_one_pool_serves_many_forwards(program: Program) -> None:
 
 def test_a_mask_is_contracted_with_given_differences() -> None:
     """`contract` replaces the differences in the mask's gradient, and in nothing else."""
-    program = Program(2, 2, 3, 4, 2, gain=False, bias=False, some_rows=False, seed=3)
+    program = Program(2, 2, 3, 4, 2, gain=False, bias=False, some_rows=False, ahead=False, seed=3)
     differences = normal(program.n_sources, 3, 4, seed=9)
     plain, contracted = program.stream(), program.stream()
     contracted.contract = differences
@@ -208,7 +226,7 @@ def test_buffers_are_taken_again() -> None:
 
 def test_a_forward_without_gradient_frees_its_buffers_at_once() -> None:
     pool = BufferPool()
-    program = Program(1, 2, 3, 4, 2, gain=False, bias=False, some_rows=False, seed=0)
+    program = Program(1, 2, 3, 4, 2, gain=False, bias=False, some_rows=False, ahead=False, seed=0)
     stream = program.stream(pool)
     buffer = stream.differences
     with torch.no_grad():
@@ -221,7 +239,7 @@ def test_a_forward_without_gradient_frees_its_buffers_at_once() -> None:
 
 
 def a_chain() -> tuple[Program, Tensor]:
-    program = Program(2, 2, 3, 4, 2, gain=True, bias=True, some_rows=True, seed=1)
+    program = Program(2, 2, 3, 4, 2, gain=True, bias=True, some_rows=True, ahead=True, seed=1)
     return program, program.run(program.stream())
 
 
