@@ -149,11 +149,14 @@ def main() -> None:
 
 
 def available() -> list[str]:
-    import transformer_lens
-
-    return [
-        kind for kind in KINDS if kind == "bridge" or hasattr(transformer_lens, "HookedTransformer")
-    ]
+    """The model classes of the installed TransformerLens (4 raises where 3 has
+    HookedTransformer).
+    """
+    try:
+        from transformer_lens import HookedTransformer  # noqa: F401
+    except ImportError:
+        return ["bridge"]
+    return list(KINDS)
 
 
 if __name__ == "__main__":

@@ -292,6 +292,16 @@ def test_circuits_of_two_graphs_are_not_evaluated_together():
     assert evaluate(model, other, random_task(model)).kl == pytest.approx(0, abs=1e-6)
 
 
+def test_circuits_of_two_ablations_are_not_evaluated_together():
+    model = zoo.load("bridge-gpt2")
+    circuits = [random_circuit(model, ablation=kind) for kind in ("zero", "counterfactual")]
+    task = random_task(model)
+    with pytest.raises(ValueError, match=r"different ablations \(counterfactual, zero\)"):
+        evaluate_all(model, circuits, task)
+    first, second = evaluate_all(model, circuits, task, ablation="zero")
+    assert first.kl == second.kl == evaluate(model, circuits[0], task).kl
+
+
 def test_tokens_outside_the_vocabulary_are_refused():
     model = zoo.load("bridge-gpt2")
     prompt = torch.tensor([1, 2, zoo.VOCAB])

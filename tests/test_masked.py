@@ -28,8 +28,28 @@ CASES = [
     for name in zoo.ARCHITECTURES
     for dtype in zoo.dtypes(name)
 ]
+# With TransformerLens 3, which has HookedTransformers besides, most of the Bridge's models are slow
+# tests: with TransformerLens 4 they run every time.
+OFTEN = {
+    "bridge-gpt2",
+    "bridge-llama-gqa",
+    "bridge-gemma2",
+    "bridge-olmo2",
+    "bridge-gptj",
+    "native-ln",
+}
+SLOW = {
+    name
+    for name in zoo.ARCHITECTURES
+    if zoo.HookedTransformer is not None and not name.startswith("hooked") and name not in OFTEN
+}
 # float64 wherever the model itself computes in it: there brute force and mask agree to 1e-10.
-FINEST = [pytest.param(name, zoo.dtypes(name)[-1], id=name) for name in zoo.ARCHITECTURES]
+FINEST = [
+    pytest.param(
+        name, zoo.dtypes(name)[-1], id=name, marks=[pytest.mark.slow] if name in SLOW else []
+    )
+    for name in zoo.ARCHITECTURES
+]
 # Each example costs a run by brute force, and each test has one for every architecture.
 few = settings(max_examples=settings.default.max_examples // 4)
 fewest = settings(max_examples=settings.default.max_examples // 8)
@@ -170,7 +190,7 @@ def test_a_random_mask_is_brute_force(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", zoo.ARCHITECTURES)
+@pytest.mark.parametrize("name", [case.id for case in FINEST if not case.marks])
 def test_masks_in_between_interpolate_linearly(name: str) -> None:
     """At the input of the last MLP and of the logits, in the edges that lead there."""
     model = zoo.load(name)
@@ -397,7 +417,7 @@ def test_embeddings_treated_alike_are_one_input(ablation: str) -> None:
 # ------------------------------------------------------------------------- precisions, real weights
 
 
-@pytest.mark.parametrize("name", zoo.ARCHITECTURES)
+@pytest.mark.parametrize("name", [case.id for case in FINEST if not case.marks])
 def test_bfloat16_models_run(name: str) -> None:
     if name in zoo.NO_FLOAT64:
         pytest.skip("its experts multiply by float32 weights whatever the dtype")

@@ -91,7 +91,9 @@ def evaluate_all(
     ablation: str | None = None,
     batch_size: int = 16,
 ) -> list[Evaluation]:
-    """`evaluate` for several circuits of one graph: the full and the empty runs are made once."""
+    """`evaluate` for several circuits of one graph and ablation: the full and the empty runs are
+    made once.
+    """
     if not circuits:
         return []
     for circuit in circuits:
@@ -99,7 +101,7 @@ def evaluate_all(
     graph = circuits[0].graph
     if any(circuit.graph != graph for circuit in circuits):
         raise ValueError("circuits of different graphs cannot be evaluated together.")
-    kind = ablation or circuits[0].metadata.get("ablation", "counterfactual")
+    kind = ablation or _shared_ablation(circuits)
     check_vocabulary(task, int(model.cfg.d_vocab))
     empty = Circuit(graph, torch.zeros(graph.n_edges, dtype=torch.bool))
     masks = [c.mask for c in (empty, *circuits)]
@@ -159,6 +161,17 @@ def check_circuit(model: Any, circuit: Circuit) -> None:
             f"what an "
             "ablated source leaves differs between the two. Load the model as it was then."
         )
+
+
+def _shared_ablation(circuits: list[Circuit]) -> str:
+    kinds = {circuit.metadata.get("ablation", "counterfactual") for circuit in circuits}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"the circuits were found under different ablations ({', '.join(sorted(kinds))}), "
+            f"whose "
+            "figures do not compare: give ablation=…, or evaluate them apart."
+        )
+    return kinds.pop()
 
 
 class _Sums:

@@ -156,7 +156,7 @@ def find_sites(model: Any) -> Sites:
         final=f"{names[-1]}.hook_resid_post",
         cut=None if kind == "hooked" else "unembed.hook_in",
         parallel=bool(getattr(model.cfg, "parallel_attn_mlp", False)),
-        has_positions="hook_pos_embed" in model.hook_dict,
+        has_positions=hasattr(model, "pos_embed"),  # the Bridge names the hook point anyway
         n_kv_heads=attention[0].weights[1].shape[0],
     )
     _check_one_shape(sites)

@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 from tl_edgeprune import checkpoints
 from tl_edgeprune.circuit import Circuit, check_budget
 from tl_edgeprune.graph import EdgeGraph
-from tl_edgeprune.hooks import is_folded
+from tl_edgeprune.hooks import find_sites, is_folded
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.masks import (
     Controller,
@@ -254,14 +254,17 @@ class EdgePruner:
 
     def _has_two_embeddings(self, model: Any) -> bool:
         # The published graph has two embedding sources where the model has two embeddings.
-        return self.split_embeddings and "hook_pos_embed" in model.hook_dict
+        return self.split_embeddings and find_sites(model).has_positions
 
     def _placed(self, model: Any) -> Any:
         weight = next(model.parameters())
         dtype, device = self.dtype or weight.dtype, torch.device(self.device or weight.device)
         if dtype == weight.dtype and device.type == weight.device.type:
             return model
-        return copy.deepcopy(model).to(device).to(dtype)
+        model = _copied(model)
+        model.to(device, print_details=False)
+        model.to(dtype, print_details=False)
+        return model
 
 
 class _Fit:
@@ -352,7 +355,7 @@ class _Fit:
                 wanted = self.node_controller.target(progress, 0.0)
                 penalty = penalty + self.node_controller.penalty(nodes, wanted)
         if progress >= 1 - self.pruner.hard_share:
-            mask = self._hard(shifted, round(target))
+            mask = self._hard(shifted, max(1, round(target)))  # a Lagrangian may aim below 0
         return mask, penalty
 
     def _hard(self, shifted: Tensor, budget: int) -> Tensor:
@@ -539,7 +542,7 @@ class _Fit:
     def _check_loss(self, loss: Tensor, step: int) -> None:
         if not bool(torch.isfinite(loss)):
             raise ValueError(
-                f"the objective is {float(loss)} at step {step}: the model gives NaN or "
+                f"the objective is {float(loss.detach())} at step {step}: the model gives NaN or "
                 f"infinite logits "
                 "under masks. Try float32, or a lower learning rate."
             )
@@ -570,6 +573,15 @@ def rank_quantiles(scores: Float[Tensor, " edge"]) -> Float[Tensor, " edge"]:
     ranks = torch.empty_like(order)
     ranks[order] = torch.arange(len(order))
     return torch.special.ndtri((ranks.double() + 0.5) / len(order)).float()
+
+
+def _copied(model: Any) -> Any:
+    """A deep copy. What modules keep of their last forward (the Bridge's GPT-2: its attention
+    pattern) cannot be copied with its autograd graph, and goes without.
+    """
+    values = (value for module in model.modules() for value in vars(module).values())
+    kept = [value for value in values if isinstance(value, Tensor) and not value.is_leaf]
+    return copy.deepcopy(model, {id(value): value.detach() for value in kept})
 
 
 def _mixed(seed: int, step: int) -> int:

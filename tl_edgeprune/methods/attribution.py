@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.hooks import is_folded
 from tl_edgeprune.masked import InputPath, MaskedModel
 from tl_edgeprune.objectives import Objective, find_objective, has_logit_diff, kl
 from tl_edgeprune.scores import EdgeScores
@@ -110,6 +111,7 @@ def _scores(
         objective if isinstance(objective, str) else getattr(objective, "__name__", task.objective)
     )
     metadata = {"method": method, "task": task.name, "objective": name, "ablation": ablation}
+    metadata["folded"] = is_folded(model)
     return EdgeScores(run.graph, scores, metadata)
 
 

@@ -1,0 +1,340 @@
+"""EdgePruner's settings: what a step sees, what a run keeps to, what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+import zoo
+
+from tl_edgeprune import (
+    Circuit,
+    EdgeGraph,
+    EdgePruner,
+    ExactBudget,
+    Lagrangian,
+    Task,
+    evaluate,
+    models,
+    tasks,
+)
+from tl_edgeprune.objectives import kl
+from tl_edgeprune.pruner import Optimizer, rank_quantiles
+from tl_edgeprune.scores import EdgeScores
+
+MODEL = "bridge-gpt2"
+LENGTHS = (5, 6, 8)
+
+
+def pairs(model, n: int = 12, read: int = 1, **fields) -> Task:
+    lengths = [LENGTHS[i % len(LENGTHS)] for i in range(n)]
+    clean, corrupted = (
+        [zoo.tokens(model, 1, length, 50 * k + i)[0] for i, length in enumerate(lengths)]
+        for k in (1, 2)
+    )
+    positions = [torch.arange(length - read, length) for length in lengths]
+    return Task("random", clean, corrupted, positions, **fields)
+
+
+def pruner(n_edges=20, **changes) -> EdgePruner:
+    return EdgePruner(n_edges, **({"steps": 6, "batch_size": 4, "progress": False} | changes))
+
+
+class Watch:
+    """The KL, which notes the pairs that it is asked about."""
+
+    __name__ = "watch"
+
+    def __init__(self) -> None:
+        self.seen: list[list[int]] = []
+
+    def __call__(self, logits, full, batch):
+        self.seen.append(batch.indices.tolist())
+        return kl(logits, full, batch)
+
+
+# ------------------------------------------------------------------------------- what a step sees
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 3])
+def test_a_step_sees_accumulate_batches_of_one_length_each(accumulate):
+    model = zoo.load(MODEL)
+    watch, task = Watch(), pairs(model)
+    pruner(objective=watch, accumulate=accumulate, init_scores=None).fit(model, task)
+    assert len(watch.seen) == 6 * accumulate
+    for batch in watch.seen:
+        assert len(batch) == 4 and len({len(task.clean[pair]) for pair in batch}) == 1
+
+
+def test_every_pair_is_seen_once_before_any_is_seen_again():
+    model = zoo.load(MODEL)
+    watch = Watch()
+    pruner(objective=watch, init_scores=None).fit(model, pairs(model))  # 3 batches a round
+    rounds = [sum(watch.seen[:3], []), sum(watch.seen[3:], [])]
+    assert [sorted(pairs) for pairs in rounds] == [list(range(12))] * 2
+    assert rounds[0] != rounds[1]
+
+
+def test_accumulated_gradients_are_the_mean_of_their_batches():
+    """Two batches of one step move log alphas as one objective that is their mean."""
+    model = zoo.load(MODEL)
+    task = pairs(model, 2).subset([0, 0])  # one pair twice: both batches give the same loss
+    common = {"init_scores": None, "controller": ExactBudget("fixed"), "hard_share": 1.0}
+    one = pruner(**common, batch_size=1, accumulate=1, steps=1).fit(model, task)
+    two = pruner(**common, batch_size=1, accumulate=2, steps=1).fit(model, task)
+    torch.testing.assert_close(one.log_alpha, two.log_alpha)
+
+
+def test_each_step_keeps_its_target_and_the_last_ones_the_budget():
+    model = zoo.load(MODEL)
+    history = pruner(steps=10).fit(model, pairs(model)).history
+    assert [entry["step"] for entry in history] == list(range(10))
+    for entry in history:
+        assert entry["edges"] == pytest.approx(entry["target"], rel=1e-3)
+        assert entry["loss"] >= 0
+    assert history[-1]["target"] == 20 and history[0]["target"] > 20
+    assert all(a["seconds"] <= b["seconds"] for a, b in zip(history, history[1:], strict=False))
+
+
+def test_the_hard_part_scores_the_final_circuit_itself():
+    """With one budget and no step, the loss of a hard step is that of the circuit of that size."""
+    model = zoo.load(MODEL)
+    task = pairs(model, 4)
+    settings = {"controller": ExactBudget("fixed"), "hard_share": 1.0, "lr": 1e-9, "steps": 3}
+    result = pruner(**settings).fit(model, task)
+    by_pair = [evaluate(model, result.circuit, task.subset([i])).kl for i in range(4)]
+    means = [by_pair[1], by_pair[2], (by_pair[0] + by_pair[3]) / 2]  # lengths 6, 8 and 5
+    assert sorted(e["loss"] for e in result.history) == pytest.approx(sorted(means), rel=1e-3)
+
+
+# -------------------------------------------------------------------------------------- settings
+
+
+@pytest.mark.parametrize("ablation", ["zero", "mean", "mean-positional"])
+def test_other_ablations_train_and_are_noted(ablation):
+    model = zoo.load(MODEL)
+    task = pairs(model)
+    circuit = pruner(ablation=ablation).fit(model, task).circuit
+    assert circuit.n_edges == 20 and circuit.metadata["ablation"] == ablation
+    assert evaluate(model, circuit, task) == evaluate(model, circuit, task, ablation=ablation)
+
+
+def test_a_mean_is_that_of_the_corrupted_prompts():
+    model = zoo.load(MODEL)
+    task = pairs(model)
+    other = dataclasses.replace(task, corrupted=task.clean)
+    first, second = (pruner(ablation="mean").fit(model, t).log_alpha for t in (task, other))
+    assert not torch.equal(first, second)
+
+
+def test_a_function_is_an_objective():
+    def last_logit(logits, full, batch):
+        """Keep token 3's logit."""
+        return (logits - full)[:, :, 3].square().mean(-1)
+
+    model = zoo.load(MODEL)
+    result = pruner(objective=last_logit).fit(model, pairs(model))
+    assert result.circuit.metadata["settings"]["objective"] == "last_logit"
+
+
+def test_bfloat16_works_on_a_copy():
+    model = zoo.load(MODEL)
+    result = pruner(dtype=torch.bfloat16).fit(model, pairs(model))
+    assert result.circuit.n_edges == 20 and result.log_alpha.dtype == torch.float32
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert all(entry["loss"] == entry["loss"] for entry in result.history)
+
+
+def test_float64_trains_as_float32_does():
+    model = zoo.load(MODEL)
+    task = pairs(model)
+    single, double = (pruner(steps=3, dtype=d).fit(model, task) for d in (None, torch.float64))
+    for ours, theirs in zip(single.history, double.history, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+
+
+def test_nodes_close_under_their_own_controller():
+    """A node controller alone: an edge is ranked as it and its source being open together."""
+    model = zoo.load(MODEL)
+    controllers = {"controller": Lagrangian(), "node_controller": Lagrangian(target_sparsity=0.9)}
+    settings = {"steps": 30, "lr": 0.5, "init_scores": None, "hard_share": 0.0}
+    rules = Optimizer(controller_lr=5.0)
+    with_nodes = pruner(**settings, **controllers, node_masks=True, optimizer=rules)
+    graph = EdgeGraph.from_model(model)
+    result = with_nodes.fit(model, pairs(model))
+    assert bool(torch.isfinite(result.log_alpha).all())
+    outgoing = torch.zeros(graph.n_sources)
+    for index in result.circuit.mask.nonzero().flatten().tolist():
+        outgoing[graph.pairs[index][0]] += 1
+    assert int((outgoing == 0).sum()) > 0
+
+
+@pytest.mark.parametrize("given", ["scores", "tensor"])
+def test_a_run_starts_from_the_ranks_of_given_scores(given):
+    model = zoo.load(MODEL)
+    graph = EdgeGraph.from_model(model)
+    scores = torch.randn(graph.n_edges, generator=torch.Generator().manual_seed(0))
+    start = EdgeScores(graph, scores) if given == "scores" else scores
+    result = pruner(init_scores=start, init_log_alpha=(1.0, 2.0), lr=1e-9).fit(model, pairs(model))
+    expected = 1 + 2 * rank_quantiles(scores.abs())
+    torch.testing.assert_close(result.log_alpha, expected, atol=1e-5, rtol=0)
+    assert result.circuit == EdgeScores(graph, scores).top(20)
+
+
+def test_rank_quantiles_are_normal_whatever_the_scale():
+    scores = torch.tensor([1e-30, 5.0, 1e30, 0.0])
+    expected = torch.distributions.Normal(0, 1).icdf(torch.tensor([0.375, 0.625, 0.875, 0.125]))
+    torch.testing.assert_close(rank_quantiles(scores), expected, atol=1e-6, rtol=0)
+
+
+def test_a_result_for_every_size():
+    model = zoo.load(MODEL)
+    result = pruner(None).fit(model, pairs(model))
+    assert result.top(3).n_edges == 3 and result.top(30).n_edges == 30
+    assert (result.top(3) - result.top(30)).n_edges == 0
+    with pytest.raises(ValueError, match=r"this run was for no one size \(n_edges=None\)"):
+        _ = result.circuit
+    assert torch.equal(result.scores.tensor, result.log_alpha)
+
+
+def test_a_result_tells_where_it_came_from(tmp_path):
+    model = zoo.load(MODEL)
+    circuit = pruner(seed=3).fit(model, pairs(model)).circuit
+    expected = {"method": "edge-pruning", "task": "random", "n_pairs": 12, "seed": 3}
+    expected |= {"ablation": "counterfactual", "folded": False, "prepend_bos": False}
+    assert expected.items() <= circuit.metadata.items()
+    assert circuit.metadata["settings"]["controller"]["kind"] == "ExactBudget"
+    assert json.loads(json.dumps(circuit.metadata)) == circuit.metadata
+    circuit.save(tmp_path / "c.json")
+    assert Circuit.load(tmp_path / "c.json").metadata == circuit.metadata
+
+
+def test_one_pruner_fits_twice_alike():
+    """The controller that was given is not used up by a run."""
+    model = zoo.load(MODEL)
+    shared = pruner(controller=Lagrangian(), init_scores=None)
+    first, second = (shared.fit(model, pairs(model)).log_alpha for _ in range(2))
+    assert torch.equal(first, second)
+
+
+# ------------------------------------------------------------------------------------ Lagrangian
+
+
+def test_the_papers_controller_reaches_its_sparsity_on_a_tracr_model():
+    """Its own schedule, shortened, on the program that the paper prunes to 5 of 23 edges."""
+    model = models.load("tracr-xproportion", device="cpu")
+    task = tasks.load("tracr-xproportion", model, 60)
+    paper = EdgePruner.paper(
+        steps=150,
+        ablation="zero",
+        batch_size=16,
+        split_embeddings=False,
+        bias_in_heads=False,
+        controller=Lagrangian(target_sparsity=0.7, warmup=0.8),
+        optimizer=Optimizer((0.9, 0.999), 0.01, 1.0, warmup=10, decay=True, controller_lr=0.8),
+        node_masks=False,
+        progress=False,
+    )
+    result = paper.fit(model, task)
+    graph, last = result.graph, result.history[-1]
+    assert last["target"] == pytest.approx(0.3 * graph.n_edges)
+    assert 1 - last["edges"] / graph.n_edges == pytest.approx(0.7, abs=0.12)
+    dense = result.history[0]["edges"] / graph.n_edges
+    assert dense > 0.99  # log alphas start at 10
+    assert result.circuit.n_edges == pytest.approx(last["edges"], abs=4)
+
+
+def test_a_sparsity_above_one_pushes_to_the_end_with_hard_steps_too():
+    model = zoo.load(MODEL)
+    run = pruner(controller=Lagrangian(target_sparsity=1.2, warmup=0.5), init_scores=None)
+    assert run.hard_share > 0
+    result = run.fit(model, pairs(model))
+    assert result.finished and result.circuit.n_edges == 20 and result.history[-1]["target"] < 0
+
+
+# -------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 0}, "steps=0: expected 1 or more"),
+        ({"batch_size": 0}, "batch_size=0: expected 1 or more"),
+        ({"accumulate": 0}, "accumulate=0: expected 1 or more"),
+        ({"checkpoint_every": -1}, "checkpoint_every=-1: expected 1 or more"),
+        ({"lr": 0.0}, "lr=0.0: expected a number above 0"),
+        ({"lr": float("nan")}, "lr=nan: expected a number above 0"),
+        ({"hard_share": 1.5}, "hard_share=1.5: expected a share from 0 to 1"),
+        ({"init_scores": "eap"}, "init_scores='eap': expected 'mask-ig'"),
+        ({"node_controller": Lagrangian(0.5)}, "node_controller needs node_masks=True"),
+        ({"n_edges": 0}, "n_edges=0: a circuit needs at least one edge"),
+        ({"n_edges": -5}, "n_edges=-5: a circuit needs at least one edge"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_settings_that_cannot_work_are_refused_before_any_run(settings, message):
+    with pytest.raises(ValueError, match=message):
+        pruner(**settings)
+
+
+def test_a_size_above_the_graph_is_refused():
+    model = zoo.load(MODEL)
+    above = EdgeGraph.from_model(model).n_edges + 1
+    with pytest.raises(ValueError, match=f"n_edges={above}: expected a whole number from 1 to"):
+        pruner(above).fit(model, pairs(model))
+
+
+def test_the_whole_graph_is_a_circuit():
+    model = zoo.load(MODEL)
+    n_edges = EdgeGraph.from_model(model).n_edges
+    result = pruner(n_edges, steps=2).fit(model, pairs(model))
+    assert result.circuit.n_edges == n_edges
+
+
+def test_the_logit_difference_is_refused_for_answers_of_several_tokens():
+    model = zoo.load(MODEL)
+    answers = [torch.tensor([1, 2])] * 12
+    task = pairs(model, read=2, answers=answers, distractors=answers)
+    with pytest.raises(ValueError, match="needs one answer token and one distractor token"):
+        pruner(objective="logit-diff").fit(model, task)
+    assert pruner(objective="log-prob").fit(model, task).circuit.n_edges == 20
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        (torch.zeros(7), r"init_scores has shape \(7,\), expected"),
+        (torch.full((10_000,), float("nan")), "init_scores holds NaN or infinite values"),
+        ("other graph", "init_scores are of another graph"),
+    ],
+    ids=["shape", "nan", "graph"],
+)
+def test_scores_that_do_not_fit_are_refused(scores, message):
+    model = zoo.load(MODEL)
+    if isinstance(scores, str):
+        graph = EdgeGraph.from_model(zoo.load("bridge-llama-gqa"))
+        scores = EdgeScores(graph, torch.zeros(graph.n_edges))
+    elif scores.isnan().any():
+        scores = scores[: EdgeGraph.from_model(model).n_edges]
+    with pytest.raises(ValueError, match=message):
+        pruner(init_scores=scores).fit(model, pairs(model))
+
+
+def test_an_objective_that_turns_nan_names_the_step():
+    model, calls = zoo.load(MODEL), []
+
+    def breaks(logits, full, batch):
+        calls.append(1)
+        return kl(logits, full, batch) * (float("nan") if len(calls) > 2 else 1.0)
+
+    with pytest.raises(ValueError, match="the objective is nan at step 2"):
+        pruner(objective=breaks, init_scores=None).fit(model, pairs(model))
+
+
+def test_every_embedding_source_needs_two_embeddings():
+    """paper() asks for two embedding sources; a rotary model has one."""
+    model = zoo.load("bridge-llama-gqa")
+    result = EdgePruner.paper(20, steps=2, batch_size=4, progress=False).fit(model, pairs(model))
+    assert not result.graph.split_embeddings and result.circuit.n_edges == 20
