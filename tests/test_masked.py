@@ -23,11 +23,6 @@ from tl_edgeprune import Circuit, EdgeGraph, masked
 from tl_edgeprune.ablation import ABLATIONS
 from tl_edgeprune.hooks import find_sites
 
-CASES = [
-    pytest.param(name, dtype, id=f"{name}-{str(dtype).removeprefix('torch.')}")
-    for name in zoo.ARCHITECTURES
-    for dtype in zoo.dtypes(name)
-]
 # With TransformerLens 3, which has HookedTransformers besides, most of the Bridge's models are slow
 # tests: with TransformerLens 4 they run every time.
 OFTEN = {
@@ -43,11 +38,22 @@ SLOW = {
     for name in zoo.ARCHITECTURES
     if zoo.HookedTransformer is not None and not name.startswith("hooked") and name not in OFTEN
 }
+
+
+def marks(name: str, dtype: torch.dtype = torch.float64) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.slow] if name in SLOW and dtype == torch.float64 else []
+
+
+CASES = [
+    pytest.param(
+        name, dtype, id=f"{name}-{str(dtype).removeprefix('torch.')}", marks=marks(name, dtype)
+    )
+    for name in zoo.ARCHITECTURES
+    for dtype in zoo.dtypes(name)
+]
 # float64 wherever the model itself computes in it: there brute force and mask agree to 1e-10.
 FINEST = [
-    pytest.param(
-        name, zoo.dtypes(name)[-1], id=name, marks=[pytest.mark.slow] if name in SLOW else []
-    )
+    pytest.param(name, zoo.dtypes(name)[-1], id=name, marks=marks(name))
     for name in zoo.ARCHITECTURES
 ]
 # Each example costs a run by brute force, and each test has one for every architecture.
