@@ -329,8 +329,8 @@ def test_hooks_removed_inside(name: str, points: str) -> None:
 @pytest.mark.parametrize("given", [nn.Linear(2, 2), "gpt2", None], ids=lambda x: type(x).__name__)
 def test_not_a_transformer_lens_model(given: Any) -> None:
     with refused(
-        f"expected a HookedTransformer or a TransformerBridge, got {type(given).__name__}…boot_"
-        "transformers",
+        "expected a HookedTransformer or a TransformerBridge, got "
+        f"{type(given).__name__}…boot_transformers",
         TypeError,
     ):
         EdgeGraph.from_model(given)

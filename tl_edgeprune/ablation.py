@@ -62,8 +62,8 @@ class Reference:
         if not self.any_position and pos > self.n_positions:
             raise ValueError(
                 f"the prompts have {pos} positions, but the means by position were taken over "
-                f"prompts "
-                f"of at most {self.n_positions}: give longer prompts, or use ablation='mean'."
+                f"prompts of at most {self.n_positions}: give longer prompts, or use "
+                "ablation='mean'."
             )
         return self._with(
             t[:, :, :pos].expand(-1, batch, pos, *t.shape[3:]) for t in self._tensors()
@@ -103,9 +103,8 @@ def record(
     silent = [name for name, _ in recorders if name not in seen]
     if silent:
         raise NotImplementedError(
-            f"{getattr(model.cfg, 'model_name', 'this model')}: its hook point {silent[0]} "
-            f"does not "
-            "fire, so what passes there cannot be masked. Such a model is not supported."
+            f"{getattr(model.cfg, 'model_name', 'this model')}: its hook point {silent[0]} does "
+            "not fire, so what passes there cannot be masked. Such a model is not supported."
         )
     return _reference_from(sites, graph, seen), logits
 

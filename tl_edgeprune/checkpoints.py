@@ -54,8 +54,8 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], States, dict[
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         found = document.get("format") if isinstance(document, dict) else None
         raise ValueError(
-            f"checkpoint {path} has format {found!r}, this version reads {FORMAT}: start the "
-            f"run anew."
+            f"checkpoint {path} has format {found!r}, this version reads {FORMAT}: start the run "
+            "anew."
         )
     tensors = {n.removeprefix("tensor/"): t for n, t in flat.items() if n.startswith("tensor/")}
     states: States = {}

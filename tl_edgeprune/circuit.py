@@ -116,8 +116,8 @@ class Circuit:
     def __repr__(self) -> str:
         task = self.metadata.get("task", "")
         return (
-            f"Circuit({self.n_edges:,} of {self.graph.n_edges:,} edges, "
-            f"{100 * self.sparsity:.2f} % pruned{', ' + str(task) if task else ''})"
+            f"Circuit({self.n_edges:,} of {self.graph.n_edges:,} edges, {100 * self.sparsity:.2f} "
+            f"% pruned{', ' + str(task) if task else ''})"
         )
 
     # --------------------------------------------------------------------------------- set algebra
@@ -188,9 +188,8 @@ class Circuit:
             raise ValueError(f"{path} is no circuit file: expected one written by Circuit.save.")
         if document.get("format") != FORMAT:
             raise ValueError(
-                f"{path} has format {document.get('format')!r}, this version reads {FORMAT}: "
-                f"save it again "
-                "with the version that wrote it, or find the circuit anew."
+                f"{path} has format {document.get('format')!r}, this version reads {FORMAT}: save "
+                "it again with the version that wrote it, or find the circuit anew."
             )
         try:
             graph = EdgeGraph.from_dict(document["graph"])
@@ -210,8 +209,8 @@ def check_budget(n_edges: int, graph: EdgeGraph) -> None:
     """Raise ValueError unless 1 <= n_edges <= graph.n_edges."""
     if isinstance(n_edges, bool) or int(n_edges) != n_edges or not 1 <= n_edges <= graph.n_edges:
         raise ValueError(
-            f"n_edges={n_edges}: expected a whole number from 1 to {graph.n_edges}, the "
-            f"graph's edges."
+            f"n_edges={n_edges}: expected a whole number from 1 to {graph.n_edges}, the graph's "
+            "edges."
         )
 
 

@@ -157,9 +157,8 @@ def check_circuit(model: Any, circuit: Circuit) -> None:
     if folded is not None and kind != "counterfactual" and folded != is_folded(model):
         raise ValueError(
             f"the circuit was found under {kind} ablation on a model with "
-            f"{'folded' if folded else 'unfolded'} norm weights, and this model's are not so: "
-            f"what an "
-            "ablated source leaves differs between the two. Load the model as it was then."
+            f"{'folded' if folded else 'unfolded'} norm weights, and this model's are not so: what "
+            "an ablated source leaves differs between the two. Load the model as it was then."
         )
 
 
@@ -168,8 +167,7 @@ def _shared_ablation(circuits: list[Circuit]) -> str:
     if len(kinds) > 1:
         raise ValueError(
             f"the circuits were found under different ablations ({', '.join(sorted(kinds))}), "
-            f"whose "
-            "figures do not compare: give ablation=…, or evaluate them apart."
+            "whose figures do not compare: give ablation=…, or evaluate them apart."
         )
     return kinds.pop()
 

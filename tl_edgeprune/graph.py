@@ -63,10 +63,9 @@ class EdgeGraph:
             )
         if not self.split_qkv and self.grouped:
             raise ValueError(
-                f"split_qkv=False needs a key and a value per head, but this model's "
-                f"{self.n_heads} "
-                f"heads share {self.n_kv_heads} of each (grouped-query attention): a head's one "
-                "input would decide other heads' keys. Use split_qkv=True."
+                "split_qkv=False needs a key and a value per head, but this model's "
+                f"{self.n_heads} heads share {self.n_kv_heads} of each (grouped-query attention): "
+                "a head's one input would decide other heads' keys. Use split_qkv=True."
             )
 
     @classmethod

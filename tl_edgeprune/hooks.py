@@ -196,8 +196,7 @@ def _refuse_unsupported(model: Any) -> None:
     if getattr(cfg, "gated_q_proj", False):
         raise NotImplementedError(
             f"{name}: gated query projections (its queries carry an output gate) are not "
-            f"supported: "
-            "the gate reads the query's input but is no part of the query."
+            "supported: the gate reads the query's input but is no part of the query."
         )
     for layer, block in enumerate(model.blocks):
         attention = getattr(block, "attn", None)
@@ -207,8 +206,7 @@ def _refuse_unsupported(model: Any) -> None:
         if "MLA" in label or "Latent" in label or "MlaAttention" in label:
             raise NotImplementedError(
                 f"{name}: multi-head latent attention ({label}) is not supported: its keys and "
-                f"values "
-                "come from a shared compression, so they have no input of their own to mask."
+                "values come from a shared compression, so they have no input of their own to mask."
             )
         if "gate" in getattr(attention, "_modules", {}):
             raise NotImplementedError(f"{name}: gated attention ({label}) is not supported.")
@@ -249,8 +247,7 @@ def _attention_site(model: Any, layer: int, norm: Norm, post: PostNorm | None) -
     except (AttributeError, TypeError, ValueError) as error:
         raise NotImplementedError(
             f"{prefix} ({type(attention).__name__}): its query, key, value and output weights "
-            f"cannot "
-            f"be read per head ({error}), so its inputs cannot be masked."
+            f"cannot be read per head ({error}), so its inputs cannot be masked."
         ) from error
     missing = [h for h in "qkvz" if f"{prefix}.hook_{h}" not in model.hook_dict]
     if missing:
@@ -262,8 +259,7 @@ def _attention_site(model: Any, layer: int, norm: Norm, post: PostNorm | None) -
     if output.shape[0] * output.shape[1] != _output_width(attention, output):
         raise NotImplementedError(
             f"{prefix}: {output.shape[0]} heads of {output.shape[1]} do not make up its output "
-            f"weight's "
-            "width: the configuration's head size is wrong for this model."
+            "weight's width: the configuration's head size is wrong for this model."
         )
     return AttentionSite(
         q=f"{prefix}.hook_q",
@@ -351,8 +347,7 @@ def refuse_conflicts(model: Any, sites: Sites) -> None:
     if getattr(model.cfg, "use_attn_in", False):
         raise ValueError(
             "use_attn_in is on: it feeds queries, keys and values from one shared input, which "
-            "edge "
-            "masks split. Call model.set_use_attn_in(False) first."
+            "edge masks split. Call model.set_use_attn_in(False) first."
         )
     points = {name: model.hook_dict[name] for name in sites.overwritten(model)}
     if any(origin.startswith("tl_edgeprune") for p in points.values() for origin in _origins(p)):
@@ -407,7 +402,7 @@ def prepared(model: Any, sites: Sites) -> Iterator[None]:
             if before != value:
                 undo.callback(getattr(model, f"set_{flag}"), before)
                 getattr(model, f"set_{flag}")(value)
-        for parameter in _parameters(model):
+        for parameter in all_parameters(model):
             if parameter.requires_grad:
                 undo.callback(parameter.requires_grad_, True)
                 parameter.requires_grad_(False)
@@ -423,7 +418,7 @@ def _flags(sites: Sites) -> list[tuple[str, bool]]:
     return flags
 
 
-def _modules(model: Any) -> list[torch.nn.Module]:
+def all_modules(model: Any) -> list[torch.nn.Module]:
     """Every module that runs, also those that the Bridge's own tree leaves out."""
     original = getattr(model, "original_model", None)
     both = [
@@ -433,13 +428,15 @@ def _modules(model: Any) -> list[torch.nn.Module]:
     return list(dict.fromkeys(both))
 
 
-def _parameters(model: Any) -> list[torch.nn.Parameter]:
-    return [p for module in _modules(model) for p in module._parameters.values() if p is not None]
+def all_parameters(model: Any) -> list[torch.nn.Parameter]:
+    return [
+        p for module in all_modules(model) for p in module._parameters.values() if p is not None
+    ]
 
 
 def dropouts(model: Any) -> list[torch.nn.Module]:
     """Modules that drop activations when they are in training mode."""
-    return [module for module in _modules(model) if _drops(module)]
+    return [module for module in all_modules(model) if _drops(module)]
 
 
 def _drops(module: torch.nn.Module) -> bool:

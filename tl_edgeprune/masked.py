@@ -127,9 +127,8 @@ def check_mask(mask: Shaped[Tensor, "..."], graph: EdgeGraph) -> None:
     """
     if mask.shape != (graph.n_edges,):
         raise ValueError(
-            f"the mask has shape {tuple(mask.shape)}, expected ({graph.n_edges},): one value "
-            f"for each "
-            f"edge of {graph}, in the order of graph.edges."
+            f"the mask has shape {tuple(mask.shape)}, expected ({graph.n_edges},): one value for "
+            f"each edge of {graph}, in the order of graph.edges."
         )
     if not (mask.is_floating_point() or mask.dtype == torch.bool):
         raise ValueError(f"the mask has dtype {mask.dtype}, expected floats in [0, 1] or bool.")
@@ -146,9 +145,8 @@ def _ablation_kind(kind: str | None, corrupted: Tensor | None, prompts: Any) -> 
         )
     if kind == "counterfactual" and corrupted is None:
         raise ValueError(
-            "counterfactual ablation needs corrupted=…, tokens [batch, pos] of the same shape "
-            "as the "
-            "clean ones; or give ablation='zero', 'mean' or 'mean-positional'."
+            "counterfactual ablation needs corrupted=…, tokens [batch, pos] of the same shape as "
+            "the clean ones; or give ablation='zero', 'mean' or 'mean-positional'."
         )
     if kind != "counterfactual" and corrupted is not None:
         raise ValueError(f"corrupted=… belongs to counterfactual ablation, but ablation={kind!r}.")
@@ -327,7 +325,7 @@ class MaskedModel:
             given = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
             raise ValueError(
                 f"expected tokens [batch, pos] inside masked, got {given}: use model.to_tokens "
-                f"first."
+                "first."
             )
         for name, label in REFUSED_ARGUMENTS.items():
             if call.get(name) is not None:
@@ -345,17 +343,15 @@ class MaskedModel:
         loss = call.get("labels") is not None or call.get("return_type") in ("loss", "both")
         if loss and self._inputs is not None and self._inputs.positions is not None:
             raise ValueError(
-                "a loss needs the logits at every position, but positions=… asks for some: "
-                "take "
+                "a loss needs the logits at every position, but positions=… asks for some: take "
                 "the logits, or leave positions out."
             )
         refuse_hooks(self._points)
         active = self.active_dropout()
         if active:
             raise ValueError(
-                f"dropout is active ({active[0]}, training mode): masked runs would differ "
-                f"from one "
-                "another. Call model.eval() first."
+                f"dropout is active ({active[0]}, training mode): masked runs would differ from "
+                "one another. Call model.eval() first."
             )
         return tokens
 
@@ -445,9 +441,8 @@ class _Forward:
         """At hook_q, hook_k, hook_v: the projections of what the destinations read."""
         if part not in self.handed:
             raise RuntimeError(
-                f"hook_{'qkv'[part]} of block {layer} has nothing to hand on: it fired twice, "
-                f"or the "
-                "block's read was removed inside the context (model.reset_hooks?)."
+                f"hook_{'qkv'[part]} of block {layer} has nothing to hand on: it fired twice, or "
+                "the block's read was removed inside the context (model.reset_hooks?)."
             )
         return self.handed.pop(part).to(tensor.dtype)
 
@@ -505,17 +500,17 @@ class _Forward:
         """After the forward: every destination has read, and the logits are those asked for."""
         if self.reads != len(self.graph.reads):
             raise RuntimeError(
-                f"{self.reads} of {len(self.graph.reads)} reads happened in this forward: a "
-                f"hook point "
-                "did not fire, or its hook was removed inside the context (model.reset_hooks?)."
+                f"{self.reads} of {len(self.graph.reads)} reads happened in this forward: a hook "
+                "point did not fire, or its hook was removed inside the context "
+                "(model.reset_hooks?)."
             )
         logits = getattr(output, "logits", output)
         if isinstance(logits, Tensor) and logits.dim() == 3:
             expected = (self.batch, self.pos if self.positions is None else self.positions.shape[1])
             if logits.shape[:2] != expected:
                 raise RuntimeError(
-                    f"the model gave logits of shape {tuple(logits.shape)}, expected "
-                    f"{expected} first."
+                    f"the model gave logits of shape {tuple(logits.shape)}, expected {expected} "
+                    "first."
                 )
         if keep is not None:
             assert self._stream.differences is not None
@@ -623,8 +618,8 @@ def _fitting(reference: Reference, tokens: Tensor) -> Reference:
         return reference.expand(batch, pos)
     raise ValueError(
         f"the tokens have shape {(batch, pos)}, the corrupted prompts "
-        f"{(reference.batch, reference.n_positions)}. "
-        "Edge masks mix the two runs position by position, so both must have the same shape."
+        f"{(reference.batch, reference.n_positions)}. Edge masks mix the two runs position by "
+        "position, so both must have the same shape."
     )
 
 
@@ -640,8 +635,8 @@ def _checked_positions(
         )
     if positions.numel() and not 0 <= int(positions.min()) <= int(positions.max()) < pos:
         raise ValueError(
-            f"positions go from {int(positions.min())} to {int(positions.max())}, expected 0 "
-            f"to {pos - 1}."
+            f"positions go from {int(positions.min())} to {int(positions.max())}, expected 0 to "
+            f"{pos - 1}."
         )
     return positions.to(device, torch.long)
 
@@ -649,15 +644,14 @@ def _checked_positions(
 def _refuse_generation(*_: Any, **__: Any) -> None:
     raise ValueError(
         "generate is not supported inside masked: its prompts grow token by token, and the "
-        "reference "
-        "run has the length of the first. Run whole prompts and read their logits."
+        "reference run has the length of the first. Run whole prompts and read their logits."
     )
 
 
 # ------------------------------------------------------------------------------- the first look
 
 
-_checked: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
+_checked: weakref.WeakKeyDictionary[Any, set[torch.dtype]] = weakref.WeakKeyDictionary()
 
 
 def _check_once(run: MaskedModel) -> None:
@@ -666,7 +660,8 @@ def _check_once(run: MaskedModel) -> None:
     With every edge kept the logits must be the model's own. With the edges from heads and MLPs to
     the logits alone, every head and MLP must read the reference run, and so give its logits.
     """
-    if run.model in _checked or run.active_dropout():
+    dtype = run.sites.attention[0].output.dtype
+    if dtype in _checked.get(run.model, ()) or run.active_dropout():
         return
     tokens = _probe_tokens(run)
     with torch.no_grad():
@@ -682,18 +677,16 @@ def _check_once(run: MaskedModel) -> None:
     if not errors[0] <= tolerance:
         raise NotImplementedError(
             f"{name}: its residual stream is not the sum of its input, heads and MLPs (with every "
-            f"edge kept the logits are off by {errors[0]:.2g} of their size). Such a model "
-            f"would be "
-            "scored wrongly, so it is refused."
+            f"edge kept the logits are off by {errors[0]:.2g} of their size). Such a model would "
+            "be scored wrongly, so it is refused."
         )
     if not errors[1] <= tolerance:
         raise NotImplementedError(
-            f"{name}: its heads or MLPs do not read what their edges carry (with every edge "
-            f"into them "
-            f"cut the logits are off by {errors[1]:.2g} of their size). Such a model would be "
+            f"{name}: its heads or MLPs do not read what their edges carry (with every edge into "
+            f"them cut the logits are off by {errors[1]:.2g} of their size). Such a model would be "
             "scored wrongly, so it is refused."
         )
-    _checked[run.model] = True
+    _checked.setdefault(run.model, set()).add(dtype)
 
 
 def _relative(actual: Tensor, expected: Tensor) -> float:

@@ -71,8 +71,7 @@ def budget_shift(log_alpha: Float[Tensor, " gate"], budget: float) -> Float[Tens
     if not 0 < budget < log_alpha.numel():
         raise ValueError(
             f"a budget of {budget} of {log_alpha.numel()} gates: expected a number above 0 and "
-            f"below "
-            "the number of gates."
+            "below the number of gates."
         )
     return _BudgetShift.apply(log_alpha, budget)
 

@@ -97,15 +97,14 @@ def _check_answers(name: str, task: Task) -> None:
     for pair, (answer, distractor) in enumerate(zip(task.answers, task.distractors, strict=True)):
         if len(answer) == 0:
             raise ValueError(
-                f"objective {name!r}: pair {pair} of task {task.name!r} has no answer tokens. "
-                f"Use 'kl'."
+                f"objective {name!r}: pair {pair} of task {task.name!r} has no answer tokens. Use "
+                "'kl'."
             )
         if name == "logit-diff" and (len(answer), len(distractor)) != (1, 1):
             raise ValueError(
-                f"objective 'logit-diff' needs one answer token and one distractor token, but "
-                f"pair {pair} "
-                f"of task {task.name!r} has {len(answer)} and {len(distractor)}. Use 'kl' or "
-                f"'log-prob'."
+                "objective 'logit-diff' needs one answer token and one distractor token, but pair "
+                f"{pair} of task {task.name!r} has {len(answer)} and {len(distractor)}. Use 'kl' "
+                "or 'log-prob'."
             )
 
 

@@ -41,6 +41,7 @@ from tl_edgeprune.masks import (
 )
 from tl_edgeprune.methods.attribution import mask_path, path_scores
 from tl_edgeprune.objectives import Objective, find_objective
+from tl_edgeprune.placement import placed
 from tl_edgeprune.scores import EdgeScores
 from tl_edgeprune.tasks.task import Batch, Task
 from tl_edgeprune.teacher import Teacher, check_vocabulary
@@ -120,7 +121,7 @@ class EdgePruner:
         hard_share: the last part of the run whose forward pass keeps exactly the top edges.
         split_qkv, split_embeddings: of the graph.
         bias_in_heads: under zero ablation, remove each head's share of the output bias with it.
-        dtype, device: the run's; None for the model's own (otherwise it works on a copy).
+        dtype, device: the run's; None for the model's own (the weights are put back after it).
         seed: same seed, same machine, same bits.
         checkpoint: a file to write the run's state to every `checkpoint_every` steps, atomically.
         progress: show a progress bar.
@@ -210,14 +211,13 @@ class EdgePruner:
         its settings, task and graph must be those of the checkpoint (ValueError).
         """
         loss_of = find_objective(self.objective, task)
-        model = self._placed(model)
         check_vocabulary(task, int(model.cfg.d_vocab))
         graph = EdgeGraph.from_model(
             model, split_qkv=self.split_qkv, split_embeddings=self._has_two_embeddings(model)
         )
         if self.n_edges is not None:
             check_budget(self.n_edges, graph)
-        with MaskedModel.attach(model, graph) as run:
+        with placed(model, self.dtype, self.device), MaskedModel.attach(model, graph) as run:
             fit = _Fit(self, run, task, loss_of)
             if resume is not None:
                 fit.restore(resume)
@@ -246,8 +246,8 @@ class EdgePruner:
             raise ValueError(f"hard_share={self.hard_share}: expected a share from 0 to 1.")
         if isinstance(self.init_scores, str) and self.init_scores != "mask-ig":
             raise ValueError(
-                f"init_scores={self.init_scores!r}: expected 'mask-ig', EdgeScores, a tensor "
-                f"or None."
+                f"init_scores={self.init_scores!r}: expected 'mask-ig', EdgeScores, a tensor or "
+                "None."
             )
         if self.node_controller is not None and not self.node_masks:
             raise ValueError("node_controller needs node_masks=True.")
@@ -255,16 +255,6 @@ class EdgePruner:
     def _has_two_embeddings(self, model: Any) -> bool:
         # The published graph has two embedding sources where the model has two embeddings.
         return self.split_embeddings and find_sites(model).has_positions
-
-    def _placed(self, model: Any) -> Any:
-        weight = next(model.parameters())
-        dtype, device = self.dtype or weight.dtype, torch.device(self.device or weight.device)
-        if dtype == weight.dtype and device.type == weight.device.type:
-            return model
-        model = _copied(model)
-        model.to(device, print_details=False)
-        model.to(dtype, print_details=False)
-        return model
 
 
 class _Fit:
@@ -496,8 +486,8 @@ class _Fit:
         for key, value in self._identity().items():
             if note[key] != value:
                 raise ValueError(
-                    f"checkpoint {path} is of another run: its {key} is {note[key]}, this "
-                    f"run's {value}."
+                    f"checkpoint {path} is of another run: its {key} is {note[key]}, this run's "
+                    f"{value}."
                 )
         self.history, self.seconds_before = note["history"], note["seconds"]
         mine = {"log_alpha": self.log_alpha, **self._multipliers()}
@@ -543,8 +533,7 @@ class _Fit:
         if not bool(torch.isfinite(loss)):
             raise ValueError(
                 f"the objective is {float(loss.detach())} at step {step}: the model gives NaN or "
-                f"infinite logits "
-                "under masks. Try float32, or a lower learning rate."
+                "infinite logits under masks. Try float32, or a lower learning rate."
             )
 
     def _note(self, step: int, loss: float, target: float) -> None:
@@ -573,15 +562,6 @@ def rank_quantiles(scores: Float[Tensor, " edge"]) -> Float[Tensor, " edge"]:
     ranks = torch.empty_like(order)
     ranks[order] = torch.arange(len(order))
     return torch.special.ndtri((ranks.double() + 0.5) / len(order)).float()
-
-
-def _copied(model: Any) -> Any:
-    """A deep copy. What modules keep of their last forward (the Bridge's GPT-2: its attention
-    pattern) cannot be copied with its autograd graph, and goes without.
-    """
-    values = (value for module in model.modules() for value in vars(module).values())
-    kept = [value for value in values if isinstance(value, Tensor) and not value.is_leaf]
-    return copy.deepcopy(model, {id(value): value.detach() for value in kept})
 
 
 def _mixed(seed: int, step: int) -> int:

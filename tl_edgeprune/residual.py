@@ -175,8 +175,7 @@ class Stream:
         if self.differences is None or repeated:
             raise RuntimeError(
                 "backward through a masked forward that has been backpropagated before: its "
-                "buffers "
-                "hold that pass's gradients. Run the forward again for each backward."
+                "buffers hold that pass's gradients. Run the forward again for each backward."
             )
         self._last_backward = operation
         return self.differences

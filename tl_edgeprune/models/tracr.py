@@ -30,8 +30,8 @@ KNOWN_CIRCUITS = {
     ),
     ("tracr-xproportion", "counterfactual"): "input->m0 m0->a1.h0<v> a1.h0->logits",
     ("tracr-reverse", "zero"): (
-        "a0.h0->m0 a3.h0->logits input->a0.h0<v> input->a3.h0<k> input->a3.h0<v> "
-        "input->m0 input->m1 m0->m1 m1->m2 m2->a3.h0<q>"
+        "a0.h0->m0 a3.h0->logits input->a0.h0<v> input->a3.h0<k> input->a3.h0<v> input->m0 "
+        "input->m1 m0->m1 m1->m2 m2->a3.h0<q>"
     ),
     ("tracr-reverse", "counterfactual"): "input->a3.h0<v> a3.h0->logits",
 }

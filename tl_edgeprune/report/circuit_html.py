@@ -71,9 +71,9 @@ def _edge_weights(circuit: Circuit, weights: Float[Tensor, " edge"]) -> list[flo
     """The weights of the circuit's own edges, in its order."""
     if weights.shape != (circuit.graph.n_edges,):
         raise ValueError(
-            f"weights has shape {list(weights.shape)}, but the graph has "
-            f"{circuit.graph.n_edges} edges: pass one score per edge of the graph (not of the "
-            "circuit), in the order of graph.edges."
+            f"weights has shape {list(weights.shape)}, but the graph has {circuit.graph.n_edges} "
+            "edges: pass one score per edge of the graph (not of the circuit), in the order of "
+            "graph.edges."
         )
     kept = weights.detach()[[circuit.graph.index(name) for name in circuit.edges]]
     if not kept.isfinite().all():

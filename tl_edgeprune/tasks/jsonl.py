@@ -152,5 +152,5 @@ def _check_lengths(clean: Encoded, corrupted: Encoded) -> None:
         raise ValueError(
             f"the clean answer has {len(clean.answer)} tokens and the corrupted one has "
             f"{len(corrupted.answer)}, too few to stand beside it: choose answers of one length, "
-            f"or leave the corrupted answer out."
+            "or leave the corrupted answer out."
         )

@@ -201,7 +201,7 @@ def _as_long(tensors: Sequence, field: str) -> tuple[Tensor, ...]:
         if tensor.ndim != 1 or (len(tensor) and tensor.is_floating_point()):
             raise ValueError(
                 f"{field}[{pair}] has shape {tuple(tensor.shape)} and type {tensor.dtype}: "
-                f"expected one dimension of integers."
+                "expected one dimension of integers."
             )
         long.append(tensor.long())
     return tuple(long)
@@ -213,7 +213,7 @@ def _check_counts(task: Task) -> None:
         if count != len(task) and not (field == "groups" and count == 0):
             raise ValueError(
                 f"task {task.name!r}: {len(task)} clean prompts, but {count} {field}: each pair "
-                f"needs its own."
+                "needs its own."
             )
 
 
@@ -222,8 +222,8 @@ def _check_pair(task: Task, pair: int) -> None:
     if len(clean) != len(corrupted):
         raise ValueError(
             f"prompt pair {pair}: clean has {len(clean)} tokens, corrupted has {len(corrupted)}. "
-            f"Edge masks mix the two runs position by position, so both must have the same length: "
-            f"change the prompt, or drop the pair with Task.aligned()."
+            "Edge masks mix the two runs position by position, so both must have the same length: "
+            "change the prompt, or drop the pair with Task.aligned()."
         )
     inside = len(positions) and positions.min() >= 0 and positions.max() < len(clean)
     if not inside or (positions.diff() <= 0).any():
@@ -236,5 +236,5 @@ def _check_pair(task: Task, pair: int) -> None:
         if count not in (0, len(positions)):
             raise ValueError(
                 f"prompt pair {pair}: {count} {field} for {len(positions)} read positions. Give "
-                f"one at each read position, or none."
+                "one at each read position, or none."
             )

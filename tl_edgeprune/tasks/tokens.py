@@ -14,7 +14,7 @@ def tokenizer_of(model: nn.Module) -> PreTrainedTokenizerBase:
     if tokenizer is None:
         raise ValueError(
             f"this {type(model).__name__} has no tokenizer, and the task is made of text: give the "
-            f"model one, or build a Task from token ids yourself."
+            "model one, or build a Task from token ids yourself."
         )
     return tokenizer
 
@@ -64,7 +64,7 @@ def answer_in_context(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: s
         pieces = [tokenizer.decode([token]) for token in whole[max(0, len(before) - 1) :]]
         raise ValueError(
             f"answer {answer!r} does not tokenise as prompt + answer: after {prompt[-40:]!r} the "
-            f"tokens go on as {pieces}. Move the border between prompt and answer to where a "
-            f"token ends (a space mostly belongs to the answer)."
+            f"tokens go on as {pieces}. Move the border between prompt and answer to where a token "
+            "ends (a space mostly belongs to the answer)."
         )
     return whole[len(before) :]

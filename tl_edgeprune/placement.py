@@ -1,0 +1,62 @@
+"""A model's weights in another dtype or on another device for a time, and as they were after it.
+
+The model itself is converted and put back, not a copy of it: modules that have run may keep
+closures over themselves, and a deep copy would then run half in the copy and half in the original.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tl_edgeprune.hooks import all_modules, all_parameters
+
+# Rotary frequencies: transformers keeps them in float32 whatever the weights' dtype.
+KEPT_BUFFERS = ("inv_freq", "original_inv_freq")
+
+
+@contextmanager
+def placed(
+    model: Any, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> Iterator[Any]:
+    """The model with weights of this dtype on this device; None leaves either as it is.
+
+    On leaving, also by an exception, parameters, buffers and configuration are the former ones,
+    the same tensors and not conversions back.
+    """
+    weight = next(model.parameters())
+    dtype = dtype or weight.dtype
+    device = torch.device(device or weight.device)
+    if dtype == weight.dtype and device.type == weight.device.type:
+        yield model
+        return
+    with ExitStack() as undo:
+        for parameter in all_parameters(model):
+            undo.callback(setattr, parameter, "data", parameter.data)
+            parameter.data = _converted(parameter.data, dtype, device)
+        for module in all_modules(model):
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    undo.callback(module._buffers.__setitem__, name, buffer)
+                    wanted = buffer.dtype if name in KEPT_BUFFERS else dtype
+                    module._buffers[name] = _converted(buffer, wanted, device)
+        for config in _configs(model):
+            undo.callback(vars(config).update, {k: getattr(config, k) for k in ("dtype", "device")})
+            config.dtype = dtype
+            config.device = str(device)
+        yield model
+
+
+def _converted(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+
+
+def _configs(model: Any) -> list[Any]:
+    """TransformerLens' configurations of the model and its parts, each once."""
+    configs = [getattr(module, "cfg", None) for module in all_modules(model)]
+    found = {id(c): c for c in configs if hasattr(c, "dtype") and hasattr(c, "device")}
+    return list(found.values())
