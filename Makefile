@@ -25,9 +25,8 @@ SETTINGS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
 .PHONY: demo test test-all tests lint types docs clean
 
-# Threads that wait without spinning: other work on the machine then costs little.
 demo: .venv/installed
-	@OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m tl_edgeprune demo
+	@.venv/bin/python -m tl_edgeprune demo
 
 test: lint types tests
 

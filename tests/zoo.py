@@ -27,6 +27,8 @@ from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 
+from tl_edgeprune import Task
+
 try:
     from transformer_lens import HookedTransformer, HookedTransformerConfig
 except ImportError:  # TransformerLens 4
@@ -297,3 +299,13 @@ def tokens(model: Any, batch: int = 2, pos: int = 7, seed: int = 0) -> Tensor:
     """Random token ids, [batch, pos]."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(model.cfg.d_vocab, (batch, pos), generator=generator)
+
+
+def pairs(model: Any, n: int = 10) -> Task:
+    """Random pairs of two lengths, read at the last position, with an answer and a distractor."""
+    lengths = [5 + i % 2 for i in range(n)]
+    clean = [tokens(model, 1, length, seed)[0] for seed, length in enumerate(lengths)]
+    corrupted = [tokens(model, 1, length, 99 + seed)[0] for seed, length in enumerate(lengths)]
+    last = [torch.tensor([length - 1]) for length in lengths]
+    answers = [torch.tensor([3])] * n
+    return Task("random", clean, corrupted, last, answers, [torch.tensor([5])] * n)

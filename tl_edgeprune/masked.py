@@ -91,7 +91,7 @@ def masked(
     """
     mask = _mask_of(circuit_or_mask)
     kind = _ablation_kind(ablation, corrupted, prompts)
-    with MaskedModel.attach(model, getattr(circuit_or_mask, "graph", graph)) as run:
+    with MaskedModel.attach(model, _wanted_graph(circuit_or_mask, graph)) as run:
         check_mask(mask, run.graph)
         reference = run.reference(kind, corrupted=corrupted, prompts=prompts)
         run.set(mask=mask, reference=reference, positions=positions)
@@ -110,6 +110,13 @@ def _graph_of(sites: Sites, wanted: EdgeGraph | None) -> EdgeGraph:
             f"{actual}."
         )
     return actual
+
+
+def _wanted_graph(circuit_or_mask: Any, graph: EdgeGraph | None) -> EdgeGraph | None:
+    own = getattr(circuit_or_mask, "graph", graph)
+    if graph is not None and own != graph:
+        raise ValueError(f"the circuit has its own graph, {own}, and graph={graph} is another.")
+    return own
 
 
 def _mask_of(circuit_or_mask: Any) -> Tensor:
