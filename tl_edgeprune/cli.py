@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tl_edgeprune.circuit import Circuit
 from tl_edgeprune.evaluate import Evaluation, evaluate_all, evaluate_groups
-from tl_edgeprune.methods.attribution import eap
+from tl_edgeprune.methods.eap import eap
 from tl_edgeprune.pruner import EdgePruner, PruneResult
 from tl_edgeprune.tasks import Task
 from tl_edgeprune.tasks import load as load_task

@@ -165,15 +165,15 @@ def _ablation_kind(kind: str | None, corrupted: Tensor | None, prompts: Any) -> 
 
 
 @dataclass(frozen=True)
-class InputPath:
-    """A point on the straight path from the corrupted to the clean input (integrated gradients).
+class Held:
+    """Sources that write `share` of their difference, as constants: no gradient flows into them.
 
-    share: 0 at the corrupted input, 1 at the clean one. contract: the differences that the mask's
-    gradient is taken against, those of the clean run.
+    The heads of a layer are held together. An input held at a share lies on the straight path from
+    the corrupted (0) to the clean one (1).
     """
 
-    share: float
-    contract: Float[Tensor, "source row d_model"]
+    sources: range
+    share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,8 @@ class _Inputs:
     mask: Tensor
     reference: Reference
     positions: Tensor | None
-    path: InputPath | None = None
+    held: Held | None = None
+    contract: Tensor | None = None
 
 
 class MaskedModel:
@@ -224,13 +225,16 @@ class MaskedModel:
         mask: Shaped[Tensor, " edge"],
         reference: Reference,
         positions: Int[Tensor, "batch read"] | None = None,
-        path: InputPath | None = None,
+        held: Held | None = None,
+        contract: Float[Tensor, "source row d_model"] | None = None,
     ) -> Float[Tensor, "batch read d_vocab"]:
-        """Logits under a mask, at `positions` or everywhere, from the clean input or one on a
-        path.
+        """Logits under a mask, at `positions` or everywhere.
+
+        `held`: sources to hold. `contract`: the differences that the mask's gradient is taken
+        against, where they are not this run's own.
         """
         before = self._inputs
-        self._inputs = _Inputs(mask, reference, positions, path)
+        self._inputs = _Inputs(mask, reference, positions, held, contract)
         try:
             return self._run(tokens)
         finally:
@@ -412,7 +416,7 @@ class _Forward:
         self.reference = _fitting(inputs.reference, tokens)
         weight = self.sites.attention[0].output  # mask and positions may come from another device
         self.positions = _checked_positions(inputs.positions, tokens, weight.device)
-        self.path = inputs.path
+        self.held, self.contract = inputs.held, inputs.contract
         self.blocks = [
             part.view(read.n_destinations, read.n_sources)
             for part, read in zip(
@@ -465,9 +469,9 @@ class _Forward:
         bias = None
         if self.reference.bias_in_heads and site.output_bias is not None:
             bias = site.output_bias / site.output.shape[0]
-        self._stream.write_heads(
-            self.graph.first_head(layer), rows.transpose(0, 1), site.output, site.gain, bias
-        )
+        first = self.graph.first_head(layer)
+        rows = self._or_held(first, rows.transpose(0, 1))
+        self._stream.write_heads(first, rows, site.output, site.gain, bias)
         return z.detach()
 
     def mlp_in(self, tensor: Tensor, layer: int) -> Tensor:
@@ -475,10 +479,15 @@ class _Forward:
         return self.sites.mlp[layer].norm(x).view(tensor.shape)
 
     def mlp_out(self, y: Tensor, layer: int) -> Tensor:
-        self._stream.write(
-            self.graph.mlp_source(layer), (y - self.reference.mlp[layer]).flatten(0, 1)
-        )
+        source = self.graph.mlp_source(layer)
+        difference = (y - self.reference.mlp[layer]).flatten(0, 1)
+        self._stream.write(source, self._or_held(source, difference))
         return y.detach()
+
+    def _or_held(self, source: int, difference: Tensor) -> Tensor:
+        if self.held is None or source not in self.held.sources:
+            return difference
+        return self.held.share * difference.detach()
 
     def logits_in(self, resid: Tensor) -> Tensor:
         """At the last residual stream: what the logits read, at the read positions only."""
@@ -540,13 +549,13 @@ class _Forward:
             raise RuntimeError(
                 f"block 0 got shape {tuple(resid.shape)} for tokens [{self.batch}, {self.pos}]."
             )
-        contract, share = (self.path.contract, self.path.share) if self.path else (None, 1.0)
-        self.stream = Stream(self.graph.n_sources, resid.flatten(0, 1), self.pool, contract)
+        self.stream = Stream(self.graph.n_sources, resid.flatten(0, 1), self.pool, self.contract)
         inputs = ablations.split_inputs(self.graph, resid, self.embedding)
         for source, (value, reference) in enumerate(
             zip(inputs, self.reference.inputs, strict=True)
         ):
-            self.stream.write(source, (share * (value - reference)).flatten(0, 1))
+            difference = (value - reference).flatten(0, 1)
+            self.stream.write(source, self._or_held(source, difference))
 
     def _read(self, kind: str, layer: int, rows: Tensor | None = None) -> Tensor:
         place = self.read_of[kind, layer]

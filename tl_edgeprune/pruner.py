@@ -39,7 +39,8 @@ from tl_edgeprune.masks import (
     open_probability,
     sample_gates,
 )
-from tl_edgeprune.methods.attribution import mask_path, path_scores
+from tl_edgeprune.methods.gradients import path_scores
+from tl_edgeprune.methods.mask_ig import mask_path
 from tl_edgeprune.objectives import Objective, find_objective
 from tl_edgeprune.placement import placed
 from tl_edgeprune.scores import EdgeScores
@@ -398,7 +399,6 @@ class _Fit:
             self.teacher,
             mask_path(WARM_STEPS),
             self.loss_of,
-            steps=WARM_STEPS,
             batch_size=self.pruner.batch_size,
             max_pairs=WARM_PAIRS,
             progress=self.pruner.progress,

@@ -5,22 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from tl_edgeprune.methods.attribution import eap, eap_ig, mask_ig
-from tl_edgeprune.pruner import EdgePruner
+from tl_edgeprune.methods.clean_corrupted import clean_corrupted
+from tl_edgeprune.methods.eap import eap
+from tl_edgeprune.methods.eap_graddrop import eap_graddrop
+from tl_edgeprune.methods.eap_ig import eap_ig
+from tl_edgeprune.methods.eap_ig_activations import eap_ig_activations
+from tl_edgeprune.methods.edge_pruning import edge_pruning
+from tl_edgeprune.methods.mask_ig import mask_ig
+from tl_edgeprune.methods.random_scores import random_scores
 from tl_edgeprune.scores import EdgeScores
 from tl_edgeprune.tasks.task import Task
-
-
-def edge_pruning(model: Any, task: Task, **settings: Any) -> EdgeScores:
-    """Log alphas of Edge Pruning under sampled budgets: one ranking for circuits of every size."""
-    return EdgePruner(**settings).fit(model, task).scores
-
 
 METHODS: dict[str, Callable[..., EdgeScores]] = {
     "edge-pruning": edge_pruning,
     "eap": eap,
     "eap-ig": eap_ig,
+    "eap-ig-activations": eap_ig_activations,
+    "clean-corrupted": clean_corrupted,
     "mask-ig": mask_ig,
+    "eap-graddrop": eap_graddrop,
+    "random": random_scores,
 }
 
 

@@ -1,0 +1,16 @@
+"""Edge Pruning as one ranking of all edges: log alphas under sampled budgets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tl_edgeprune.pruner import EdgePruner
+from tl_edgeprune.scores import EdgeScores
+from tl_edgeprune.tasks.task import Task
+
+
+def edge_pruning(model: Any, task: Task, **settings: Any) -> EdgeScores:
+    """Log alphas of every edge; without `n_edges` the budgets are sampled, for circuits of any
+    size. `settings` are EdgePruner's.
+    """
+    return EdgePruner(**settings).fit(model, task).scores

@@ -1,0 +1,158 @@
+"""Scores from the mask's gradient: what EAP, mask-IG, EAP-IG and their kin share.
+
+1. The masked forward gives d loss / d z for every edge at once.
+2. A method is a path: the points at which it takes that gradient. A point is a mask, sources that
+   are held at a share of their difference, and the differences to take the gradient against.
+3. An edge's score is -d loss / d z, mean over the points and over the task's pairs, so a score
+   above 0 says that removing the edge raises the loss.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.hooks import is_folded
+from tl_edgeprune.masked import Held, MaskedModel
+from tl_edgeprune.objectives import Objective, find_objective, has_logit_diff, kl
+from tl_edgeprune.scores import EdgeScores
+from tl_edgeprune.tasks.task import Task
+from tl_edgeprune.teacher import Lesson, Teacher, check_vocabulary
+
+
+class Point(NamedTuple):
+    """Where a gradient is taken."""
+
+    mask: Float[Tensor, " edge"]
+    held: Held | None = None
+    contract: Float[Tensor, "source row d_model"] | None = None
+
+
+Path = Callable[[MaskedModel, Lesson], Iterator[Point]]
+
+
+def scores_along(
+    path: Path,
+    model: Any,
+    task: Task,
+    objective: str | Objective | None,
+    *,
+    metadata: dict[str, Any],
+    graph: EdgeGraph | None = None,
+    ablation: Any = "counterfactual",
+    batch_size: int = 8,
+    progress: bool = False,
+    magnitudes: bool = False,
+) -> EdgeScores:
+    """The mean of -d loss / d mask over a path's points, as scores with their origin.
+
+    `magnitudes`: of each point's and batch's absolute values in place of signed ones.
+    """
+    loss_of = find_objective(objective, task)
+    check_vocabulary(task, int(model.cfg.d_vocab))
+    with MaskedModel.attach(model, graph) as run:
+        teacher = Teacher(run, task, ablation, batch_size=batch_size, max_bytes=0)
+        scores = path_scores(
+            run,
+            teacher,
+            path,
+            loss_of,
+            batch_size=batch_size,
+            progress=progress,
+            magnitudes=magnitudes,
+        )
+    return EdgeScores(
+        run.graph, scores, origin(model, task, objective=objective, ablation=ablation, **metadata)
+    )
+
+
+def path_scores(
+    run: MaskedModel,
+    teacher: Teacher,
+    path: Path,
+    loss_of: Objective,
+    *,
+    batch_size: int = 8,
+    max_pairs: int | None = None,
+    progress: bool = False,
+    magnitudes: bool = False,
+) -> Float[Tensor, " edge"]:
+    """-d loss/d mask, mean over the teacher's pairs and over the points of a path (on the CPU).
+
+    `max_pairs`: look at no more than about so many pairs.
+    """
+    total, pairs = torch.zeros(run.graph.n_edges, device=teacher.device), 0
+    batches = list(teacher.task.batches(batch_size, shuffle=max_pairs is not None))
+    if max_pairs is not None:
+        batches = batches[: math.ceil(max_pairs / batch_size)]
+    for batch in tqdm(batches, "scoring edges", disable=not progress, leave=False):
+        pairs += len(batch)
+        lesson = teacher.lesson(batch)
+        parts = [-edge_gradient(run, lesson, point, loss_of) for point in path(run, lesson)]
+        total += sum((p.abs() if magnitudes else p for p in parts), torch.zeros(())) / len(parts)
+    return (total / pairs).cpu()
+
+
+def edge_gradient(
+    run: MaskedModel, lesson: Lesson, point: Point, loss_of: Objective
+) -> Float[Tensor, " edge"]:
+    """d (sum of the prompts' losses) / d mask, at a point."""
+    mask = point.mask.to(lesson.full.device).requires_grad_()
+    batch = lesson.batch
+    with torch.enable_grad():
+        logits = run(
+            batch.clean, mask, lesson.reference, batch.positions, point.held, point.contract
+        )
+        loss = loss_of(logits, lesson.full, batch).sum()
+        (grad,) = torch.autograd.grad(loss, mask)
+    return grad
+
+
+def origin(model: Any, task: Task, **fields: Any) -> dict[str, Any]:
+    """What scores say of where they come from: model, task, objective, folding, and `fields`."""
+    objective = fields.pop("objective", None) or task.objective
+    name = objective if isinstance(objective, str) else getattr(objective, "__name__", "function")
+    ablation = fields.pop("ablation", "counterfactual")
+    return {
+        "model": getattr(model.cfg, "model_name", type(model).__name__),
+        "task": task.name,
+        "n_pairs": len(task),
+        "prepend_bos": task.prepend_bos,
+        "objective": name,
+        "ablation": str(ablation),
+        "folded": is_folded(model),
+        **fields,
+    }
+
+
+def check_steps(steps: int) -> None:
+    """Raise ValueError for a path without points."""
+    if steps < 1:
+        raise ValueError(f"steps={steps}: a path needs at least one point.")
+
+
+def differentiable_at_one(
+    objective: str | Objective | None, task: Task, method: str
+) -> str | Objective:
+    """An objective with a gradient at the full model: the logit difference unless told otherwise.
+
+    Raises ValueError for the KL and the squared error, which are smallest there.
+    """
+    if objective is None and has_logit_diff(task):
+        return "logit-diff"
+    if objective in (None, "kl", "mse") or objective is kl:
+        raise ValueError(
+            f"objective {objective or task.objective!r} is smallest at the full model, so its "
+            f"gradient there is zero and {method}'s scores would be noise. Use 'logit-diff' (it "
+            "needs an answer and a distractor of one token each), 'log-prob', or a method that "
+            "looks further: mask-ig, eap-ig."
+        )
+    assert objective is not None
+    return objective
