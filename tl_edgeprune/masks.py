@@ -115,8 +115,8 @@ class Controller(Protocol):
     def gates(self, log_alpha: Tensor, target: float) -> Tensor:
         """The log alphas to draw gates with."""
 
-    def penalty(self, mask: Tensor, target: float) -> Tensor | float:
-        """What the loss gains for the drawn mask."""
+    def penalty(self, mask: Tensor, log_alpha: Tensor, target: float) -> Tensor | float:
+        """What the loss gains for the drawn mask, or for the gates that it was drawn from."""
 
     def learned(self) -> dict[str, Tensor]:
         """Multipliers that ascend, by name."""
@@ -165,7 +165,7 @@ class ExactBudget:
     def gates(self, log_alpha: Tensor, target: float) -> Tensor:
         return log_alpha + budget_shift(log_alpha, target)
 
-    def penalty(self, mask: Tensor, target: float) -> float:
+    def penalty(self, mask: Tensor, log_alpha: Tensor, target: float) -> float:
         return 0.0
 
     def learned(self) -> dict[str, Tensor]:
@@ -209,9 +209,36 @@ class Lagrangian:
     def gates(self, log_alpha: Tensor, target: float) -> Tensor:
         return log_alpha
 
-    def penalty(self, mask: Tensor, target: float) -> Tensor:
+    def penalty(self, mask: Tensor, log_alpha: Tensor, target: float) -> Tensor:
         gap = (1 - target / self.n_edges) - (1 - mask.mean())
         return self.lambda1.to(mask.device) * gap + self.lambda2.to(mask.device) * gap**2
 
     def learned(self) -> dict[str, Tensor]:
         return {"lambda1": self.lambda1, "lambda2": self.lambda2}
+
+
+@dataclass
+class Penalty:
+    """A fixed price on the expected share of open gates: weight * mean P(open). No target.
+
+    probability: P(open) of a log alpha, by default the hard concrete gate's.
+    """
+
+    weight: float = 10.0
+    probability: Callable[[Tensor], Tensor] = open_probability
+    n_edges: int = field(default=0, init=False)
+
+    def start(self, n_edges: int, budget: int | None) -> None:
+        self.n_edges = n_edges
+
+    def target(self, progress: float, draw: float) -> float:
+        return float(self.n_edges)
+
+    def gates(self, log_alpha: Tensor, target: float) -> Tensor:
+        return log_alpha
+
+    def penalty(self, mask: Tensor, log_alpha: Tensor, target: float) -> Tensor:
+        return self.weight * self.probability(log_alpha).mean()
+
+    def learned(self) -> dict[str, Tensor]:
+        return {}

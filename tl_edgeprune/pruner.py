@@ -18,7 +18,7 @@ import copy
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +43,12 @@ from tl_edgeprune.methods.gradients import path_scores
 from tl_edgeprune.methods.mask_ig import mask_path
 from tl_edgeprune.objectives import Objective, find_objective
 from tl_edgeprune.placement import placed
+from tl_edgeprune.regularisers import Attachment
 from tl_edgeprune.scores import EdgeScores
 from tl_edgeprune.tasks.task import Batch, Task
 from tl_edgeprune.teacher import Teacher, check_vocabulary
 
+Sampler = Callable[[Tensor, torch.Generator], Tensor]
 History = list[dict[str, float | int]]
 WARM_STEPS, WARM_PAIRS = 5, 32
 
@@ -119,6 +121,8 @@ class EdgePruner:
             a tensor [n_edges] (ranked by magnitude), or None for all alike at `init_log_alpha`.
         node_masks: also learn a mask for each source, which multiplies its edges; node_controller
             makes those sparse.
+        sampler: draws a mask from log alphas; hard-concrete gates.
+        attachment: a price on edges between badly connected nodes (regularisers.py).
         hard_share: the last part of the run whose forward pass keeps exactly the top edges.
         split_qkv, split_embeddings: of the graph.
         bias_in_heads: under zero ablation, remove each head's share of the output bias with it.
@@ -146,6 +150,8 @@ class EdgePruner:
         node_masks: bool = False,
         node_controller: Controller | None = None,
         optimizer: Optimizer | None = None,
+        sampler: Sampler = sample_gates,
+        attachment: Attachment | None = None,
         hard_share: float = 0.4,
         split_qkv: bool = True,
         split_embeddings: bool = False,
@@ -166,6 +172,7 @@ class EdgePruner:
         self.init_scores, self.init_log_alpha = init_scores, init_log_alpha
         self.node_masks, self.node_controller = node_masks, node_controller
         self.optimizer = optimizer or Optimizer()
+        self.sampler, self.attachment = sampler, attachment
         self.hard_share = hard_share if n_edges is not None else 0.0
         self.split_qkv, self.split_embeddings = split_qkv, split_embeddings
         self.bias_in_heads = bias_in_heads
@@ -226,6 +233,11 @@ class EdgePruner:
         return PruneResult(
             graph, fit.ranking(), fit.history, fit.final_size(), fit.metadata(), finished
         )
+
+    def scores(self, model: Any, task: Task, method: str) -> EdgeScores:
+        """`fit`, as scores by that method's name: log alpha of every edge."""
+        scores = self.fit(model, task).scores
+        return replace(scores, metadata=scores.metadata | {"method": method})
 
     def settings(self) -> dict[str, Any]:
         """The settings as plain JSON values."""
@@ -337,14 +349,16 @@ class _Fit:
     ) -> tuple[Float[Tensor, " edge"], Tensor | float]:
         """A mask for one forward, and what the loss gains for it."""
         shifted = self.controller.gates(self.log_alpha, target)
-        mask = sample_gates(shifted, generator)
-        penalty = self.controller.penalty(mask, target)
+        mask = self.pruner.sampler(shifted, generator)
+        penalty = self.controller.penalty(mask, shifted, target)
+        if self.pruner.attachment is not None:
+            penalty = penalty + self.pruner.attachment(open_probability(shifted), self.graph)
         if self.node_log_alpha is not None:
             nodes = sample_gates(self.node_log_alpha, generator)
             mask = mask * nodes[self.source_of_edge]
             if self.node_controller is not None:
                 wanted = self.node_controller.target(progress, 0.0)
-                penalty = penalty + self.node_controller.penalty(nodes, wanted)
+                penalty = penalty + self.node_controller.penalty(nodes, self.node_log_alpha, wanted)
         if progress >= 1 - self.pruner.hard_share:
             mask = self._hard(shifted, max(1, round(target)))  # a Lagrangian may aim below 0
         return mask, penalty
@@ -571,6 +585,8 @@ def _mixed(seed: int, step: int) -> int:
 def _plain(value: Any) -> Any:
     if isinstance(value, Tensor):
         return None
+    if callable(value) and hasattr(value, "__name__"):
+        return value.__name__
     if is_dataclass(value) and not isinstance(value, type):
         fields = {k: _plain(v) for k, v in vars(value).items() if not isinstance(v, Tensor)}
         return {"kind": type(value).__name__, **fields}

@@ -56,10 +56,9 @@ def scores_along(
     `magnitudes`: of each point's and batch's absolute values in place of signed ones.
     """
     loss_of = find_objective(objective, task)
-    check_vocabulary(task, int(model.cfg.d_vocab))
-    with MaskedModel.attach(model, graph) as run:
-        teacher = Teacher(run, task, ablation, batch_size=batch_size, max_bytes=0)
-        scores = path_scores(
+
+    def scores(run: MaskedModel, teacher: Teacher) -> Float[Tensor, " edge"]:
+        return path_scores(
             run,
             teacher,
             path,
@@ -68,9 +67,37 @@ def scores_along(
             progress=progress,
             magnitudes=magnitudes,
         )
-    return EdgeScores(
-        run.graph, scores, origin(model, task, objective=objective, ablation=ablation, **metadata)
-    )
+
+    metadata = {"objective": objective, "ablation": ablation, **metadata}
+    return scored(scores, model, task, graph=graph, metadata=metadata, batch_size=batch_size)
+
+
+def scored(
+    score: Callable[[MaskedModel, Teacher], Tensor],
+    model: Any,
+    task: Task,
+    *,
+    graph: EdgeGraph | None,
+    metadata: dict[str, Any],
+    batch_size: int = 8,
+) -> EdgeScores:
+    """What `score` gives for the model with hooks attached and the task's teacher, with its origin.
+
+    metadata: method, ablation, objective and what else belongs to the scores.
+    """
+    check_vocabulary(task, int(model.cfg.d_vocab))
+    with MaskedModel.attach(model, graph) as run:
+        kind = metadata.get("ablation", "counterfactual")
+        teacher = Teacher(run, task, kind, batch_size=batch_size, max_bytes=0)
+        scores = score(run, teacher)
+    return EdgeScores(run.graph, scores.cpu(), origin(model, task, **metadata))
+
+
+def each_lesson(teacher: Teacher, *, batch_size: int, progress: bool = False) -> Iterator[Lesson]:
+    """Every pair once, batch by batch, with targets and references."""
+    batches = list(teacher.task.batches(batch_size))
+    for batch in tqdm(batches, "scoring edges", disable=not progress, leave=False):
+        yield teacher.lesson(batch)
 
 
 def path_scores(

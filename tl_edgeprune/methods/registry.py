@@ -11,8 +11,14 @@ from tl_edgeprune.methods.eap_graddrop import eap_graddrop
 from tl_edgeprune.methods.eap_ig import eap_ig
 from tl_edgeprune.methods.eap_ig_activations import eap_ig_activations
 from tl_edgeprune.methods.edge_pruning import edge_pruning
+from tl_edgeprune.methods.greedy_output import greedy_output
+from tl_edgeprune.methods.hisp import hisp
+from tl_edgeprune.methods.ifr import ifr
 from tl_edgeprune.methods.mask_ig import mask_ig
 from tl_edgeprune.methods.random_scores import random_scores
+from tl_edgeprune.methods.subnetwork_probing import subnetwork_probing
+from tl_edgeprune.methods.subspace_nodes import subspace_nodes
+from tl_edgeprune.methods.ugs import ugs
 from tl_edgeprune.scores import EdgeScores
 from tl_edgeprune.tasks.task import Task
 
@@ -23,7 +29,13 @@ METHODS: dict[str, Callable[..., EdgeScores]] = {
     "eap-ig-activations": eap_ig_activations,
     "clean-corrupted": clean_corrupted,
     "mask-ig": mask_ig,
+    "ugs": ugs,
+    "subnetwork-probing": subnetwork_probing,
+    "hisp": hisp,
+    "ifr": ifr,
     "eap-graddrop": eap_graddrop,
+    "greedy-output": greedy_output,
+    "subspace-nodes": subspace_nodes,
     "random": random_scores,
 }
 

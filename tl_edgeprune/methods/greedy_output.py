@@ -1,0 +1,66 @@
+"""Greedy output approximation: the sources that best rebuild what a destination reads.
+
+For each destination alone, the model's objective aside: starting from the reference stream, add the
+source that brings the input nearest to its clean value (squared distance over prompts and
+positions), and again, until all are in. The score is the share of the first distance that adding
+the source took away, never above that of one chosen before it. A baseline from pruning in general
+(as greedy output approximation prunes a layer's neurons); the destinations of a read score alike.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.masked import MaskedModel
+from tl_edgeprune.methods.gradients import scored
+from tl_edgeprune.methods.output_gram import output_gram
+from tl_edgeprune.scores import EdgeScores
+from tl_edgeprune.tasks.task import Task
+from tl_edgeprune.teacher import Teacher
+
+
+def greedy_output(
+    model: Any,
+    task: Task,
+    *,
+    graph: EdgeGraph | None = None,
+    ablation: Any = "counterfactual",
+    batch_size: int = 8,
+    progress: bool = False,
+) -> EdgeScores:
+    """Scores of at most 1 (at times below 0: late sources can lead away again)."""
+
+    def scores(run: MaskedModel, teacher: Teacher) -> Float[Tensor, " edge"]:
+        gram = output_gram(run, teacher, batch_size=batch_size, progress=progress)
+        parts = [
+            greedy_gains(gram[: r.n_sources, : r.n_sources]).repeat(r.n_destinations)
+            for r in run.graph.reads
+        ]
+        return torch.cat(parts).float()
+
+    metadata = {"method": "greedy-output", "objective": "none", "ablation": ablation}
+    return scored(scores, model, task, graph=graph, metadata=metadata, batch_size=batch_size)
+
+
+def greedy_gains(gram: Float[Tensor, "source source"]) -> Float[Tensor, " source"]:
+    """What each source takes off |sum of all|^2 when it is added, in greedy order, never rising.
+
+    The distance that is left, with sources R still out, is the sum of G over R x R; taking j from R
+    lowers it by 2 sum_R G[:, j] - G[j, j].
+    """
+    gains = torch.zeros(len(gram), dtype=gram.dtype)
+    out = torch.ones(len(gram), dtype=torch.bool)
+    toward, last = gram.sum(0), float("inf")
+    whole = max(float(gram.sum()), torch.finfo(gram.dtype).tiny)
+    for _ in range(len(gram)):
+        gain = (2 * toward - gram.diagonal()).masked_fill(~out, -float("inf"))
+        best = int(gain.argmax())
+        last = min(last, float(gain[best]) / whole)
+        gains[best], out[best] = last, False
+        toward = toward - gram[best]
+    return gains

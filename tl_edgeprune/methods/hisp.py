@@ -1,0 +1,76 @@
+"""Head importance score for pruning: each source by the gradient's product with its difference.
+
+A source's importance is the mean over pairs of |(y - ref) . d loss / d y|; an edge is as important
+as the less important of its source and the node that it leads to, so the top edges are those
+between the top nodes. Michel, Levy and Neubig 2019, "Are Sixteen Heads Really Better than One?",
+equation 2, as Conmy et al. 2023 compare with it (appendix B).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.masked import MaskedModel
+from tl_edgeprune.methods.eap import whole
+from tl_edgeprune.methods.gradients import (
+    differentiable_at_one,
+    each_lesson,
+    edge_gradient,
+    scored,
+)
+from tl_edgeprune.objectives import Objective, find_objective
+from tl_edgeprune.scores import EdgeScores
+from tl_edgeprune.tasks.task import Task
+from tl_edgeprune.teacher import Teacher
+
+
+def hisp(
+    model: Any,
+    task: Task,
+    *,
+    objective: str | Objective | None = None,
+    graph: EdgeGraph | None = None,
+    ablation: Any = "counterfactual",
+    progress: bool = False,
+) -> EdgeScores:
+    """Edge scores >= 0 from nodes' importance; one gradient a pair. objective: as for EAP."""
+    objective = differentiable_at_one(objective, task, "HISP")
+    loss_of = find_objective(objective, task)
+
+    def nodes(run: MaskedModel, teacher: Teacher) -> Float[Tensor, " edge"]:
+        source_of = torch.tensor([source for source, _ in run.graph.pairs])
+        total = torch.zeros(run.graph.n_sources)
+        for lesson in each_lesson(teacher, batch_size=1, progress=progress):
+            (point,) = whole(run, lesson)
+            grad = edge_gradient(run, lesson, point, loss_of).cpu()
+            total += torch.zeros_like(total).index_add_(0, source_of, grad).abs()
+        return node_to_edge_scores(run.graph, total / len(task))
+
+    metadata = {"method": "hisp", "objective": objective, "ablation": ablation}
+    return scored(nodes, model, task, graph=graph, metadata=metadata)
+
+
+def node_to_edge_scores(
+    graph: EdgeGraph, sources: Float[Tensor, " source"]
+) -> Float[Tensor, " edge"]:
+    """An edge's score: the lesser of its source's and of the best source that it leads into.
+
+    The inputs and the logits are in every circuit: they bound nothing, unless an edge joins the two
+    directly, which then has the inputs' own score.
+    """
+    place = {name: index for index, name in enumerate(graph.sources)}
+    own = sources.clone()
+    own[: graph.n_inputs] = float("inf")
+    into = [
+        max((float(sources[place[n]]) for n in graph.owner(d)), default=float("inf"))
+        for d in graph.destinations
+    ]
+    pairs = torch.tensor(graph.pairs)
+    scores = torch.minimum(own[pairs[:, 0]], torch.tensor(into)[pairs[:, 1]])
+    direct = torch.isinf(scores)
+    return torch.where(direct, sources[pairs[:, 0]], scores)

@@ -1,0 +1,56 @@
+"""Information flow routes: how much of what a destination reads each source makes up.
+
+At every position, a source's share is max(0, |x|_1 - |x - y|_1), x what the destination reads and y
+the source's output, normalised over the sources that it reads; the score is the mean over positions
+and pairs. One forward pass on the clean prompts: no corrupted run, no objective. A read's queries,
+keys and values have the same scores. Ferrando and Voita 2024, "Information Flow Routes", eq. 3, 4.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.masked import MaskedModel
+from tl_edgeprune.methods.gradients import each_lesson, scored
+from tl_edgeprune.scores import EdgeScores
+from tl_edgeprune.tasks.task import Task
+from tl_edgeprune.teacher import Teacher
+
+
+def ifr(
+    model: Any,
+    task: Task,
+    *,
+    graph: EdgeGraph | None = None,
+    batch_size: int = 8,
+    progress: bool = False,
+) -> EdgeScores:
+    """Shares of every destination's input, 0 to 1; those of one destination add up to 1."""
+
+    def scores(run: MaskedModel, teacher: Teacher) -> Float[Tensor, " edge"]:
+        total = torch.zeros(run.graph.n_edges)
+        for lesson in each_lesson(teacher, batch_size=batch_size, progress=progress):
+            tokens = lesson.batch.clean
+            outputs = run.differences(tokens, run.reference("zero"))  # [source, row, d_model]
+            streams = run.record(tokens)[0].streams.flatten(1, 2)  # [read, row, d_model]
+            for read, stream in zip(run.graph.reads, streams, strict=True):
+                shares = proximity(outputs[: read.n_sources], stream).mean(1)  # [source]
+                total[read.edges] += shares.repeat(read.n_destinations).cpu() * len(lesson.batch)
+        return total / len(task)
+
+    metadata = {"method": "ifr", "objective": "none"}
+    return scored(scores, model, task, graph=graph, metadata=metadata, batch_size=batch_size)
+
+
+def proximity(
+    outputs: Float[Tensor, "source row d_model"], stream: Float[Tensor, "row d_model"]
+) -> Float[Tensor, "source row"]:
+    """Each source's share of the stream, at every row; all zero where no source comes near it."""
+    whole = stream.abs().sum(-1)
+    near = torch.stack([whole - (stream - output).abs().sum(-1) for output in outputs]).clamp(min=0)
+    return near / near.sum(0).clamp(min=torch.finfo(near.dtype).tiny)

@@ -1,0 +1,34 @@
+"""Subnetwork probing on edges: hard-concrete masks under a fixed price on open gates.
+
+Loss: the objective + weight * mean P(open); all gates start 90 % open. Cao, Sanh and Rush 2021,
+"Low-Complexity Probing via Finding Subnetworks", with masks on edges in place of weights (as in
+Conmy et al. 2023, section 4, for nodes).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from tl_edgeprune.masks import Penalty
+from tl_edgeprune.pruner import EdgePruner
+from tl_edgeprune.scores import EdgeScores
+from tl_edgeprune.tasks.task import Task
+
+
+def subnetwork_probing(
+    model: Any, task: Task, *, weight: float = 10.0, lr: float = 0.1, **settings: Any
+) -> EdgeScores:
+    """log alphas after training under a fixed price; `settings` are EdgePruner's.
+
+    weight: nats that the whole graph costs. A higher one gives better rankings of small circuits.
+    """
+    start = math.log(0.9 / 0.1)
+    pruner = EdgePruner(
+        lr=lr,
+        controller=Penalty(weight),
+        init_scores=None,
+        init_log_alpha=(start, 0.01),
+        **settings,
+    )
+    return pruner.scores(model, task, "subnetwork-probing")

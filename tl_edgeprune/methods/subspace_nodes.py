@@ -1,0 +1,63 @@
+"""Subspace node pruning: sources ranked by the variance that only they add.
+
+The sources' outputs (as differences from the reference) are orthogonalised one by one, the one with
+the most variance left first; what is left of it then is its score, as a share of all. A source that
+others span scores 0 however large it is. Node scores, made edge scores as in hisp.py. After
+Offergeld, van Gerven and Ahmad 2024, "Subspace Node Pruning".
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.masked import MaskedModel
+from tl_edgeprune.methods.gradients import scored
+from tl_edgeprune.methods.hisp import node_to_edge_scores
+from tl_edgeprune.methods.output_gram import output_gram
+from tl_edgeprune.scores import EdgeScores
+from tl_edgeprune.tasks.task import Task
+from tl_edgeprune.teacher import Teacher
+
+
+def subspace_nodes(
+    model: Any,
+    task: Task,
+    *,
+    graph: EdgeGraph | None = None,
+    ablation: Any = "counterfactual",
+    batch_size: int = 8,
+    progress: bool = False,
+) -> EdgeScores:
+    """Edge scores from 0 to 1: shares of the variance of the less important end."""
+
+    def scores(run: MaskedModel, teacher: Teacher) -> Float[Tensor, " edge"]:
+        gram = output_gram(run, teacher, batch_size=batch_size, progress=progress)
+        return node_to_edge_scores(run.graph, variance_left(gram).float())
+
+    metadata = {"method": "subspace-nodes", "objective": "none", "ablation": ablation}
+    return scored(scores, model, task, graph=graph, metadata=metadata, batch_size=batch_size)
+
+
+def variance_left(gram: Float[Tensor, "source source"]) -> Float[Tensor, " source"]:
+    """Each vector's squared norm when it is chosen, less what those before it span, over the sum.
+
+    Gram-Schmidt with the largest remainder first, that is, a pivoted Cholesky decomposition of G.
+    """
+    left, scores = gram.clone(), torch.zeros(len(gram), dtype=gram.dtype)
+    whole = max(float(gram.diagonal().sum()), torch.finfo(gram.dtype).tiny)
+    chosen = torch.zeros(len(gram), dtype=torch.bool)
+    for _ in range(len(gram)):
+        norms = left.diagonal().masked_fill(chosen, -float("inf"))
+        best = int(norms.argmax())
+        norm = float(norms[best])
+        chosen[best] = True
+        if norm <= 1e-10 * whole:
+            break
+        scores[best] = norm / whole
+        left = left - torch.outer(left[:, best], left[best]) / norm
+    return scores

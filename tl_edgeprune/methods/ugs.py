@@ -1,0 +1,68 @@
+"""Uniform gradient sampling: learn each edge's chance of being kept, from masks in between.
+
+1. Edge k is kept with probability theta_k = sigmoid(log alpha_k). A draw is uniform in (0, 1) with
+   probability w = theta (1 - theta), else 1 with theta - w/2 and 0 with 1 - theta - w/2.
+2. E[d loss/d z_k | z_k uniform] estimates the loss's slope from 0 to 1. Divided by w and passed
+   through the sigmoid (whose slope is w), d loss/d log alpha_k is d loss/d z_k where the draw was
+   uniform, and 0 elsewhere.
+3. A fixed price on the expected share of kept edges makes the circuit small.
+
+Li and Janson 2024, "Optimal Ablation for Interpretability", section 3.2. One draw serves a batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from tl_edgeprune.masks import Penalty
+from tl_edgeprune.pruner import EdgePruner
+from tl_edgeprune.scores import EdgeScores
+from tl_edgeprune.tasks.task import Task
+
+
+def ugs(
+    model: Any, task: Task, *, weight: float = 10.0, lr: float = 0.1, **settings: Any
+) -> EdgeScores:
+    """log alphas (log-odds of being kept) after training; `settings` are EdgePruner's.
+
+    weight: nats that the whole graph costs.
+    """
+    pruner = EdgePruner(
+        lr=lr,
+        controller=Penalty(weight, torch.sigmoid),
+        sampler=sample_window,
+        init_scores=None,
+        init_log_alpha=(1.0, 0.01),
+        **settings,
+    )
+    return pruner.scores(model, task, "ugs")
+
+
+def sample_window(
+    log_alpha: Float[Tensor, " gate"], generator: torch.Generator
+) -> Float[Tensor, " gate"]:
+    """A draw of masks, 0, 1 or in between, whose gradient reaches the gates in between alone."""
+    draws = torch.rand(2, *log_alpha.shape, generator=generator).to(log_alpha)
+    return _Window.apply(log_alpha, *draws)
+
+
+class _Window(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, log_alpha: Tensor, draw: Tensor, inside: Tensor) -> Tensor:
+        kept = torch.sigmoid(log_alpha)
+        width = kept * (1 - kept)
+        ones = draw < kept - width / 2
+        window = (draw < kept + width / 2) & ~ones
+        ctx.save_for_backward(window)
+        return torch.where(window, inside, ones.to(inside))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (window,) = ctx.saved_tensors
+        return grad * window, None, None

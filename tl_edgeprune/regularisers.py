@@ -1,0 +1,37 @@
+"""Prices on what a circuit looks like, beside its size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_edgeprune.graph import EdgeGraph
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """A price on open edges that falls with how well their two ends are connected already.
+
+    weight * mean over edges of P(open) * (1 / (1 + d_source) + 1 / (1 + d_destination)) / 2, with
+    d the expected number of open edges at that end. Well-connected nodes keep and gain edges, the
+    rest lose theirs: preferential attachment, after NeuroPrune (Dhurandhar et al. 2024).
+    """
+
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.weight >= 0:
+            raise ValueError(f"Attachment(weight={self.weight}): expected a number of 0 or more.")
+
+    def __call__(self, open_share: Float[Tensor, " edge"], graph: EdgeGraph) -> Float[Tensor, ""]:
+        """The price of gates that are open with these probabilities; degrees count as constants."""
+        pairs = torch.tensor(graph.pairs, device=open_share.device)
+        fixed = open_share.detach()
+        price = torch.zeros_like(fixed)
+        for end, count in zip(pairs.T, (graph.n_sources, len(graph.destinations)), strict=True):
+            degree = fixed.new_zeros(count).index_add_(0, end, fixed)
+            price += 0.5 / (1 + degree[end])
+        return self.weight * (open_share * price).mean()
