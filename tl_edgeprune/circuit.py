@@ -204,6 +204,27 @@ class Circuit:
             )
         return circuit
 
+    # ---------------------------------------------------------------------------- others' formats
+
+    def to_mib(self, path: str | os.PathLike[str], *, d_model: int | None = None) -> None:
+        """Write the circuit as EAP-IG and the MIB benchmark read it: see `interchange`."""
+        from tl_edgeprune import interchange
+
+        interchange.write_circuit(self, path, d_model)
+
+    @classmethod
+    def from_mib(cls, path: str | os.PathLike[str], graph: EdgeGraph) -> Circuit:
+        """Read the circuit of a file of EAP-IG or MIB: see `interchange`."""
+        from tl_edgeprune import interchange
+
+        return interchange.read_circuit(path, graph)
+
+    def to_networkx(self) -> Any:
+        """The circuit as a networkx DiGraph: see `interchange`."""
+        from tl_edgeprune import interchange
+
+        return interchange.to_networkx(self)
+
 
 def check_budget(n_edges: int, graph: EdgeGraph) -> None:
     """Raise ValueError unless 1 <= n_edges <= graph.n_edges."""

@@ -93,8 +93,8 @@ class PruneResult:
 
     @property
     def scores(self) -> EdgeScores:
-        """log alpha as edge scores."""
-        return EdgeScores(self.graph, self.log_alpha, dict(self.metadata))
+        """log alpha as edge scores, ranked as they are (`top` takes no magnitudes)."""
+        return EdgeScores(self.graph, self.log_alpha, dict(self.metadata), by_magnitude=False)
 
     def top(self, k: int) -> Circuit:
         """The k edges of highest log alpha."""
@@ -117,8 +117,9 @@ class EdgePruner:
             corrupted prompts).
         objective: a name of `objectives.OBJECTIVES`, a function, or None for the task's own.
         controller: ExactBudget() by default, or Lagrangian().
-        init_scores: where log alphas start: "mask-ig" (five gradients, the default), EdgeScores or
-            a tensor [n_edges] (ranked by magnitude), or None for all alike at `init_log_alpha`.
+        init_scores: where log alphas start: "mask-ig" (five gradients, the default), EdgeScores
+            (ranked as their `top` does) or a tensor [n_edges] (by magnitude), or None for all alike
+            at `init_log_alpha`.
         node_masks: also learn a mask for each source, which multiplies its edges; node_controller
             makes those sparse.
         sampler: draws a mask from log alphas; hard-concrete gates.
@@ -396,18 +397,19 @@ class _Fit:
             )
         if not bool(torch.isfinite(scores).all()):
             raise ValueError("init_scores holds NaN or infinite values.")
-        return mean + std * rank_quantiles(scores.abs())
+        return mean + std * rank_quantiles(scores)
 
     def _warm_scores(self) -> Float[Tensor, " edge"]:
+        """What the first log alphas are ranked by."""
         scores = self.pruner.init_scores
         if isinstance(scores, EdgeScores):
             if scores.graph != self.graph:
                 raise ValueError(
                     f"init_scores are of another graph: {scores.graph}, this run's is {self.graph}."
                 )
-            return scores.tensor.float()
+            return scores.ranking().float()
         if isinstance(scores, Tensor):
-            return scores.detach().cpu().float()
+            return scores.detach().cpu().float().abs()
         return path_scores(
             self.run,
             self.teacher,
@@ -416,7 +418,7 @@ class _Fit:
             batch_size=self.pruner.batch_size,
             max_pairs=WARM_PAIRS,
             progress=self.pruner.progress,
-        )
+        ).abs()
 
     def _node_log_alpha(self) -> Float[Tensor, " source"] | None:
         if not self.pruner.node_masks:
@@ -483,6 +485,7 @@ class _Fit:
             "seed": self.pruner.seed,
             "ablation": self.pruner.ablation,
             "folded": is_folded(self.run.model),
+            "d_model": int(cfg.d_model),
             "settings": self.pruner.settings(),
         }
 

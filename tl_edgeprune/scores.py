@@ -1,28 +1,45 @@
 """Scores of edges: one flat tensor, and the circuits that it gives.
 
-A score above 0 says that removing the edge raises the loss.
+A score above 0 says that removing the edge raises the loss. Attribution's scores are effects, whose
+size counts whatever the sign; log alphas and other learned rankings count as they are.
 """
 
 from __future__ import annotations
 
+import heapq
+import json
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from tl_edgeprune.circuit import Circuit
+from tl_edgeprune.circuit import Circuit, check_budget, versions
+from tl_edgeprune.files import write_whole
 from tl_edgeprune.graph import EdgeGraph
+
+FORMAT = 1
+KIND = "tl_edgeprune scores"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class EdgeScores:
-    """One score per edge of a graph, in flat order, and where they came from."""
+    """One score per edge of a graph, in flat order, and where they came from.
+
+    metadata: plain JSON values, such as method, model, task and seed. by_magnitude: whether an
+    edge's rank is the size of its score (effects: EAP and its kin) or the score itself (log
+    alphas, whose lowest are the edges to remove first).
+    """
 
     graph: EdgeGraph
     tensor: Float[Tensor, " edge"]
     metadata: dict[str, Any] = field(default_factory=dict)
+    by_magnitude: bool = True
 
     def __post_init__(self) -> None:
         if self.tensor.shape != (self.graph.n_edges,):
@@ -32,15 +49,48 @@ class EdgeScores:
         if not bool(torch.isfinite(self.tensor).all()):
             raise ValueError("scores hold NaN or infinite values.")
 
-    def top(self, k: int, *, absolute: bool = True) -> Circuit:
-        """The k edges of highest score, by magnitude unless `absolute=False`."""
-        ranked = self.tensor.abs() if absolute else self.tensor
-        return Circuit.top(self.graph, ranked, k, **self.metadata)
+    # ------------------------------------------------------------------------------------ circuits
 
-    def threshold(self, t: float, *, absolute: bool = True) -> Circuit:
-        """The edges whose score (its magnitude) is at least t."""
-        ranked = self.tensor.abs() if absolute else self.tensor
-        return Circuit(self.graph, (ranked >= t).cpu(), dict(self.metadata))
+    def top(self, k: int, *, absolute: bool | None = None, alive: bool = False) -> Circuit:
+        """The k edges of highest score; of equal ones, those first in the graph.
+
+        Args:
+            k: edges to take, from 1 to the graph's.
+            absolute: by magnitude or by the signed score; None for what fits the scores
+                (`by_magnitude`).
+            alive: leave out, after the choice, edges on no path from the input to the logits, so
+                that fewer than k may remain.
+
+        Raises ValueError for a k outside the graph.
+        """
+        circuit = Circuit.top(self.graph, self.ranking(absolute), k, **self.metadata)
+        return circuit.without_dead_edges() if alive else circuit
+
+    def threshold(self, t: float, *, absolute: bool | None = None, alive: bool = False) -> Circuit:
+        """The edges whose score is at least t; `absolute` and `alive` as for `top`."""
+        mask = self.ranking(absolute) >= t
+        circuit = Circuit(self.graph, mask, dict(self.metadata))
+        return circuit.without_dead_edges() if alive else circuit
+
+    def greedy(self, k: int, *, absolute: bool | None = None, alive: bool = False) -> Circuit:
+        """k edges built from the logits back, so that each leads to the logits.
+
+        Again and again, of the edges whose destination is the logits or feeds a source that a
+        chosen edge leaves, the one of highest score (Hanna, Pezzelle and Belinkov 2024, "Have
+        Faith in Faithfulness", section 3); of equal ones, that first in the graph. `absolute` and
+        `alive` as for `top`; no edge is chosen for coming from the input, so some may be dead.
+        """
+        check_budget(k, self.graph)
+        mask = torch.zeros(self.graph.n_edges, dtype=torch.bool)
+        mask[_from_the_logits(self.graph, self.ranking(absolute).tolist(), k)] = True
+        circuit = Circuit(self.graph, mask, dict(self.metadata))
+        return circuit.without_dead_edges() if alive else circuit
+
+    def ranking(self, absolute: bool | None = None) -> Float[Tensor, " edge"]:
+        """What edges are ranked by: the scores or their magnitudes (on the CPU)."""
+        absolute = self.by_magnitude if absolute is None else absolute
+        scores = self.tensor.detach().cpu()
+        return scores.abs() if absolute else scores
 
     def __getitem__(self, edge: str) -> float:
         return float(self.tensor[self.graph.index(edge)])
@@ -48,3 +98,98 @@ class EdgeScores:
     def __repr__(self) -> str:
         method = self.metadata.get("method", "")
         return f"EdgeScores({method}{', ' if method else ''}{self.graph.n_edges:,} edges)"
+
+    # ------------------------------------------------------------------------------------ on disk
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write safetensors with graph, metadata and versions inside. Whole or not at all."""
+        document = {
+            "format": FORMAT,
+            "kind": KIND,
+            "graph": self.graph.to_dict(),
+            "by_magnitude": self.by_magnitude,
+            "metadata": self.metadata,
+            "versions": versions(),
+        }
+        tensors = {"scores": self.tensor.detach().cpu().contiguous()}
+        content = to_bytes(tensors, {"tl_edgeprune": json.dumps(document)})
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, content)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> EdgeScores:
+        """Read what `save` wrote. Raises FileNotFoundError, and ValueError for a damaged file or
+        one of another format.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no scores at {path}.")
+        try:
+            with safe_open(path, framework="pt") as file:
+                document = json.loads((file.metadata() or {}).get("tl_edgeprune", "null"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, json.JSONDecodeError) as error:
+            raise ValueError(
+                f"{path} is no file of scores, or a damaged one ({error}): expected one written by "
+                "EdgeScores.save."
+            ) from None
+        if not isinstance(document, dict) or document.get("kind") != KIND:
+            raise ValueError(
+                f"{path} is no file of scores: expected one written by EdgeScores.save."
+            )
+        if document.get("format") != FORMAT:
+            raise ValueError(
+                f"{path} has format {document.get('format')!r}, this version reads {FORMAT}: save "
+                "it again with the version that wrote it, or score the edges anew."
+            )
+        try:
+            graph = EdgeGraph.from_dict(document["graph"])
+            metadata, by_magnitude = dict(document["metadata"]), bool(document["by_magnitude"])
+            return cls(graph, tensors["scores"], metadata, by_magnitude)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged: {error}.") from None
+
+    # ---------------------------------------------------------------------------- others' formats
+
+    def to_mib(self, path: str | os.PathLike[str], *, d_model: int | None = None) -> None:
+        """Write the scores as EAP-IG and the MIB benchmark read them: see `interchange`."""
+        from tl_edgeprune import interchange
+
+        interchange.write_scores(self, path, d_model)
+
+    @classmethod
+    def from_mib(
+        cls, path: str | os.PathLike[str], graph: EdgeGraph, *, shared: str = "same"
+    ) -> EdgeScores:
+        """Read the scores of a file of EAP-IG or MIB: see `interchange`."""
+        from tl_edgeprune import interchange
+
+        return interchange.read_scores(path, graph, shared)
+
+
+def _from_the_logits(graph: EdgeGraph, scores: list[float], k: int) -> list[int]:
+    """Flat indices of k edges, in the order in which the greedy construction takes them."""
+    incoming = [  # of each destination: its edges lie next to each other
+        range(
+            read.edges.start + row * read.n_sources, read.edges.start + (row + 1) * read.n_sources
+        )
+        for read in graph.reads
+        for row in range(read.n_destinations)
+    ]
+    place = {name: index for index, name in enumerate(graph.sources)}
+    fed_by: list[list[int]] = [[] for _ in graph.sources]  # destinations that feed a source
+    for destination, name in enumerate(graph.destinations):
+        for owner in graph.owner(name):
+            fed_by[place[owner]].append(destination)
+    logits = len(graph.destinations) - 1
+    heap = [(-scores[edge], edge) for edge in incoming[logits]]
+    heapq.heapify(heap)
+    reached, chosen = {logits}, []
+    while heap and len(chosen) < k:
+        _, edge = heapq.heappop(heap)
+        chosen.append(edge)
+        for destination in fed_by[graph.pairs[edge][0]]:
+            if destination not in reached:
+                reached.add(destination)
+                for other in incoming[destination]:
+                    heapq.heappush(heap, (-scores[other], other))
+    return chosen

@@ -155,6 +155,7 @@ def origin(model: Any, task: Task, **fields: Any) -> dict[str, Any]:
         "objective": name,
         "ablation": str(ablation),
         "folded": is_folded(model),
+        "d_model": int(model.cfg.d_model),
         **fields,
     }
 
