@@ -236,7 +236,7 @@ class EdgePruner:
         )
 
     def scores(self, model: Any, task: Task, method: str) -> EdgeScores:
-        """`fit`, as scores by that method's name: log alpha of every edge."""
+        """`fit`, as scores by that method's name."""
         scores = self.fit(model, task).scores
         return replace(scores, metadata=scores.metadata | {"method": method})
 

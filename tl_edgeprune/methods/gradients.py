@@ -80,6 +80,7 @@ def scored(
     graph: EdgeGraph | None,
     metadata: dict[str, Any],
     batch_size: int = 8,
+    by_magnitude: bool = True,
 ) -> EdgeScores:
     """What `score` gives for the model with hooks attached and the task's teacher, with its origin.
 
@@ -90,7 +91,7 @@ def scored(
         kind = metadata.get("ablation", "counterfactual")
         teacher = Teacher(run, task, kind, batch_size=batch_size, max_bytes=0)
         scores = score(run, teacher)
-    return EdgeScores(run.graph, scores.cpu(), origin(model, task, **metadata))
+    return EdgeScores(run.graph, scores.cpu(), origin(model, task, **metadata), by_magnitude)
 
 
 def each_lesson(teacher: Teacher, *, batch_size: int, progress: bool = False) -> Iterator[Lesson]:

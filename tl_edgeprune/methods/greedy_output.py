@@ -44,7 +44,15 @@ def greedy_output(
         return torch.cat(parts).float()
 
     metadata = {"method": "greedy-output", "objective": "none", "ablation": ablation}
-    return scored(scores, model, task, graph=graph, metadata=metadata, batch_size=batch_size)
+    return scored(
+        scores,
+        model,
+        task,
+        graph=graph,
+        metadata=metadata,
+        batch_size=batch_size,
+        by_magnitude=False,
+    )
 
 
 def greedy_gains(gram: Float[Tensor, "source source"]) -> Float[Tensor, " source"]:

@@ -1,0 +1,236 @@
+"""What every discovery method keeps to, and what its scores are worth on real weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tl_edgeprune import EdgeGraph, Task, discover, evaluate
+from tl_edgeprune.masked import MaskedModel
+from tl_edgeprune.methods.greedy_output import greedy_gains
+from tl_edgeprune.methods.hisp import node_to_edge_scores
+from tl_edgeprune.methods.ifr import proximity
+from tl_edgeprune.methods.registry import METHODS
+from tl_edgeprune.methods.subspace_nodes import variance_left
+from tl_edgeprune.methods.ugs import sample_window
+from tl_edgeprune.objectives import find_objective
+from tl_edgeprune.regularisers import Attachment
+from tl_edgeprune.teacher import Teacher
+
+MODEL = "bridge-gpt2"
+TRAINED = ("edge-pruning", "ugs", "subnetwork-probing")
+SCORING = sorted(set(METHODS) - {"acdc"})  # acdc alone gives a circuit
+EFFECTS = (
+    *("eap", "eap-ig", "eap-ig-activations", "clean-corrupted", "mask-ig", "eap-graddrop"),
+    *("hisp", "relp"),
+)
+
+
+def settings(method: str) -> dict[str, Any]:
+    return {"steps": 5, "batch_size": 4, "progress": False} if method in TRAINED else {}
+
+
+# ------------------------------------------------------------------------------------ the contract
+
+
+@pytest.mark.parametrize("method", SCORING)
+def test_a_method_scores_every_edge_and_says_where_from(method: str) -> None:
+    model = zoo.load(MODEL)
+    task = zoo.pairs(model, 6)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    scores = discover(model, task, method, **settings(method))
+    assert scores.graph == EdgeGraph.from_model(model)
+    assert bool(torch.isfinite(scores.tensor).all()) and float(scores.tensor.std()) > 0
+    known = {"method": method, "task": "random", "n_pairs": 6, "ablation": "counterfactual"}
+    assert known.items() <= scores.metadata.items()
+    assert scores.top(7).n_edges == 7
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+    assert not any(point.has_hooks() for point in model.hook_dict.values())
+
+
+@pytest.mark.parametrize("method", SCORING)
+def test_a_method_repeats_to_the_bit(method: str) -> None:
+    model = zoo.load(MODEL)
+    task = zoo.pairs(model, 4)
+    first, second = (discover(model, task, method, **settings(method)) for _ in range(2))
+    assert torch.equal(first.tensor, second.tensor)
+
+
+@pytest.mark.parametrize("method", sorted(set(SCORING) - set(TRAINED) - {"exact"}))
+def test_a_method_takes_grouped_heads_and_parallel_blocks(method: str) -> None:
+    for name in ("bridge-llama-gqa", "bridge-pythia"):
+        model = zoo.load(name)
+        scores = discover(model, zoo.pairs(model, 2), method)
+        assert scores.tensor.shape == (EdgeGraph.from_model(model).n_edges,)
+
+
+def test_an_unknown_method_is_told_the_known_ones() -> None:
+    model = zoo.load(MODEL)
+    with pytest.raises(ValueError, match=r"unknown method 'magic'.*eap-ig.*ugs"):
+        discover(model, zoo.pairs(model, 2), "magic")
+
+
+# -------------------------------------------------------------------------------- on real weights
+
+NAMES = "Lily Tom Mia Ben Anna Sam Lucy Max Sue Tim Jane Jack Emma Bob Amy Dan Sara Mark Kate Joe"
+
+
+@pytest.fixture(scope="module")
+def she_he(stories: Any) -> Task:
+    """ "{name} went to the park." and then " She" or " He", with the other as distractor."""
+    prompts = [f"Once upon a time, {name} went to the park." for name in NAMES.split()]
+    tokens = [stories.to_tokens(prompt, prepend_bos=True)[0] for prompt in prompts]
+    answers = [stories(t[None])[0, -1].argmax()[None] for t in tokens]
+    pairs = [
+        (i, j)
+        for i in range(len(tokens))
+        for j in range(len(tokens))
+        if len(tokens[i]) == len(tokens[j]) and int(answers[i]) != int(answers[j])
+    ][::3]
+    clean, corrupted = ([tokens[pair[side]] for pair in pairs] for side in (0, 1))
+    right, wrong = ([answers[pair[side]] for pair in pairs] for side in (0, 1))
+    last = [torch.tensor([len(t) - 1]) for t in clean]
+    return Task("she-he", clean, corrupted, last, right, wrong)
+
+
+@pytest.fixture(scope="module")
+def effects(stories: Any, she_he: Task) -> tuple[Tensor, Tensor]:
+    """A sample of edges, and what cutting each alone does to minus the logit difference."""
+    graph = EdgeGraph.from_model(stories)
+    sample = torch.randperm(graph.n_edges, generator=torch.Generator().manual_seed(0))[:150]
+    loss_of, rises = find_objective("logit-diff", she_he), torch.zeros(len(sample))
+    with torch.no_grad(), MaskedModel.attach(stories) as run:
+        teacher = Teacher(run, she_he)
+        for batch in she_he.batches(16):
+            lesson = teacher.lesson(batch)
+
+            def loss(mask: Tensor, lesson: Any = lesson) -> Tensor:
+                batch = lesson.batch
+                logits = run(batch.clean, mask, lesson.reference, batch.positions)
+                return loss_of(logits, lesson.full, batch).sum()
+
+            whole = loss(torch.ones(graph.n_edges))
+            for place, edge in enumerate(sample):
+                mask = torch.ones(graph.n_edges)
+                mask[edge] = 0
+                rises[place] += loss(mask) - whole
+    return sample, rises / len(she_he)
+
+
+def rank_correlation(a: Tensor, b: Tensor) -> float:
+    ranks = torch.stack([x.argsort().argsort().double() for x in (a, b)])
+    return float(torch.corrcoef(ranks)[0, 1])
+
+
+@pytest.mark.parametrize("method", sorted(set(EFFECTS) & set(METHODS)))
+def test_effects_correlate_with_cutting_and_beat_chance(
+    method: str, stories: Any, she_he: Task, effects: tuple[Tensor, Tensor]
+) -> None:
+    """Magnitudes against |rise of the loss|; signs too where the method has them. HISP knows only
+    nodes.
+    """
+    sample, rises = effects
+    scores = discover(stories, she_he, method)
+    least = 0.2 if method == "hisp" else 0.4
+    assert rank_correlation(scores.tensor[sample].abs(), rises.abs()) > least
+    if bool((scores.tensor < 0).any()):
+        assert rank_correlation(scores.tensor[sample], rises) > 0.3
+    size = scores.graph.n_edges // 20
+    chance = discover(stories, she_he, "random").top(size)
+    ours, theirs = (evaluate(stories, c, she_he).kl for c in (scores.top(size), chance))
+    assert ours < 0.6 * theirs
+
+
+@pytest.mark.parametrize("method", ["ifr", "greedy-output", "subspace-nodes"])
+def test_methods_without_an_objective_still_tell_something(
+    method: str, stories: Any, she_he: Task, effects: tuple[Tensor, Tensor]
+) -> None:
+    sample, rises = effects
+    scores = discover(stories, she_he, method)
+    assert rank_correlation(scores.tensor[sample], rises.abs()) > 0.15
+
+
+@pytest.mark.parametrize("method", ["ugs", "subnetwork-probing"])
+def test_trained_masks_beat_chance(method: str, stories: Any, she_he: Task) -> None:
+    train, held_out = she_he.split(0.5)
+    scores = discover(stories, train, method, steps=80, progress=False)
+    size = scores.graph.n_edges // 10
+    chance = discover(stories, train, "random").top(size)
+    ours, theirs = (evaluate(stories, c, held_out).kl for c in (scores.top(size), chance))
+    assert ours < 0.6 * theirs
+
+
+# ------------------------------------------------------------------------------------ definitions
+
+
+@given(seed=st.integers(0, 10**6), n=st.integers(1, 7), width=st.integers(1, 9))
+def test_greedy_output_chooses_what_rebuilds_best(seed: int, n: int, width: int) -> None:
+    """The order, against trying every source that is left, by distance itself."""
+    rows = torch.randn(n, width, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
+    gains = greedy_gains(rows @ rows.T)
+    whole, chosen = rows.sum(0), []
+    for _ in range(n):
+        rest = [j for j in range(n) if j not in chosen]
+        left = {j: float((whole - rows[[*chosen, j]].sum(0)).square().sum()) for j in rest}
+        chosen.append(min(left, key=lambda j: left[j]))
+    assert bool((gains[chosen].diff() <= 1e-12).all())
+
+
+@given(seed=st.integers(0, 10**6), n=st.integers(1, 7), width=st.integers(1, 9))
+def test_variance_left_is_gram_schmidts(seed: int, n: int, width: int) -> None:
+    rows = torch.randn(n, width, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
+    whole, left, expected = rows.square().sum(), rows.clone(), torch.zeros(n, dtype=torch.double)
+    for _ in range(min(n, width)):
+        norms = left.square().sum(1)
+        best = int(norms.argmax())
+        expected[best] = norms[best] / whole
+        unit = left[best] / norms[best].sqrt()
+        left = left - torch.outer(left @ unit, unit)
+        left[best] = 0
+    torch.testing.assert_close(variance_left(rows @ rows.T), expected, atol=1e-8, rtol=1e-6)
+
+
+def test_proximity_shares_what_is_near() -> None:
+    """Two sources that make up x by 3/4 and 1/4; a third that points away counts for nothing."""
+    x = torch.tensor([[4.0, -4.0]])
+    shares = proximity(torch.stack([0.75 * x, 0.25 * x, -x]), x)
+    torch.testing.assert_close(shares[:, 0], torch.tensor([0.75, 0.25, 0.0]))
+
+
+def test_top_edges_of_node_scores_join_top_nodes() -> None:
+    graph = EdgeGraph(n_layers=2, n_heads=2, n_kv_heads=2)
+    sources = torch.tensor([0.1, 5.0, 1.0, 4.0, 3.0, 2.0, 0.5])  # input, a0.*, m0, a1.*, m1
+    scores = dict(zip(graph.edges, node_to_edge_scores(graph, sources).tolist(), strict=True))
+    assert scores["a0.h0->m0"] == 4.0 and scores["a0.h1->m0"] == 1.0
+    assert scores["input->m0"] == 4.0 and scores["m0->logits"] == 4.0
+    assert scores["input->logits"] == pytest.approx(0.1)
+
+
+def test_window_draws_have_their_chances_and_an_unbiased_gradient() -> None:
+    """P(z = 1) = theta - w/2, P(0 < z < 1) = w; the mean gradient of f(z) is w * (f(1) - f(0))."""
+    generator = torch.Generator().manual_seed(0)
+    log_alpha = torch.full((200_000,), 0.8, requires_grad=True)
+    z = sample_window(log_alpha, generator)
+    theta = float(torch.sigmoid(torch.tensor(0.8)))
+    width = theta * (1 - theta)
+    assert float((z == 1).double().mean()) == pytest.approx(theta - width / 2, abs=5e-3)
+    assert float(((z > 0) & (z < 1)).double().mean()) == pytest.approx(width, abs=5e-3)
+    (grad,) = torch.autograd.grad((z**3).sum(), log_alpha)
+    assert float(grad.double().mean()) == pytest.approx(width * (1**3 - 0**3), abs=8e-3)
+
+
+def test_attachment_prices_lonely_edges_above_well_connected_ones() -> None:
+    graph = EdgeGraph(n_layers=2, n_heads=2, n_kv_heads=2)
+    share = torch.full((graph.n_edges,), 1e-3)
+    hub = [i for i, (source, _) in enumerate(graph.pairs) if source == 0]
+    share[hub] = 1.0
+    share.requires_grad_()
+    (price,) = torch.autograd.grad(Attachment(float(graph.n_edges))(share, graph), share)
+    connected, lonely = graph.index("input->m0"), graph.index("a0.h1->m0")
+    assert 0 < float(price[connected]) < float(price[lonely]) < 1
