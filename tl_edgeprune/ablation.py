@@ -25,6 +25,7 @@ from torch import Tensor
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.hooks import Hook, Sites, attached, prepared
 
+# And Constants of optimal_ablation.py.
 ABLATIONS = ("counterfactual", "zero", "mean", "mean-positional")
 
 
@@ -176,6 +177,19 @@ def zero_reference(
         z=like.new_zeros(graph.n_layers, 1, 1, heads, d_head),
         mlp=like.new_zeros(len(sites.mlp), 1, 1, d_model),
     )
+    return replace(reference, any_batch=True, any_position=True)
+
+
+def constant_reference(
+    sites: Sites,
+    graph: EdgeGraph,
+    inputs: Float[Tensor, "input d_model"],
+    z: Float[Tensor, "layer head d_head"],
+    mlp: Float[Tensor, "mlp d_model"],
+) -> Reference:
+    """The same output of each source at every prompt and position, to be expanded."""
+    parts = {"inputs": inputs, "z": z, "mlp": mlp}
+    reference = _with_streams(sites, graph, **{k: t[:, None, None] for k, t in parts.items()})
     return replace(reference, any_batch=True, any_position=True)
 
 

@@ -28,6 +28,7 @@ from torch.autograd.function import once_differentiable
 
 from tl_edgeprune import ablation as ablations
 from tl_edgeprune.ablation import Reference
+from tl_edgeprune.constants import Constants
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.hooks import (
     AttentionSite,
@@ -64,7 +65,7 @@ def masked(
     circuit_or_mask: Any,
     *,
     corrupted: Int[Tensor, "batch pos"] | None = None,
-    ablation: str | None = None,
+    ablation: str | Constants | None = None,
     prompts: Sequence[Tensor] | Int[Tensor, "prompt pos"] | None = None,
     positions: Int[Tensor, "batch read"] | None = None,
     graph: EdgeGraph | None = None,
@@ -76,7 +77,7 @@ def masked(
             require gradients, and may change in place between forwards) or of bools.
         corrupted: the prompts whose activations replace removed edges, position by position.
         ablation: "counterfactual" (needs `corrupted`; the default with it), "zero", "mean" or
-            "mean-positional" (means over `prompts`).
+            "mean-positional" (means over `prompts`), or Constants that were learned.
         positions: the positions whose logits are wanted, [batch, read]: the model then gives
             [batch, read, d_vocab] in place of [batch, pos, d_vocab].
         graph: the mask's graph, where it is not `EdgeGraph.from_model(model)`.
@@ -143,13 +144,12 @@ def check_mask(mask: Shaped[Tensor, "..."], graph: EdgeGraph) -> None:
         raise ValueError("the mask holds NaN or infinite values; expected numbers in [0, 1].")
 
 
-def _ablation_kind(kind: str | None, corrupted: Tensor | None, prompts: Any) -> str:
+def _ablation_kind(
+    kind: str | Constants | None, corrupted: Tensor | None, prompts: Any
+) -> str | Constants:
     if kind is None:
         kind = "counterfactual"
-    if kind not in ablations.ABLATIONS:
-        raise ValueError(
-            f"unknown ablation {kind!r}: expected one of {', '.join(ablations.ABLATIONS)}."
-        )
+    check_ablation(kind)
     if kind == "counterfactual" and corrupted is None:
         raise ValueError(
             "counterfactual ablation needs corrupted=…, tokens [batch, pos] of the same shape as "
@@ -157,11 +157,25 @@ def _ablation_kind(kind: str | None, corrupted: Tensor | None, prompts: Any) -> 
         )
     if kind != "counterfactual" and corrupted is not None:
         raise ValueError(f"corrupted=… belongs to counterfactual ablation, but ablation={kind!r}.")
-    if kind.startswith("mean") and prompts is None:
+    if str(kind).startswith("mean") and prompts is None:
         raise ValueError(
             f"ablation={kind!r} needs prompts=…, token prompts to take the means over."
         )
     return kind
+
+
+def check_ablation(kind: str | Constants) -> None:
+    """Raise ValueError unless `kind` is an ablation's name or constants."""
+    if kind == "optimal":
+        raise ValueError(
+            "ablation='optimal' needs the constants that were learned: give ablation=constants, "
+            "from optimal_constants(model, task, circuit) or Constants.load(path)."
+        )
+    if isinstance(kind, str) and kind not in ablations.ABLATIONS:
+        raise ValueError(
+            f"unknown ablation {kind!r}: expected one of {', '.join(ablations.ABLATIONS)}, or "
+            "Constants."
+        )
 
 
 @dataclass(frozen=True)
@@ -246,7 +260,7 @@ class MaskedModel:
 
     def reference(
         self,
-        kind: str,
+        kind: str | Constants,
         *,
         corrupted: Int[Tensor, "batch pos"] | None = None,
         prompts: Any = None,
@@ -256,6 +270,9 @@ class MaskedModel:
 
         `bias_in_heads` (zero ablation): output biases are ablated with the heads, in equal shares.
         """
+        check_ablation(kind)
+        if isinstance(kind, Constants):
+            return kind.reference(self.sites, self.graph)
         if kind == "counterfactual":
             assert corrupted is not None
             return self.record(corrupted)[0]

@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 
 from tl_edgeprune import checkpoints
 from tl_edgeprune.circuit import Circuit, check_budget
+from tl_edgeprune.constants import Constants
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.hooks import find_sites, is_folded
 from tl_edgeprune.masked import MaskedModel
@@ -114,7 +115,7 @@ class EdgePruner:
         n_edges: edges to keep; None (with a sampled budget) for a ranking of all edges.
         steps, lr, batch_size: of the training; a step sees `batch_size * accumulate` pairs.
         ablation: "counterfactual", "zero", "mean" or "mean-positional" (means over the task's
-            corrupted prompts).
+            corrupted prompts), or Constants (optimal ablation).
         objective: a name of `objectives.OBJECTIVES`, a function, or None for the task's own.
         controller: ExactBudget() by default, or Lagrangian().
         init_scores: where log alphas start: "mask-ig" (five gradients, the default), EdgeScores
@@ -143,7 +144,7 @@ class EdgePruner:
         lr: float = 0.3,
         batch_size: int = 8,
         accumulate: int = 1,
-        ablation: str = "counterfactual",
+        ablation: str | Constants = "counterfactual",
         objective: str | Objective | None = None,
         controller: Controller | None = None,
         init_scores: str | EdgeScores | Tensor | None = "mask-ig",
@@ -483,7 +484,7 @@ class _Fit:
             "n_pairs": len(self.task),
             "prepend_bos": self.task.prepend_bos,
             "seed": self.pruner.seed,
-            "ablation": self.pruner.ablation,
+            "ablation": str(self.pruner.ablation),
             "folded": is_folded(self.run.model),
             "d_model": int(cfg.d_model),
             "settings": self.pruner.settings(),

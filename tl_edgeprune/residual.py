@@ -301,11 +301,17 @@ class _Read(torch.autograd.Function):
             grad_mask = grad.reshape(grad.shape[0], -1) @ _block(against, ctx, mask).flatten(1).T
         if mask.shape[1]:
             ctx.stream.add_gradients(mask, grad, ctx.first, ctx.rows)
+        grad_reference = None
+        if ctx.needs_input_grad[2]:
+            grad_reference = grad.sum(0)
+            if ctx.rows is not None:
+                shape = (differences.shape[1], grad.shape[-1])
+                grad_reference = grad.new_zeros(shape).index_add_(0, ctx.rows, grad_reference)
         ctx.stream.end_backward(ctx.operation)
         return (
             grad_token,
             grad_mask,
-            None,
+            grad_reference,
             grad if ctx.needs_input_grad[3] else None,
             None,
             None,

@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_edgeprune.ablation import Reference
+from tl_edgeprune.constants import Constants
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.tasks.task import Batch, Task
 
@@ -38,7 +39,7 @@ class Teacher:
         self,
         run: MaskedModel,
         task: Task,
-        ablation: str = "counterfactual",
+        ablation: str | Constants = "counterfactual",
         *,
         batch_size: int = 16,
         max_bytes: int = MAX_BYTES,

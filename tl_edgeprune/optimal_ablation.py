@@ -1,0 +1,121 @@
+"""Optimal ablation: removed edges carry a constant per source, learned to hurt least.
+
+A circuit's loss under any ablation mixes two things: what the removed sources told, and what the
+replacement wrongly tells in their place. The constants that minimise the loss leave the first.
+
+1. The constants start at the means over the task's clean prompts.
+2. A step runs the circuit (or a random one) with the constants in place of removed edges, and moves
+   them down the objective's gradient.
+
+Li and Janson 2024, "Optimal Ablation for Interpretability", section 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from tl_edgeprune.circuit import Circuit
+from tl_edgeprune.constants import NAMES, Constants
+from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.masked import MaskedModel
+from tl_edgeprune.objectives import Objective, find_objective
+from tl_edgeprune.tasks.task import Batch, Task
+from tl_edgeprune.teacher import Teacher, check_vocabulary
+
+
+def optimal_constants(
+    model: Any,
+    task: Task,
+    circuit: Circuit | None = None,
+    *,
+    objective: str | Objective | None = None,
+    graph: EdgeGraph | None = None,
+    steps: int = 100,
+    lr: float = 0.05,
+    batch_size: int = 8,
+    seed: int = 0,
+    progress: bool = True,
+) -> Constants:
+    """Learn the constants that lower a circuit's objective most, from the means onwards.
+
+    Args:
+        task: its clean prompts.
+        circuit: the circuit to serve; None for constants that serve any: every step then keeps
+            edges at random, a share of them drawn from 0 to 1.
+        objective: as for EdgePruner; the task's own by default.
+        graph: the graph, where there is no circuit and it is not EdgeGraph.from_model(model).
+        steps, lr: of Adam, lr in units of each kind's root mean square.
+        seed: of the batches and the random masks.
+
+    Raises ValueError for a circuit of another model, steps below 1 and a loss that is not finite.
+    """
+    if steps < 1:
+        raise ValueError(f"steps={steps}: expected 1 or more.")
+    loss_of = find_objective(objective, task)
+    check_vocabulary(task, int(model.cfg.d_vocab))
+    generator = torch.Generator().manual_seed(seed)
+    with MaskedModel.attach(model, graph if circuit is None else circuit.graph) as run:
+        teacher = Teacher(run, task, "mean", batch_size=batch_size, max_bytes=0)
+        learned = _Learned(run, task)
+        optimizer = torch.optim.Adam(learned.moves, lr=lr)
+        batches = _endless(task, batch_size, seed)
+        bar = tqdm(range(steps), "learning constants", disable=not progress)
+        for step in bar:
+            lesson = teacher.lesson(next(batches))
+            mask = _kept(circuit, run.graph, generator).to(teacher.device)
+            reference = learned.constants().reference(run.sites, run.graph)
+            logits = run(lesson.batch.clean, mask, reference, lesson.batch.positions)
+            loss = loss_of(logits, lesson.full, lesson.batch).mean()
+            if not bool(torch.isfinite(loss)):
+                raise ValueError(f"the objective is {float(loss)} at step {step}: try a lower lr.")
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            bar.set_postfix_str(f"objective {float(loss.detach()):.3f}")
+        note = {"model": getattr(model.cfg, "model_name", ""), "task": task.name, "seed": seed}
+        note |= {"n_pairs": len(task), "steps": steps, "lr": lr, "loss": float(loss.detach())}
+        return learned.constants(note).detached()
+
+
+class _Learned:
+    """Constants as the means plus moves in units of their size."""
+
+    def __init__(self, run: MaskedModel, task: Task) -> None:
+        means = run.reference("mean", prompts=task.clean)
+        self.graph = run.graph
+        self.start = [getattr(means, name)[:, 0, 0].clone() for name in NAMES]
+        self.units = [
+            t.float().square().mean().sqrt().clamp(min=1e-3) if t.numel() else t.float().sum()
+            for t in self.start
+        ]
+        self.moves = [
+            torch.zeros_like(t, dtype=torch.float32, requires_grad=True) for t in self.start
+        ]
+
+    def constants(self, metadata: dict[str, Any] | None = None) -> Constants:
+        parts: dict[str, Tensor] = {
+            name: start + (unit * move).to(start.dtype)
+            for name, start, unit, move in zip(
+                NAMES, self.start, self.units, self.moves, strict=True
+            )
+        }
+        return Constants(self.graph, **parts, metadata=metadata or {})
+
+
+def _endless(task: Task, batch_size: int, seed: int) -> Iterator[Batch]:
+    epoch = 0
+    while True:
+        yield from task.batches(batch_size, True, seed + epoch)
+        epoch += 1
+
+
+def _kept(circuit: Circuit | None, graph: EdgeGraph, generator: torch.Generator) -> Tensor:
+    if circuit is not None:
+        return circuit.mask
+    share = torch.rand((), generator=generator)
+    return torch.rand(graph.n_edges, generator=generator) < share
