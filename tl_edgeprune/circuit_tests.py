@@ -154,6 +154,7 @@ def minimality_test(
     edges: Sequence[str] | None = None,
     n_random: int = 50,
     quantile: float = 0.9,
+    tie: float = TIE,
     measure: str | Objective | None = None,
     ablation: Any = None,
     batch_size: int = 16,
@@ -170,6 +171,7 @@ def minimality_test(
     Args:
         edges: those to test; all of the circuit by default.
         n_random: spare effects; two masked forwards each, one for every edge tested.
+        tie: an effect exceeds another if it is larger by more than this.
 
     Raises ValueError for a circuit with no edges or all, KeyError for edges that are not in it.
     """
@@ -195,7 +197,7 @@ def minimality_test(
         float((before - after).abs().mean())
         for before, after in zip(larger, rest[len(cut) + n_random :], strict=True)
     ]
-    p_values = holm([exceedance_test(effect, spare, quantile) for effect in effects])
+    p_values = holm([exceedance_test(effect - tie, spare, quantile) for effect in effects])
     return MinimalityTest(names, tuple(effects), tuple(p_values), tuple(spare), quantile)
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
@@ -31,7 +31,6 @@ from tl_edgeprune.sweep import ablation_of, check_origin, measure_circuits
 from tl_edgeprune.tasks.task import Task
 
 MIB_SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-Convention = Literal["graph", "mib"]
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,8 @@ class MibFaithfulness(NamedTuple):
 def area(shares: Sequence[float], values: Sequence[float]) -> float:
     """Trapezoids between neighbouring shares, on a linear axis."""
     points = zip(shares, values, strict=True)
-    return sum((x2 - x1) * (y1 + y2) / 2 for (x1, y1), (x2, y2) in itertools.pairwise(points))
+    parts = ((x2 - x1) * (y1 + y2) / 2 for (x1, y1), (x2, y2) in itertools.pairwise(points))
+    return sum(parts, 0.0)
 
 
 def faithfulness_curve(
@@ -82,7 +82,7 @@ def faithfulness_curve(
     shares: Sequence[float] = MIB_SHARES,
     absolute: bool = True,
     measure: str | Objective | None = None,
-    convention: Convention = "graph",
+    convention: str = "graph",
     ablation: Any = None,
     batch_size: int = 16,
 ) -> FaithfulnessCurve:
@@ -136,7 +136,7 @@ def faithfulness_curve(
 
 
 def mib_faithfulness(
-    model: Any, scores: EdgeScores, task: Task, *, convention: Convention = "mib", **settings: Any
+    model: Any, scores: EdgeScores, task: Task, *, convention: str = "mib", **settings: Any
 ) -> MibFaithfulness:
     """CPR and CMD as MIB defines them: two curves, of signed top scores and of top magnitudes."""
     signed, absolute = (
@@ -148,8 +148,8 @@ def mib_faithfulness(
     return MibFaithfulness(signed.cpr, absolute.cmd, signed, absolute)
 
 
-def edge_counts(graph: EdgeGraph, convention: Convention) -> Int[Tensor, " edge"]:
-    """How many edges each edge counts for: 1, or (MIB) the number of query heads that it reaches."""
+def edge_counts(graph: EdgeGraph, convention: str) -> Int[Tensor, " edge"]:
+    """How many edges each edge counts for: 1, or (MIB) one for each query head that it reaches."""
     if convention not in ("graph", "mib"):
         raise ValueError(f"unknown convention {convention!r}: expected 'graph' or 'mib'.")
     if convention == "graph":

@@ -55,8 +55,7 @@ class Completeness:
     @property
     def worst(self) -> Knockout:
         """The knockout of highest incompleteness; that of no nodes is among those compared."""
-        whole = Knockout((), self.circuit, self.model)
-        return max((whole, *self.knockouts), key=lambda knockout: knockout.incompleteness)
+        return _worst([Knockout((), self.circuit, self.model), *self.knockouts])
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,12 @@ def completeness(
     sets = [[node for node in nodes if generator.random() < 0.5] for _ in range(n_random)]
     whole, *found = runs.knockouts(circuit, [(), *sets])
     for _ in range(n_greedy):
-        found.append(_grow(runs, circuit, nodes, greedy_size, candidates, generator))
+        grown = whole
+        for _ in range(min(greedy_size, len(nodes))):
+            left = [node for node in nodes if node not in grown.nodes]
+            tried = generator.sample(left, min(candidates, len(left)))
+            grown = _worst(runs.knockouts(circuit, [(*grown.nodes, node) for node in tried]))
+        found.append(grown)
     return Completeness(whole.circuit, whole.model, tuple(found))
 
 
@@ -189,22 +193,8 @@ def _cut_edge(mask: Bool[Tensor, " edge"], graph: EdgeGraph, edge: str) -> Bool[
     return cut
 
 
-def _grow(
-    runs: _Runs,
-    circuit: Circuit,
-    nodes: Sequence[str],
-    size: int,
-    candidates: int,
-    generator: random.Random,
-) -> Knockout:
-    """A set grown by the node, of some at random, that makes it most incomplete."""
-    grown = runs.knockouts(circuit, [()])[0]
-    for _ in range(min(size, len(nodes))):
-        left = [node for node in nodes if node not in grown.nodes]
-        tried = generator.sample(left, min(candidates, len(left)))
-        sets = [(*grown.nodes, node) for node in tried]
-        grown = max(runs.knockouts(circuit, sets), key=lambda knockout: knockout.incompleteness)
-    return grown
+def _worst(knockouts: Iterable[Knockout]) -> Knockout:
+    return max(knockouts, key=lambda knockout: knockout.incompleteness)
 
 
 @dataclass(frozen=True)
@@ -246,9 +236,8 @@ class _Runs:
 
     def knockouts(self, circuit: Circuit, sets: Sequence[Sequence[str]]) -> list[Knockout]:
         full = torch.ones_like(circuit.mask)
-        masks = [
-            knock_out(mask, self.graph, nodes) for nodes in sets for mask in (circuit.mask, full)
-        ]
+        both = (circuit.mask, full)
+        masks = [knock_out(mask, self.graph, nodes) for nodes in sets for mask in both]
         means = self.means(masks)
         rows = zip(sets, means[::2], means[1::2], strict=True)
         return [Knockout(tuple(nodes), own, whole) for nodes, own, whole in rows]

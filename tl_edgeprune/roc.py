@@ -7,7 +7,7 @@ it, and its score is the highest of all edges that leave it or lead to it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -16,8 +16,6 @@ from torch import Tensor
 from tl_edgeprune.circuit import Circuit
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.scores import EdgeScores
-
-Level = Literal["edge", "node"]
 
 
 @dataclass(frozen=True)
@@ -42,13 +40,13 @@ class PrecisionRecall(NamedTuple):
     recall: float
 
 
-def roc(scores: EdgeScores, known: Circuit, *, level: Level = "edge", absolute: bool = True) -> Roc:
+def roc(scores: EdgeScores, known: Circuit, *, level: str = "edge", absolute: bool = True) -> Roc:
     """How well a ranking tells the edges (or nodes) of a known circuit from the others.
 
-    absolute: rank by magnitude; else by signed score.
+    level: "edge" or "node". absolute: rank by magnitude; else by signed score.
 
-    Raises ValueError for circuits of another graph, and where the known circuit has all edges
-    (nodes) or none: there is nothing to tell apart.
+    Raises ValueError for circuits of another graph, an unknown level, and where the known circuit
+    has all edges (nodes) or none: there is nothing to tell apart.
     """
     _check(scores.graph, known.graph, level)
     ranked = scores.tensor.abs() if absolute else scores.tensor
@@ -78,10 +76,10 @@ def roc_of(ranked: Float[Tensor, " item"], wanted: Bool[Tensor, " item"]) -> Roc
     return Roc(tuple(false_positive.tolist()), tuple(true_positive.tolist()), auc)
 
 
-def precision_recall(circuit: Circuit, known: Circuit, *, level: Level = "edge") -> PrecisionRecall:
+def precision_recall(circuit: Circuit, known: Circuit, *, level: str = "edge") -> PrecisionRecall:
     """Precision and recall of a circuit's edges (or nodes) against those of a known one.
 
-    Raises ValueError for circuits of different graphs.
+    level: "edge" or "node". Raises ValueError for circuits of different graphs.
     """
     _check(circuit.graph, known.graph, level)
     found, wanted = circuit.mask, known.mask

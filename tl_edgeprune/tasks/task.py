@@ -45,8 +45,11 @@ class Batch:
         return len(self.indices)
 
     def to(self, device: torch.device | str) -> Batch:
-        fields = vars(self).items()
-        return Batch(**{name: None if t is None else t.to(device) for name, t in fields})
+        tensors: dict[str, Any] = {
+            name: None if tensor is None else tensor.to(device)
+            for name, tensor in vars(self).items()
+        }
+        return Batch(**tensors)
 
 
 @dataclass(frozen=True, repr=False)
@@ -185,8 +188,8 @@ class Task:
 
     def _batch(self, pairs: list[int]) -> Batch:
         fields = {f: torch.stack([getattr(self, f)[i] for i in pairs]) for f in PAIR_FIELDS}
-        sets = {f: _padded([getattr(self, f)[i] for i in pairs]) for f in SET_FIELDS}
-        return Batch(**fields, indices=torch.tensor(pairs), **sets)
+        right, wrong = (_padded([getattr(self, f)[i] for i in pairs]) for f in SET_FIELDS)
+        return Batch(**fields, indices=torch.tensor(pairs), right=right, wrong=wrong)
 
     def _pairs_by_prompt(self) -> list[list[int]]:
         return _grouped(tuple(tokens.tolist()) for tokens in self.clean)
