@@ -1,4 +1,4 @@
-"""The tutorial's code runs, block after block, as a reader would run it."""
+"""The pages' code runs, block after block, as a reader would run it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from tl_edgeprune.models import smollm2
 
 ROOT = Path(__file__).parents[1]
 TUTORIAL = ROOT / "docs" / "tutorial.md"
+EVALUATION = ROOT / "docs" / "evaluation.md"
 FENCE = re.compile(
     r'(?P<slow><!-- slow -->\n)?^```(?P<language>python|json)(?: title="(?P<title>[^"]+)")?\n'
     r"(?P<code>.*?)^```$",
@@ -28,8 +29,8 @@ class Block(NamedTuple):
     code: str
 
 
-def blocks() -> list[Block]:
-    text = TUTORIAL.read_text(encoding="utf-8")
+def blocks(page: Path = TUTORIAL) -> list[Block]:
+    text = page.read_text(encoding="utf-8")
     return [
         Block(
             text[: match.start("code")].count("\n") + 1,
@@ -42,15 +43,15 @@ def blocks() -> list[Block]:
     ]
 
 
-def run(chosen: list[Block]) -> None:
-    """Run blocks in one namespace, in the working folder; errors name the tutorial's line."""
-    namespace: dict[str, object] = {"__name__": "tutorial"}
+def run(chosen: list[Block], page: Path = TUTORIAL) -> None:
+    """Run blocks in one namespace, in the working folder; errors name the page's line."""
+    namespace: dict[str, object] = {"__name__": page.stem}
     for block in chosen:
         if block.title:
             Path(block.title).write_text(block.code, encoding="utf-8")
         else:
             code = "\n" * (block.line - 1) + block.code
-            exec(compile(code, str(TUTORIAL), "exec"), namespace)
+            exec(compile(code, str(page), "exec"), namespace)
 
 
 def change_defaults(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
@@ -70,6 +71,12 @@ def test_quick_blocks_of_the_tutorial_run(tmp_path, monkeypatch):
     assert len(quick) >= 10
     run(quick)
     assert (tmp_path / "circuit.html").stat().st_size > 10_000
+
+
+def test_blocks_on_evaluation_run():
+    every = blocks(EVALUATION)
+    assert len(every) >= 6
+    run(every, EVALUATION)
 
 
 @pytest.mark.slow

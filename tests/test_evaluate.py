@@ -136,26 +136,40 @@ def by_hand(model, circuit: Circuit, task: Task, **ablation) -> dict[str, float]
             "mse_empty": float((empty - full).square().mean()),
             "exact_match": float((logits.argmax(-1) == full.argmax(-1)).all()),
         }
+        middle = (log_p.exp() + log_q.exp()) / 2
+        parts = [x.exp() * (x - middle.log()) for x in (log_p, log_q)]
+        row["js"] = float(sum(parts).sum(-1).mean() / 2)
         if len(task.distractors[pair]):
             a, d = int(task.answers[pair][0]), int(task.distractors[pair][0])
             row |= {
                 f"ld{end}": float(x[0, a] - x[0, d])
                 for end, x in (("", logits), ("_full", full), ("_empty", empty))
             }
-            row["accuracy"] = float(row["ld"] > 0)
+            row["accuracy"], row["wrong"] = float(row["ld"] > 0), float(row["ld_full"] <= 0)
         elif len(task.answers[pair]):
-            row["accuracy"] = float((logits.argmax(-1) == task.answers[pair]).all())
+            row["accuracy"], row["wrong"] = (
+                float((x.argmax(-1) == task.answers[pair]).all() == want)
+                for x, want in ((logits, True), (full, False))
+            )
+        row["same_wrong"] = row.get("wrong", 0.0) * row["exact_match"]
         rows.append(row)
-    return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
+    means = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
+    spread = sum((row["kl"] - means["kl"]) ** 2 for row in rows) / (len(rows) - 1)
+    return means | {"kl_sem": (spread / len(rows)) ** 0.5, "n_pairs": len(rows)}
 
 
 def check_figures(result, expected: dict[str, float], tolerance: float = 2e-4) -> None:
     def same(found, wanted):
         assert found == pytest.approx(wanted, abs=tolerance, rel=tolerance)
 
-    for name in ("kl", "mse", "exact_match"):
+    for name in ("kl", "kl_sem", "js", "mse", "exact_match"):
         same(getattr(result, name), expected[name])
     assert result.accuracy == pytest.approx(expected["accuracy"])
+    assert result.n_wrong == round(expected["wrong"] * expected["n_pairs"])
+    if result.n_wrong:
+        same(result.wrong_agreement, expected["same_wrong"] / expected["wrong"])
+    else:
+        assert result.wrong_agreement is None
     if "ld" in expected:
         same(result.logit_diff, expected["ld"])
         same(result.logit_diff_full, expected["ld_full"])

@@ -5,31 +5,61 @@ Bhaskar, Wettig, Friedman and Chen, "Finding Transformer Circuits with Edge Prun
 
 from tl_edgeprune import models, tasks
 from tl_edgeprune.circuit import Circuit
+from tl_edgeprune.circuit_tests import (
+    EquivalenceTest,
+    IndependenceTest,
+    MinimalityTest,
+    equivalence_test,
+    independence_test,
+    minimality_test,
+)
 from tl_edgeprune.evaluate import Evaluation, evaluate
+from tl_edgeprune.faithfulness import FaithfulnessCurve, faithfulness_curve, mib_faithfulness
 from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.knockouts import Completeness, Minimality, completeness, minimality
 from tl_edgeprune.masked import masked
 from tl_edgeprune.masks import ExactBudget, Lagrangian
 from tl_edgeprune.methods.registry import discover
 from tl_edgeprune.pruner import EdgePruner, Optimizer, PruneResult
+from tl_edgeprune.roc import Roc, precision_recall, roc
 from tl_edgeprune.scores import EdgeScores
+from tl_edgeprune.stability import Stability, stability
 from tl_edgeprune.tasks import Task
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Circuit",
+    "Completeness",
     "EdgeGraph",
     "EdgePruner",
     "EdgeScores",
+    "EquivalenceTest",
     "Evaluation",
     "ExactBudget",
+    "FaithfulnessCurve",
+    "IndependenceTest",
     "Lagrangian",
+    "Minimality",
+    "MinimalityTest",
     "Optimizer",
     "PruneResult",
+    "Roc",
+    "Stability",
     "Task",
+    "completeness",
     "discover",
+    "equivalence_test",
     "evaluate",
+    "faithfulness_curve",
+    "independence_test",
     "masked",
+    "mib_faithfulness",
+    "minimality",
+    "minimality_test",
     "models",
+    "precision_recall",
+    "roc",
+    "stability",
     "tasks",
 ]

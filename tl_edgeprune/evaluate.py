@@ -10,29 +10,29 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from tl_edgeprune.circuit import Circuit
-from tl_edgeprune.graph import EdgeGraph
-from tl_edgeprune.hooks import is_folded
-from tl_edgeprune.masked import MaskedModel
-from tl_edgeprune.objectives import has_logit_diff, kl, logit_diff, mean_squared_error
+from tl_edgeprune.measures import figures_for, measure_name, standard_error, wrong_agreement
+from tl_edgeprune.sweep import PairFigures, ablation_of, check_origin, sweep
 from tl_edgeprune.tasks.task import Task
-from tl_edgeprune.teacher import Lesson, Teacher, check_vocabulary
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A circuit's figures on a task.
+    """A circuit's figures on a task, each a mean over its pairs. None: the task lacks the tokens.
 
-    kl: KL(full model || circuit), nats, mean over read positions. mse: mean squared difference of
-    the outputs. logit_diff: of the circuit; logit_diff_full, logit_diff_empty: of the full model
-    and of the circuit without edges. recovered: logit_diff / logit_diff_full. exact_match: share of
-    pairs whose top tokens are the full model's at every read position. accuracy: share whose answer
-    has a higher logit than the distractor (or, without one, is the top token). faithfulness: (m(C)
-    - m(empty)) / (m(full) - m(empty)) with m the mean logit difference, or minus the mean objective
-    where there is none (then m(full) = 0). n_alive: edges on a path from input to logits.
+    kl: KL(full model || circuit), nats, mean over read positions; kl_sem: its standard error over
+    pairs. js: Jensen-Shannon divergence, nats. mse: mean squared difference of the outputs.
+    exact_match: share of pairs whose top tokens are the full model's at every read position.
+    accuracy: share whose answer has a higher logit than the distractor (without one: is the top
+    token; with sets alone: whose right tokens have more probability than the wrong ones). n_wrong:
+    pairs that the full model gets wrong in this sense; wrong_agreement: share of those on which the
+    circuit has the model's own top tokens (None without any). logit_diff: of the circuit;
+    logit_diff_full, logit_diff_empty: of the full model and of the circuit without edges;
+    prob_diff, …: probability of the right tokens less that of the wrong ones, likewise. recovered:
+    logit_diff / logit_diff_full. faithfulness: (m(C) - m(empty)) / (m(full) - m(empty)) with m the
+    mean logit difference, else the mean probability difference, else minus the mean objective (then
+    m(full) = 0). n_alive: edges on a path from input to logits.
     """
 
     n_pairs: int
@@ -40,12 +40,19 @@ class Evaluation:
     n_alive: int
     n_edges_full: int
     kl: float
+    kl_sem: float | None
+    js: float
     mse: float
     exact_match: float
     accuracy: float | None
+    n_wrong: int | None
+    wrong_agreement: float | None
     logit_diff: float | None
     logit_diff_full: float | None
     logit_diff_empty: float | None
+    prob_diff: float | None
+    prob_diff_full: float | None
+    prob_diff_empty: float | None
     recovered: float | None
     faithfulness: float | None
 
@@ -61,9 +68,16 @@ class Evaluation:
             lines.append(
                 f"logit diff      {self.logit_diff:.2f} (full model {self.logit_diff_full:.2f})"
             )
+        if self.prob_diff is not None:
+            lines.append(
+                f"prob diff       {self.prob_diff:.3f} (full model {self.prob_diff_full:.3f})"
+            )
         lines.append(f"exact match     {100 * self.exact_match:.1f} %")
         if self.accuracy is not None:
             lines.append(f"accuracy        {100 * self.accuracy:.1f} %")
+        if self.wrong_agreement is not None:
+            share = f"{100 * self.wrong_agreement:.1f} % of {self.n_wrong}"
+            lines.append(f"wrong as model  {share}")
         return "\n".join(lines)
 
 
@@ -72,7 +86,7 @@ def evaluate(
     circuit: Circuit,
     task: Task,
     *,
-    ablation: str | None = None,
+    ablation: Any = None,
     batch_size: int = 16,
 ) -> Evaluation:
     """Run the circuit on every pair of the task.
@@ -88,7 +102,7 @@ def evaluate_all(
     circuits: list[Circuit],
     task: Task,
     *,
-    ablation: str | None = None,
+    ablation: Any = None,
     batch_size: int = 16,
 ) -> list[Evaluation]:
     """`evaluate` for several circuits of one graph and ablation: the full and the empty runs are
@@ -101,29 +115,19 @@ def evaluate_all(
     graph = circuits[0].graph
     if any(circuit.graph != graph for circuit in circuits):
         raise ValueError("circuits of different graphs cannot be evaluated together.")
-    kind = ablation or _shared_ablation(circuits)
-    check_vocabulary(task, int(model.cfg.d_vocab))
-    empty = Circuit(graph, torch.zeros(graph.n_edges, dtype=torch.bool))
-    masks = [c.mask for c in (empty, *circuits)]
-    sums = [_Sums() for _ in masks]
-    full = _Sums()
-    with torch.no_grad(), MaskedModel.attach(model, graph) as run:
-        teacher = Teacher(run, task, kind, batch_size=batch_size, max_bytes=0)
-        for batch in task.batches(batch_size):
-            lesson = teacher.lesson(batch)
-            full.add(lesson.full, lesson, task)
-            for mask, total in zip(masks, sums, strict=True):
-                logits = run(
-                    lesson.batch.clean,
-                    mask.to(teacher.device),
-                    lesson.reference,
-                    lesson.batch.positions,
-                )
-                total.add(logits, lesson, task)
-    nothing = sums[0].means()
+    masks = [torch.zeros(graph.n_edges, dtype=torch.bool), *(c.mask for c in circuits)]
+    full, (empty, *own) = sweep(
+        model,
+        graph,
+        masks,
+        task,
+        figures_for(task),
+        ablation=_shared_ablation(circuits) if ablation is None else ablation,
+        batch_size=batch_size,
+    )
     return [
-        _evaluation(circuit, total.means(), full.means(), nothing, task, graph)
-        for circuit, total in zip(circuits, sums[1:], strict=True)
+        _evaluation(circuit, figures, full, empty, task)
+        for circuit, figures in zip(circuits, own, strict=True)
     ]
 
 
@@ -144,26 +148,11 @@ def check_circuit(model: Any, circuit: Circuit) -> None:
     """Raise ValueError unless the circuit's graph, and where it matters its weights, are the
     model's.
     """
-    graph = circuit.graph
-    actual = EdgeGraph.from_model(
-        model, split_qkv=graph.split_qkv, split_embeddings=graph.split_embeddings
-    )
-    if graph != actual:
-        raise ValueError(
-            f"the circuit is for another model: its graph is {graph}, this model's is {actual}."
-        )
-    folded = circuit.metadata.get("folded")
-    kind = circuit.metadata.get("ablation", "counterfactual")
-    if folded is not None and kind != "counterfactual" and folded != is_folded(model):
-        raise ValueError(
-            f"the circuit was found under {kind} ablation on a model with "
-            f"{'folded' if folded else 'unfolded'} norm weights, and this model's are not so: what "
-            "an ablated source leaves differs between the two. Load the model as it was then."
-        )
+    check_origin(model, circuit.graph, circuit.metadata)
 
 
 def _shared_ablation(circuits: list[Circuit]) -> str:
-    kinds = {circuit.metadata.get("ablation", "counterfactual") for circuit in circuits}
+    kinds = {ablation_of(circuit.metadata) for circuit in circuits}
     if len(kinds) > 1:
         raise ValueError(
             f"the circuits were found under different ablations ({', '.join(sorted(kinds))}), "
@@ -172,56 +161,38 @@ def _shared_ablation(circuits: list[Circuit]) -> str:
     return kinds.pop()
 
 
-class _Sums:
-    """Running sums of per-pair figures."""
-
-    def __init__(self) -> None:
-        self._parts: dict[str, list[Tensor]] = {}
-
-    def add(self, logits: Float[Tensor, "batch read vocab"], lesson: Lesson, task: Task) -> None:
-        batch, full = lesson.batch, lesson.full
-        top = logits.argmax(-1)
-        figures = {
-            "kl": kl(logits, full, batch),
-            "mse": mean_squared_error(logits, full, batch),
-            "exact_match": (top == full.argmax(-1)).all(-1),
-        }
-        if has_logit_diff(task):
-            figures["logit_diff"] = logit_diff(logits, batch)
-            figures["accuracy"] = figures["logit_diff"] > 0
-        elif batch.answers.shape[1]:
-            figures["accuracy"] = (top == batch.answers).all(-1)
-        for name, values in figures.items():
-            self._parts.setdefault(name, []).append(values.double().cpu())
-
-    def means(self) -> dict[str, float]:
-        return {name: float(torch.cat(parts).mean()) for name, parts in self._parts.items()}
-
-
 def _evaluation(
-    circuit: Circuit,
-    own: dict[str, float],
-    full: dict[str, float],
-    empty: dict[str, float],
-    task: Task,
-    graph: EdgeGraph,
+    circuit: Circuit, own: PairFigures, full: PairFigures, empty: PairFigures, task: Task
 ) -> Evaluation:
-    objective = "mse" if task.objective == "mse" else "kl"
-    difference, whole, nothing = (figures.get("logit_diff") for figures in (own, full, empty))
-    measure = "logit_diff" if difference is not None else objective
-    span = full[measure] - empty[measure]
+    means, means_full, means_empty = (
+        {name: float(values.mean()) for name, values in figures.items()}
+        for figures in (own, full, empty)
+    )
+    measure = {"logit-diff": "logit_diff", "prob-diff": "prob_diff", "mse": "mse"}.get(
+        measure_name(task), "kl"
+    )
+    span = means_full[measure] - means_empty[measure]
+    difference, whole = means.get("logit_diff"), means_full.get("logit_diff")
+    right = full.get("accuracy")
     return Evaluation(
         n_pairs=len(task),
         n_edges=circuit.n_edges,
         n_alive=circuit.without_dead_edges().n_edges,
-        n_edges_full=graph.n_edges,
-        kl=own["kl"],
-        mse=own["mse"],
-        exact_match=own["exact_match"],
-        accuracy=own.get("accuracy"),
+        n_edges_full=circuit.graph.n_edges,
+        kl=means["kl"],
+        kl_sem=standard_error(own["kl"]),
+        js=means["js"],
+        mse=means["mse"],
+        exact_match=means["exact_match"],
+        accuracy=means.get("accuracy"),
+        n_wrong=None if right is None else int((right == 0).sum()),
+        wrong_agreement=None if right is None else wrong_agreement(right, own["exact_match"]),
         logit_diff=difference,
         logit_diff_full=whole,
-        logit_diff_empty=nothing,
+        logit_diff_empty=means_empty.get("logit_diff"),
+        prob_diff=means.get("prob_diff"),
+        prob_diff_full=means_full.get("prob_diff"),
+        prob_diff_empty=means_empty.get("prob_diff"),
         recovered=difference / whole if difference is not None and whole else None,
-        faithfulness=(own[measure] - empty[measure]) / span if span else None,
+        faithfulness=(means[measure] - means_empty[measure]) / span if span else None,
     )

@@ -1,7 +1,8 @@
 """What a circuit should keep: the losses that are minimised, one number a prompt.
 
 An objective takes the masked model's logits and the full model's at the same read positions, and
-the batch (for its answers and distractors). Lower is better; what should be high enters negated.
+the batch (for its answers, distractors and sets of tokens). Lower is better; what should be high
+enters negated.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_edgeprune.tasks.task import Batch, Task
+from tl_edgeprune.tasks.task import NO_TOKEN, Batch, Task
 
 
 @runtime_checkable
@@ -60,11 +61,29 @@ def negative_log_prob(
     return -_at(_log_softmax(logits), batch.answers).mean(-1)
 
 
+def negative_prob_diff(
+    logits: Float[Tensor, "batch read vocab"], full: Float[Tensor, "batch read vocab"], batch: Batch
+) -> Float[Tensor, " batch"]:
+    """Minus the probability of the right tokens less that of the wrong ones (Hanna et al. 2023)."""
+    return -prob_diff(logits, batch)
+
+
+def prob_diff(logits: Float[Tensor, "batch read vocab"], batch: Batch) -> Float[Tensor, " batch"]:
+    """Probability of the right tokens together less that of the wrong ones, from -1 to 1.
+
+    At the one read position. The probability difference of Hanna, Liu and Variengien 2023, "How
+    does GPT-2 compute greater-than?".
+    """
+    probabilities = _log_softmax(logits)[:, 0].exp()
+    return _mass(probabilities, batch.right) - _mass(probabilities, batch.wrong)
+
+
 OBJECTIVES: dict[str, Callable[..., Tensor]] = {
     "kl": kl,
     "mse": mean_squared_error,
     "logit-diff": negative_logit_diff,
     "log-prob": negative_log_prob,
+    "prob-diff": negative_prob_diff,
 }
 
 
@@ -83,6 +102,8 @@ def find_objective(wanted: str | Objective | None, task: Task) -> Objective:
         )
     if name in ("logit-diff", "log-prob"):
         _check_answers(name, task)
+    if name == "prob-diff":
+        _check_sets(task)
     return OBJECTIVES[name]
 
 
@@ -91,6 +112,21 @@ def has_logit_diff(task: Task) -> bool:
     return all(
         len(a) == 1 and len(d) == 1 for a, d in zip(task.answers, task.distractors, strict=True)
     )
+
+
+def has_prob_diff(task: Task) -> bool:
+    """Whether every pair has right tokens and wrong ones."""
+    return all(map(len, task.right)) and all(map(len, task.wrong))
+
+
+def _check_sets(task: Task) -> None:
+    for pair, sets in enumerate(zip(task.right, task.wrong, strict=True)):
+        if not all(map(len, sets)):
+            raise ValueError(
+                f"objective 'prob-diff' needs right and wrong tokens, but pair {pair} of task "
+                f"{task.name!r} has {len(sets[0])} and {len(sets[1])}. Give Task right=… and "
+                "wrong=…, or use 'kl'."
+            )
 
 
 def _check_answers(name: str, task: Task) -> None:
@@ -115,3 +151,14 @@ def _log_softmax(logits: Float[Tensor, "batch read vocab"]) -> Float[Tensor, "ba
 
 def _at(values: Float[Tensor, "batch read vocab"], tokens: Int[Tensor, "batch read"]) -> Tensor:
     return torch.gather(values, 2, tokens.to(values.device).unsqueeze(-1)).squeeze(-1)
+
+
+def _mass(
+    probabilities: Float[Tensor, "batch vocab"], tokens: Int[Tensor, "batch token"] | None
+) -> Float[Tensor, " batch"]:
+    """The sum over each row's tokens, but for NO_TOKEN."""
+    if tokens is None:
+        return probabilities.new_zeros(len(probabilities))
+    tokens = tokens.to(probabilities.device)
+    found = probabilities.gather(1, tokens.clamp(min=0))
+    return found.masked_fill(tokens == NO_TOKEN, 0).sum(1)

@@ -49,7 +49,7 @@ class Teacher:
         self.run, self.task, self.ablation = run, task, ablation
         self.device = run.sites.attention[0].output.device
         self._full: dict[int, Tensor] = {}
-        self._references: dict[int, Reference] | None = {}
+        self._references: dict[int, Reference] | None = {} if max_bytes > 0 else None
         self._fixed: Reference | None = None
         if ablation != "counterfactual":
             self._fixed = run.reference(
@@ -75,7 +75,8 @@ class Teacher:
         kept, batches = 0, list(self.task.batches(batch_size))
         for batch in tqdm(batches, "full model", disable=not progress, leave=False):
             batch = batch.to(self.device)
-            for index, logits in zip(batch.indices.tolist(), self._targets(batch), strict=True):
+            targets = full_logits(self.run, self.task, batch)
+            for index, logits in zip(batch.indices.tolist(), targets, strict=True):
                 self._full[index] = logits
             if self._fixed is None and self._references is not None:
                 reference, _ = self.run.record(batch.corrupted)
@@ -87,23 +88,30 @@ class Teacher:
                 for row, index in zip(rows.split(1), batch.indices.tolist(), strict=True):
                     self._references[index] = reference.select(row)
 
-    def _targets(self, batch: Batch) -> Float[Tensor, "batch read vocab"]:
-        _, logits = self.run.record(batch.clean)
-        index = batch.positions.unsqueeze(-1).expand(-1, -1, logits.shape[-1])
-        full = logits.gather(1, index)
-        if not bool(torch.isfinite(full).all()):
-            bad = batch.indices[~torch.isfinite(full).flatten(1).all(1)].tolist()
-            raise ValueError(
-                f"the model gives NaN or infinite logits on pair {bad[0]} of task "
-                f"{self.task.name!r}: check its weights and dtype before looking for a circuit in "
-                "it."
-            )
-        return full
+
+def full_logits(run: MaskedModel, task: Task, batch: Batch) -> Float[Tensor, "batch read vocab"]:
+    """The full model's logits at the batch's read positions. Raises ValueError for NaN."""
+    full = at_reads(run.record(batch.clean)[1], batch)
+    if not bool(torch.isfinite(full).all()):
+        bad = batch.indices[~torch.isfinite(full).flatten(1).all(1)].tolist()
+        raise ValueError(
+            f"the model gives NaN or infinite logits on pair {bad[0]} of task {task.name!r}: check "
+            "its weights and dtype before looking for a circuit in it."
+        )
+    return full
+
+
+def at_reads(
+    logits: Float[Tensor, "batch pos vocab"], batch: Batch
+) -> Float[Tensor, "batch read vocab"]:
+    """Logits at the batch's read positions."""
+    return logits.gather(1, batch.positions.unsqueeze(-1).expand(-1, -1, logits.shape[-1]))
 
 
 def check_vocabulary(task: Task, vocab: int) -> None:
     """Raise ValueError where a task's tokens are not in the model's vocabulary."""
-    largest = max(int(tokens.max()) for tokens in (*task.clean, *task.corrupted))
+    fields = (task.clean, task.corrupted, task.answers, task.distractors, task.right, task.wrong)
+    largest = max(int(tokens.max()) for field in fields for tokens in field if len(tokens))
     if largest >= vocab:
         raise ValueError(
             f"task {task.name!r} has token {largest}, but the model knows 0 to {vocab - 1}."

@@ -19,6 +19,8 @@ from torch import Tensor
 
 Tokens = Sequence[Int[Tensor, " _pos"]]
 PAIR_FIELDS = ("clean", "corrupted", "positions", "answers", "distractors")
+SET_FIELDS = ("right", "wrong")
+NO_TOKEN = -1
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,8 @@ class Batch:
     """Pairs of one length with one number of read positions.
 
     `indices` are the pairs' places in the task. `answers` and `distractors` have no columns where
-    the task has none.
+    the task has none. `right` and `wrong` are sets of tokens, filled up with NO_TOKEN (-1); None
+    where no pair of the batch has any.
     """
 
     clean: Int[Tensor, "batch pos"]
@@ -35,12 +38,18 @@ class Batch:
     answers: Int[Tensor, "batch answer"]
     distractors: Int[Tensor, "batch distractor"]
     indices: Int[Tensor, " batch"]
+    right: Int[Tensor, "batch right"] | None = None
+    wrong: Int[Tensor, "batch wrong"] | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def to(self, device: torch.device | str) -> Batch:
-        return Batch(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+        tensors: dict[str, Any] = {
+            name: None if tensor is None else tensor.to(device)
+            for name, tensor in vars(self).items()
+        }
+        return Batch(**tensors)
 
 
 @dataclass(frozen=True, repr=False)
@@ -54,13 +63,17 @@ class Task:
         answers: the right token at each read position [read]. Empty (as a whole, or per pair)
             where the output is no token.
         distractors: the token to tell the answer from, likewise; may be empty.
-        objective: name of the loss that fits the task: "kl", "mse" or "logit-diff".
+        right, wrong: sets of tokens [token], for tasks with many right answers (every year after
+            the first one): tokens that are right and tokens that are wrong at the pair's one read
+            position. May be empty (as a whole, or per pair), and of any size.
+        objective: name of the loss that fits the task: "kl", "mse", "logit-diff" or "prob-diff".
         prepend_bos: whether the prompts begin with the tokenizer's BOS token (it is in `clean`).
         groups: a label per pair, such as its template; may be empty.
 
     Raises:
         ValueError: no pairs; two lengths in a pair; positions out of range or not rising;
-            answers, distractors or groups that are not aligned.
+            answers, distractors or groups that are not aligned; sets of tokens that repeat or
+            share a token, or for several read positions.
     """
 
     name: str
@@ -72,13 +85,15 @@ class Task:
     objective: str = "kl"
     prepend_bos: bool = False
     groups: tuple[str, ...] = ()
+    right: Tokens = ()
+    wrong: Tokens = ()
 
     def __post_init__(self) -> None:
         if len(self.clean) == 0:
             raise ValueError(f"task {self.name!r} has no prompt pairs: at least one is needed.")
-        for field in PAIR_FIELDS:
+        for field in (*PAIR_FIELDS, *SET_FIELDS):
             object.__setattr__(self, field, _as_long(getattr(self, field), field))
-        for field in ("answers", "distractors"):
+        for field in ("answers", "distractors", *SET_FIELDS):
             if not getattr(self, field):
                 nothing = (torch.empty(0, dtype=torch.long),) * len(self)
                 object.__setattr__(self, field, nothing)
@@ -86,6 +101,7 @@ class Task:
         _check_counts(self)
         for pair in range(len(self)):
             _check_pair(self, pair)
+            _check_sets(self, pair)
 
     @classmethod
     def aligned(
@@ -98,7 +114,7 @@ class Task:
         fields |= {"clean": clean, "corrupted": corrupted, "positions": positions}
         lengths = zip(map(len, clean), map(len, corrupted), strict=True)
         kept = [pair for pair, (ours, theirs) in enumerate(lengths) if ours == theirs]
-        for field in (*PAIR_FIELDS, "groups"):
+        for field in (*PAIR_FIELDS, *SET_FIELDS, "groups"):
             if len(fields.get(field, ())):
                 fields[field] = tuple(fields[field][pair] for pair in kept)
         return cls(name, **fields)
@@ -124,7 +140,7 @@ class Task:
         """The task with only these pairs, in this order."""
         indices = tuple(indices)
         fields: dict[str, Any] = {
-            f: tuple(getattr(self, f)[i] for i in indices) for f in PAIR_FIELDS
+            f: tuple(getattr(self, f)[i] for i in indices) for f in (*PAIR_FIELDS, *SET_FIELDS)
         }
         groups = tuple(self.groups[i] for i in indices) if self.groups else ()
         return replace(self, **fields, groups=groups)
@@ -172,7 +188,8 @@ class Task:
 
     def _batch(self, pairs: list[int]) -> Batch:
         fields = {f: torch.stack([getattr(self, f)[i] for i in pairs]) for f in PAIR_FIELDS}
-        return Batch(**fields, indices=torch.tensor(pairs))
+        right, wrong = (_padded([getattr(self, f)[i] for i in pairs]) for f in SET_FIELDS)
+        return Batch(**fields, indices=torch.tensor(pairs), right=right, wrong=wrong)
 
     def _pairs_by_prompt(self) -> list[list[int]]:
         return _grouped(tuple(tokens.tolist()) for tokens in self.clean)
@@ -194,6 +211,13 @@ def _shuffled(items: Sequence, seed: int) -> list:
     return random.Random(seed).sample(items, len(items))
 
 
+def _padded(sets: list[Tensor]) -> Tensor | None:
+    """Sets of tokens as rows, filled up with NO_TOKEN; None where all are empty."""
+    if not any(map(len, sets)):
+        return None
+    return torch.nn.utils.rnn.pad_sequence(sets, batch_first=True, padding_value=NO_TOKEN)
+
+
 def _as_long(tensors: Sequence, field: str) -> tuple[Tensor, ...]:
     long = []
     for pair, tensor in enumerate(tensors):
@@ -208,7 +232,7 @@ def _as_long(tensors: Sequence, field: str) -> tuple[Tensor, ...]:
 
 
 def _check_counts(task: Task) -> None:
-    for field in (*PAIR_FIELDS[1:], "groups"):
+    for field in (*PAIR_FIELDS[1:], *SET_FIELDS, "groups"):
         count = len(getattr(task, field))
         if count != len(task) and not (field == "groups" and count == 0):
             raise ValueError(
@@ -238,3 +262,25 @@ def _check_pair(task: Task, pair: int) -> None:
                 f"prompt pair {pair}: {count} {field} for {len(positions)} read positions. Give "
                 "one at each read position, or none."
             )
+
+
+def _check_sets(task: Task, pair: int) -> None:
+    right, wrong = task.right[pair].tolist(), task.wrong[pair].tolist()
+    tokens = right + wrong
+    if not tokens:
+        return
+    if len(task.positions[pair]) != 1:
+        raise ValueError(
+            f"prompt pair {pair}: right and wrong tokens for {len(task.positions[pair])} read "
+            "positions. They are for one: give answers where several positions are read."
+        )
+    if min(tokens) < 0 or len(set(tokens)) < len(tokens):
+        raise ValueError(
+            f"prompt pair {pair}: right {_short(right)} and wrong {_short(wrong)}, expected token "
+            "ids from 0 up, none of them twice or in both."
+        )
+
+
+def _short(tokens: list[int]) -> str:
+    shown = ", ".join(map(str, tokens[:8]))
+    return f"[{shown}{', …' if len(tokens) > 8 else ''}]"

@@ -1,0 +1,114 @@
+"""What is measured of a run on each prompt pair, beside the full model's run.
+
+`figures_for` chooses those that a task has the tokens for. The objectives (`objectives.py`) are
+losses; these are figures as they are reported.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from tl_edgeprune.objectives import (
+    Objective,
+    find_objective,
+    has_logit_diff,
+    has_prob_diff,
+    kl,
+    logit_diff,
+    mean_squared_error,
+    prob_diff,
+)
+from tl_edgeprune.sweep import Figures
+from tl_edgeprune.tasks.task import Task
+from tl_edgeprune.teacher import Lesson
+
+
+def jensen_shannon(
+    logits: Float[Tensor, "batch read vocab"], full: Float[Tensor, "batch read vocab"]
+) -> Float[Tensor, " batch"]:
+    """Jensen-Shannon divergence of two outputs, mean over read positions, nats, at most ln 2.
+
+    (KL(p || m) + KL(q || m)) / 2 with m the mean of p and q. Lin 1991, equation 4.1.
+    """
+    log_p, log_q = (
+        x.to(torch.promote_types(x.dtype, torch.float32)).log_softmax(-1) for x in (full, logits)
+    )
+    log_mean = torch.logaddexp(log_p, log_q) - math.log(2)
+    p_part = (log_p.exp() * (log_p - log_mean)).sum(-1)
+    q_part = (log_q.exp() * (log_q - log_mean)).sum(-1)
+    return ((p_part + q_part) / 2).clamp(min=0).mean(-1)
+
+
+def same_top(
+    logits: Float[Tensor, "batch read vocab"], full: Float[Tensor, "batch read vocab"]
+) -> Bool[Tensor, " batch"]:
+    """Whether the top tokens are the full model's at every read position."""
+    return (logits.argmax(-1) == full.argmax(-1)).all(-1)
+
+
+def figures_for(task: Task) -> Figures:
+    """Every figure of a run on a batch that the task has the tokens for, each [batch].
+
+    kl, js, mse and exact_match always; logit_diff with an answer and a distractor; prob_diff with
+    right and wrong tokens; accuracy with any of them.
+    """
+    with_distractor, with_sets = has_logit_diff(task), has_prob_diff(task)
+
+    def figures(logits: Tensor, lesson: Lesson) -> Mapping[str, Tensor]:
+        batch, full = lesson.batch, lesson.full
+        found = {
+            "kl": kl(logits, full, batch),
+            "js": jensen_shannon(logits, full),
+            "mse": mean_squared_error(logits, full, batch),
+            "exact_match": same_top(logits, full),
+        }
+        if with_distractor:
+            found["logit_diff"] = logit_diff(logits, batch)
+        if with_sets:
+            found["prob_diff"] = prob_diff(logits, batch)
+        if with_distractor:
+            found["accuracy"] = found["logit_diff"] > 0
+        elif batch.answers.shape[1]:
+            found["accuracy"] = (logits.argmax(-1) == batch.answers).all(-1)
+        elif with_sets:
+            found["accuracy"] = found["prob_diff"] > 0
+        return found
+
+    return figures
+
+
+def measure_name(task: Task) -> str:
+    """The objective that faithfulness and the circuit tests measure by, unless told otherwise.
+
+    The logit difference where the task has one, else the probability difference, else the task's
+    own objective.
+    """
+    if has_logit_diff(task):
+        return "logit-diff"
+    return "prob-diff" if has_prob_diff(task) else task.objective
+
+
+def find_measure(measure: str | Objective | None, task: Task) -> Objective:
+    """The objective whose negative is measured; None for `measure_name`'s choice."""
+    return find_objective(measure or measure_name(task), task)
+
+
+def wrong_agreement(
+    full_is_right: Float[Tensor, " pair"], exact_match: Float[Tensor, " pair"]
+) -> float | None:
+    """Share of the pairs that the full model gets wrong on which a circuit's top token is the same.
+
+    None where it gets all of them right.
+    """
+    wrong = full_is_right == 0
+    return float(exact_match[wrong].mean()) if bool(wrong.any()) else None
+
+
+def standard_error(values: Float[Tensor, " pair"]) -> float | None:
+    """Of the mean over pairs: s / sqrt(n); None for one pair."""
+    return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else None

@@ -1,0 +1,128 @@
+"""Stability: how far a method finds the same circuit again, over seeds and resampled pairs.
+
+A circuit of one run is evidence about the model only as far as another seed, or other pairs of the
+same task, give it too.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_edgeprune.circuit import Circuit, check_budget
+from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.methods import registry
+from tl_edgeprune.methods.edge_pruning import edge_pruning
+from tl_edgeprune.pruner import EdgePruner
+from tl_edgeprune.tasks.task import Task
+
+
+@dataclass(frozen=True)
+class Stability:
+    """Circuits of repeated runs, in the order of `runs`.
+
+    runs: (seed, resample) of each: the method's seed (None where it takes none) and the number of
+    the bootstrap resample (None for the task as it is).
+    """
+
+    circuits: tuple[Circuit, ...]
+    runs: tuple[tuple[int | None, int | None], ...]
+
+    @property
+    def graph(self) -> EdgeGraph:
+        return self.circuits[0].graph
+
+    @property
+    def jaccard(self) -> float:
+        """Edges in both over edges in either, mean over all pairs of runs."""
+        overlaps = [a.iou(b) for a, b in itertools.combinations(self.circuits, 2)]
+        return sum(overlaps) / len(overlaps)
+
+    @property
+    def frequencies(self) -> Float[Tensor, " edge"]:
+        """The share of runs whose circuit has the edge."""
+        return torch.stack([circuit.mask for circuit in self.circuits]).float().mean(0)
+
+    def core(self, threshold: float = 1.0) -> Circuit:
+        """The edges in at least this share of the runs; by default in all of them."""
+        first, *others = (circuit.metadata for circuit in self.circuits)
+        shared = {k: v for k, v in first.items() if all(o.get(k) == v for o in others)}
+        needed = threshold * len(self.circuits) - 1e-9
+        counts = torch.stack([circuit.mask for circuit in self.circuits]).sum(0)
+        return Circuit(self.graph, (counts >= needed) & (counts > 0), shared)
+
+
+def stability(
+    model: Any,
+    task: Task,
+    method: str = "eap",
+    *,
+    size: int,
+    seeds: Sequence[int] = (0, 1, 2),
+    bootstraps: int = 0,
+    absolute: bool | None = None,
+    **settings: Any,
+) -> Stability:
+    """Circuits of `size` edges from repeated runs of a method.
+
+    Args:
+        size: edges of every circuit.
+        seeds: a run for each, where the method takes a seed.
+        bootstraps: resamples of the task's pairs (as many, drawn with replacement, the same for
+            every seed); 0 runs on the task as it is. A method without a seed runs once on each.
+        absolute: rank edges by magnitude; by default so but for Edge Pruning, whose log alphas
+            are ranked as they are.
+        settings: the method's own.
+
+    Raises ValueError for fewer than two runs, as of a deterministic method without bootstraps, an
+    unknown method, and a size that the graph does not allow.
+    """
+    every_seed: Sequence[int | None] = tuple(seeds) if takes_seed(method) else (None,)
+    resamples: list[int | None] = list(range(bootstraps)) if bootstraps else [None]
+    runs = tuple(itertools.product(every_seed, resamples))
+    if len(runs) < 2:
+        _refuse(method, every_seed)
+    check_budget(size, settings.get("graph") or EdgeGraph.from_model(model))
+    by_magnitude = method != "edge-pruning" if absolute is None else absolute
+    circuits = []
+    for seed, resample in runs:
+        pairs = task if resample is None else bootstrap(task, resample)
+        own = settings if seed is None else settings | {"seed": seed}
+        scores = registry.discover(model, pairs, method=method, **own)
+        circuits.append(scores.top(size, absolute=by_magnitude))
+    return Stability(tuple(circuits), runs)
+
+
+def bootstrap(task: Task, seed: int) -> Task:
+    """As many pairs, drawn from the task with replacement."""
+    return task.subset(random.Random(seed).choices(range(len(task)), k=len(task)))
+
+
+def takes_seed(method: str) -> bool:
+    """Whether a method of the registry takes a seed. Raises ValueError for an unknown one."""
+    if method not in registry.METHODS:
+        known = ", ".join(registry.METHODS)
+        raise ValueError(f"unknown method {method!r}: expected one of {known}.")
+    function: Callable[..., Any] = registry.METHODS[method]
+    settings = EdgePruner if function is edge_pruning else function
+    return "seed" in inspect.signature(settings).parameters
+
+
+def _refuse(method: str, seeds: Sequence[int | None]) -> None:
+    if seeds == (None,):
+        raise ValueError(
+            f"{method} takes no seed: it gives the same circuit every time. Give bootstraps=… (2 "
+            "or more) to resample the task's pairs."
+        )
+    raise ValueError(
+        f"one run of {method} has nothing to be compared with: give two or more seeds, or "
+        "bootstraps=…."
+    )

@@ -1,0 +1,150 @@
+"""Many masks on one task: the figures of each, pair by pair.
+
+Each batch's full run and reference are made once, then every mask costs one masked forward. Under
+counterfactual ablation a mask without edges costs none: its logits are those of the corrupted
+prompts, which the reference run gave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.hooks import is_folded
+from tl_edgeprune.masked import MaskedModel
+from tl_edgeprune.objectives import Objective
+from tl_edgeprune.tasks.task import Task
+from tl_edgeprune.teacher import Lesson, at_reads, check_vocabulary, full_logits
+
+Figures = Callable[[Tensor, Lesson], Mapping[str, Tensor]]
+"""(logits [batch, read, vocab], lesson) -> figures by name, each [batch]."""
+
+PairFigures = dict[str, Float[Tensor, " pair"]]
+
+
+class Measured(NamedTuple):
+    """One measure of the full model and of several circuits, on every pair of a task."""
+
+    full: Float[Tensor, " pair"]
+    circuits: Float[Tensor, "circuit pair"]
+
+
+def sweep(
+    model: Any,
+    graph: EdgeGraph,
+    masks: Sequence[Bool[Tensor, " edge"]],
+    task: Task,
+    figures: Figures,
+    *,
+    ablation: Any = "counterfactual",
+    batch_size: int = 16,
+    progress: bool = False,
+) -> tuple[PairFigures, list[PairFigures]]:
+    """The figures of the full model and of each mask, in the task's order of pairs (float64, CPU).
+
+    Raises ValueError for tokens outside the vocabulary, and where the full model gives NaN.
+    """
+    check_vocabulary(task, int(model.cfg.d_vocab))
+    full, own = _Collected(), [_Collected() for _ in masks]
+    with torch.no_grad(), MaskedModel.attach(model, graph) as run:
+        lessons = _lessons(run, task, ablation, batch_size)
+        with tqdm(total=len(masks) * len(task), disable=not progress, leave=False) as bar:
+            for lesson, nothing in lessons:
+                full.add(figures(lesson.full, lesson), lesson)
+                for mask, collected in zip(masks, own, strict=True):
+                    logits = _logits(run, mask, lesson, nothing)
+                    collected.add(figures(logits, lesson), lesson)
+                    bar.update(len(lesson.batch))
+    return full.in_order(), [collected.in_order() for collected in own]
+
+
+def measure_circuits(
+    model: Any,
+    graph: EdgeGraph,
+    masks: Sequence[Bool[Tensor, " edge"]],
+    task: Task,
+    objective: Objective,
+    **settings: Any,
+) -> Measured:
+    """Minus an objective (so that higher is better) of the full model and of each mask."""
+
+    def figures(logits: Tensor, lesson: Lesson) -> dict[str, Tensor]:
+        return {"measure": -objective(logits, lesson.full, lesson.batch)}
+
+    full, own = sweep(model, graph, masks, task, figures, **settings)
+    rows = [one["measure"] for one in own]
+    return Measured(full["measure"], torch.stack(rows) if rows else torch.empty(0, len(task)))
+
+
+def check_origin(
+    model: Any, graph: EdgeGraph, metadata: Mapping[str, Any], what: str = "circuit"
+) -> None:
+    """Raise ValueError unless the graph, and where it matters the weights, are the model's."""
+    actual = EdgeGraph.from_model(
+        model, split_qkv=graph.split_qkv, split_embeddings=graph.split_embeddings
+    )
+    if graph != actual:
+        raise ValueError(
+            f"the {what} is for another model: its graph is {graph}, this model's is {actual}."
+        )
+    folded = metadata.get("folded")
+    kind = ablation_of(metadata)
+    if folded is not None and kind != "counterfactual" and folded != is_folded(model):
+        raise ValueError(
+            f"the {what} was found under {kind} ablation on a model with "
+            f"{'folded' if folded else 'unfolded'} norm weights, and this model's are not so: what "
+            "an ablated source leaves differs between the two. Load the model as it was then."
+        )
+
+
+def ablation_of(metadata: Mapping[str, Any]) -> str:
+    """The ablation that a circuit or scores were found under; counterfactual where none is told."""
+    return metadata.get("ablation", "counterfactual")
+
+
+def _lessons(
+    run: MaskedModel, task: Task, ablation: Any, batch_size: int
+) -> Iterator[tuple[Lesson, Tensor | None]]:
+    """Each batch with what to compare with, and the logits of no edges where they are known."""
+    device = run.sites.attention[0].output.device
+    fixed = None
+    if ablation != "counterfactual":
+        fixed = run.reference(ablation, prompts=task.corrupted)
+    for batch in task.batches(batch_size):
+        batch = batch.to(device)
+        full = full_logits(run, task, batch)
+        if fixed is not None:
+            yield Lesson(batch, full, fixed), None
+        else:
+            reference, logits = run.record(batch.corrupted)
+            yield Lesson(batch, full, reference), at_reads(logits, batch)
+
+
+def _logits(run: MaskedModel, mask: Tensor, lesson: Lesson, nothing: Tensor | None) -> Tensor:
+    if nothing is not None and not bool(mask.any()):
+        return nothing
+    batch = lesson.batch
+    return run(batch.clean, mask.to(lesson.full.device), lesson.reference, batch.positions)
+
+
+class _Collected:
+    """Figures of batch after batch, to be put into the task's order."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, list[Tensor]] = {}
+        self._pairs: list[Tensor] = []
+
+    def add(self, figures: Mapping[str, Tensor], lesson: Lesson) -> None:
+        self._pairs.append(lesson.batch.indices.cpu())
+        for name, values in figures.items():
+            self._parts.setdefault(name, []).append(values.double().cpu())
+
+    def in_order(self) -> PairFigures:
+        order = torch.cat(self._pairs).argsort()
+        return {name: torch.cat(parts)[order] for name, parts in self._parts.items()}
