@@ -5,6 +5,8 @@ Bhaskar, Wettig, Friedman and Chen, "Finding Transformer Circuits with Edge Prun
 
 from tl_edgeprune import models, tasks
 from tl_edgeprune.circuit import Circuit
+from tl_edgeprune.compare import compare
+from tl_edgeprune.comparison import Comparison
 from tl_edgeprune.evaluate import Evaluation, evaluate
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.masked import masked
@@ -18,6 +20,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Circuit",
+    "Comparison",
     "EdgeGraph",
     "EdgePruner",
     "EdgeScores",
@@ -27,6 +30,7 @@ __all__ = [
     "Optimizer",
     "PruneResult",
     "Task",
+    "compare",
     "discover",
     "evaluate",
     "masked",
