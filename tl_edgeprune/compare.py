@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
-from tl_edgeprune import checkpoints
 from tl_edgeprune.circuit import Circuit, check_budget
 from tl_edgeprune.comparison import FIGURES, Comparison, Row
 from tl_edgeprune.comparison_folder import Folder, Found, Run
@@ -252,13 +251,8 @@ def _discover(
 ) -> tuple[Found, Cost]:
     arguments, before = _arguments(run, plan, progress), 0.0
     if folder is not None:
-        folder.begin(run)
-        if run.method == EDGE_PRUNING:
-            checkpoint = folder.file(run, "checkpoint")
-            arguments |= {"checkpoint": checkpoint}
-            if checkpoint.is_file():
-                arguments |= {"resume": checkpoint}
-                before = float(checkpoints.load(checkpoint)[2]["seconds"])
+        before = folder.begin(run)
+        arguments |= _checkpoint(run, folder.file(run, "checkpoint"))
     device = arguments.get("device") or next(iter(model.parameters())).device
     with measured(device) as cost:
         found = registry.discover(model, plan.train, run.method, **arguments)
@@ -268,6 +262,14 @@ def _discover(
     if folder is not None:
         folder.write(run, found, cost, None)
     return found, cost
+
+
+def _checkpoint(run: Run, file: Path) -> dict[str, Any]:
+    """Settings that make a method save its state, and go on from it, where it can."""
+    if run.method == EDGE_PRUNING:
+        return {"checkpoint": file} | ({"resume": file} if file.is_file() else {})
+    known = inspect.signature(registry.METHODS[run.method]).parameters
+    return {"checkpoint": file} if "checkpoint" in known else {}
 
 
 def _circuits(found: Found, run: Run, plan: _Plan) -> list[Circuit]:

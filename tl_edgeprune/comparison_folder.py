@@ -7,6 +7,8 @@ A run's files have its name: a note (.json) with what the run is and its figures
 from __future__ import annotations
 
 import json
+import math
+import time
 from collections.abc import Mapping
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -72,9 +74,22 @@ class Folder:
                         "or remove the file."
                     )
 
-    def begin(self, run: Run) -> None:
-        """Say which run this is, for one that comes after it was killed."""
-        self._write_note(run, {"cost": None, "found": None, "figures": None})
+    def begin(self, run: Run) -> float:
+        """Say which run starts, for one that comes after it was killed.
+
+        Gives the seconds that runs which were killed have put into the checkpoint that is there;
+        0 without one. A checkpoint that no note tells of is removed.
+        """
+        checkpoint, spent = self.file(run, "checkpoint"), 0.0
+        if not self.file(run, "json").is_file():
+            checkpoint.unlink(missing_ok=True)
+        if checkpoint.is_file():
+            note = self._note(run)
+            saved = max(0.0, checkpoint.stat().st_mtime - note.get("began", math.inf))
+            spent = note.get("spent", 0.0) + saved
+        nothing = {"cost": None, "found": None, "figures": None}
+        self._write_note(run, nothing | {"began": time.time(), "spent": spent})
+        return spent
 
     def write(self, run: Run, found: Found, cost: Cost, figures: list[Evaluation] | None) -> None:
         kind = "circuit" if isinstance(found, Circuit) else "scores"

@@ -14,8 +14,9 @@ from tl_edgeprune.report.figures import FAINT, INK, MUTED, saved_figure
 
 # Okabe and Ito's colours, which stay apart for the colour-blind; with markers, apart in grey too.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c6d31")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+MARKERS = ("o", "s", "^", "D", "v", "<", ">", "*")
 NAMES = {"kl": "KL to the full model (nats)", "mse": "Mean squared error"}
+_DOTTED: dict[str, Any] = {"linewidth": 1.1, "linestyle": ":"}
 DECADES = 6  # what is this many powers of ten below a panel's largest value counts as 0
 
 
@@ -68,25 +69,32 @@ def _check(table: Any, measure: str) -> None:
 
 
 def _plot(axes: Axes, table: Any, x: str, y: str) -> None:
+    titles = NAMES | {"faithfulness": "Faithfulness", "exact_match": "Exact match"}
+    axes.set_ylabel(titles[y], color=INK)
+    axes.set_xlabel("Edges kept" if x == "n_edges" else "Seconds of the run (larger: more edges)")
+    if table[y].isna().all():
+        axes.set(xticks=[], yticks=[])
+        axes.text(0.5, 0.5, "not for this task", color=MUTED, ha="center", transform=axes.transAxes)
+        return
     distance = y in NAMES
     floor = _floor(table[y]) if distance else -math.inf
     for place, (method, rows) in enumerate(table.groupby("method", sort=False)):
         rows = rows.sort_values("n_edges")
         values = [max(value, floor) for value in rows[y].tolist()]
-        axes.plot(
-            rows[x].tolist(),
-            values,
-            label=str(method),
-            color=COLORS[place % len(COLORS)],
-            marker=MARKERS[place % len(MARKERS)],
-            linestyle="-" if x == "n_edges" else ":",
-            markersize=6.5,
-            markeredgecolor="white",
-            markeredgewidth=0.7,
-            linewidth=1.8 if x == "n_edges" else 1.1,
-            zorder=3,
-        )
-    _log(axes, "x", table[x].tolist())
+        color, marker = COLORS[place % len(COLORS)], MARKERS[place % len(MARKERS)]
+        style: dict[str, Any] = {"color": color, "zorder": 3}
+        style |= {"linewidth": 1.8} if x == "n_edges" else _DOTTED
+        axes.plot(rows[x].tolist(), values, **style)
+        edges = rows["n_edges"].tolist()
+        sizes = 46.0 if x == "n_edges" else [_area(count, table["n_edges"]) for count in edges]
+        marks: dict[str, Any] = {
+            "marker": marker,
+            "color": color,
+            "edgecolor": "white",
+            "linewidth": 0.7,
+        }
+        axes.scatter(rows[x].tolist(), values, s=sizes, label=str(method), zorder=4, **marks)
+    _log(axes, "x", table[x].astype(float).tolist())
     if distance:
         _log(axes, "y", [max(value, floor) for value in table[y].tolist()], floor)
     elif y == "exact_match":
@@ -94,10 +102,12 @@ def _plot(axes: Axes, table: Any, x: str, y: str) -> None:
         axes.set_ylim(-0.04, 1.04)
     if y == "faithfulness":
         axes.axhline(1, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-    axes.set_xlabel("Edges kept" if x == "n_edges" else "Seconds to find the circuits")
-    titles = NAMES | {"faithfulness": "Faithfulness", "exact_match": "Exact match"}
-    axes.set_ylabel(titles[y])
-    axes.yaxis.label.set_color(INK)
+
+
+def _area(edges: int, all_edges: Any) -> float:
+    """A mark's area in square points, from 24 for the smallest circuit to 120 for the largest."""
+    low, high = (math.log(max(1, count)) for count in (all_edges.min(), all_edges.max()))
+    return 24 + 96 * (math.log(max(1, edges)) - low) / max(high - low, 1e-9)
 
 
 def _floor(values: Any) -> float:
