@@ -13,6 +13,8 @@ from tl_edgeprune.circuit_tests import (
     independence_test,
     minimality_test,
 )
+from tl_edgeprune.compare import compare
+from tl_edgeprune.comparison import Comparison
 from tl_edgeprune.evaluate import Evaluation, evaluate
 from tl_edgeprune.faithfulness import FaithfulnessCurve, faithfulness_curve, mib_faithfulness
 from tl_edgeprune.graph import EdgeGraph
@@ -30,6 +32,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Circuit",
+    "Comparison",
     "Completeness",
     "EdgeGraph",
     "EdgePruner",
@@ -47,6 +50,7 @@ __all__ = [
     "Roc",
     "Stability",
     "Task",
+    "compare",
     "completeness",
     "discover",
     "equivalence_test",

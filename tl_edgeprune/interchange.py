@@ -434,7 +434,7 @@ def _table_of_pt(path: str | os.PathLike[str], document: Any, graph: EdgeGraph) 
             raise ValueError(f"{path} is damaged: {key} is {found}, expected a tensor {shape}.")
         tensors.append(tensor)
     neurons = document.get("neurons_in_graph")
-    _check_neurons(path, [] if neurons is None else [neurons.tolist()])
+    _check_neurons(path, neurons.tolist() if isinstance(neurons, Tensor) else [])
     real = real_edges(graph)  # EAP-IG marks cells that are no edges too, when it keeps whole nodes
     return Table(torch.where(real, tensors[0].float(), 0.0), tensors[1].bool() & real)
 

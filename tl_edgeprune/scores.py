@@ -183,7 +183,8 @@ def _from_the_logits(graph: EdgeGraph, scores: list[float], k: int) -> list[int]
     logits = len(graph.destinations) - 1
     heap = [(-scores[edge], edge) for edge in incoming[logits]]
     heapq.heapify(heap)
-    reached, chosen = {logits}, []
+    reached = {logits}
+    chosen: list[int] = []
     while heap and len(chosen) < k:
         _, edge = heapq.heappop(heap)
         chosen.append(edge)

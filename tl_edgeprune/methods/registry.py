@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from tl_edgeprune.circuit import Circuit
 from tl_edgeprune.methods.clean_corrupted import clean_corrupted
 from tl_edgeprune.methods.eap import eap
 from tl_edgeprune.methods.eap_graddrop import eap_graddrop
@@ -22,7 +23,7 @@ from tl_edgeprune.methods.ugs import ugs
 from tl_edgeprune.scores import EdgeScores
 from tl_edgeprune.tasks.task import Task
 
-METHODS: dict[str, Callable[..., EdgeScores]] = {
+METHODS: dict[str, Callable[..., EdgeScores | Circuit]] = {
     "edge-pruning": edge_pruning,
     "eap": eap,
     "eap-ig": eap_ig,
@@ -40,8 +41,10 @@ METHODS: dict[str, Callable[..., EdgeScores]] = {
 }
 
 
-def discover(model: Any, task: Task, method: str = "edge-pruning", **settings: Any) -> EdgeScores:
-    """Score every edge of a model for a task.
+def discover(
+    model: Any, task: Task, method: str = "edge-pruning", **settings: Any
+) -> EdgeScores | Circuit:
+    """Score every edge of a model for a task; a method that chooses the size gives a circuit.
 
     Args:
         method: a name in `METHODS`.

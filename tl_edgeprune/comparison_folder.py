@@ -1,0 +1,175 @@
+"""A comparison on disk: what each run found and its figures, so that a killed one goes on.
+
+A run's files have its name: a note (.json) with what the run is and its figures, and the scores
+(.safetensors) or the circuit (.circuit.json). Every file is written whole, and the note last.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from tl_edgeprune import checkpoints
+from tl_edgeprune.circuit import Circuit, versions
+from tl_edgeprune.evaluate import Evaluation
+from tl_edgeprune.files import write_whole
+from tl_edgeprune.hooks import all_parameters
+from tl_edgeprune.measure import Cost
+from tl_edgeprune.scores import EdgeScores
+from tl_edgeprune.tasks.task import Task
+
+FORMAT = 1
+KIND = "tl_edgeprune comparison"
+Found = EdgeScores | Circuit
+
+
+class Run(NamedTuple):
+    """One call of a method, and the sizes to take from what it gives."""
+
+    name: str  # of its files
+    method: str
+    settings: dict[str, Any]
+    sizes: tuple[int, ...]
+
+
+class Folder:
+    """A comparison's results on disk: for each run a note of JSON and what it found.
+
+    The note is written last, so a run without a finished note is made again.
+    """
+
+    def __init__(self, path: Path, model: Any, train: Task, held_out: Task, **shared: Any) -> None:
+        self.path = path
+        self.shared = {
+            "format": FORMAT,
+            "model": _model_digest(model),
+            "train": _task_digest(train),
+            "held_out": _task_digest(held_out),
+            **shared,
+        }
+
+    def file(self, run: Run, ending: str) -> Path:
+        return self.path / f"{run.name}.{ending}"
+
+    def check(self, runs: list[Run]) -> None:
+        """Raise ValueError where a run's note is of another comparison."""
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"compare: path={str(self.path)!r} is a file, expected a folder.")
+        for run in runs:
+            if not self.file(run, "json").is_file():
+                continue
+            note = self._note(run)
+            for key, value in self._identity(run).items():
+                if note["identity"].get(key) != value:
+                    raise ValueError(
+                        f"{self.file(run, 'json')} is of another comparison: its {key} is "
+                        f"{note['identity'].get(key)!r}, here it is {value!r}. Give another path, "
+                        "or remove the file."
+                    )
+
+    def begin(self, run: Run) -> float:
+        """Say which run starts, for one that comes after it was killed.
+
+        Gives the seconds that runs which were killed have put into the checkpoint that is there;
+        0 without one. A checkpoint that no note tells of is removed.
+        """
+        checkpoint, spent = self.file(run, "checkpoint"), 0.0
+        if not self.file(run, "json").is_file():
+            checkpoint.unlink(missing_ok=True)
+        if checkpoint.is_file():
+            note = self._note(run)
+            saved = max(0.0, checkpoint.stat().st_mtime - note.get("began", math.inf))
+            spent = note.get("spent", 0.0) + saved
+        nothing = {"cost": None, "found": None, "figures": None}
+        self._write_note(run, nothing | {"began": time.time(), "spent": spent})
+        return spent
+
+    def write(self, run: Run, found: Found, cost: Cost, figures: list[Evaluation] | None) -> None:
+        kind = "circuit" if isinstance(found, Circuit) else "scores"
+        found.save(self.file(run, "circuit.json" if kind == "circuit" else "safetensors"))
+        rows = None if figures is None else [evaluation.to_dict() for evaluation in figures]
+        self._write_note(run, {"cost": vars(cost), "found": kind, "figures": rows})
+        self.file(run, "checkpoint").unlink(missing_ok=True)
+
+    def read(self, run: Run) -> tuple[Found, Cost, list[Evaluation] | None] | None:
+        """What is there of a run; None where it did not finish."""
+        if not self.file(run, "json").is_file():
+            return None
+        note = self._note(run)
+        if note["found"] is None:
+            return None
+        found: Found
+        if note["found"] == "circuit":
+            found = Circuit.load(self.file(run, "circuit.json"))
+        else:
+            found = EdgeScores.load(self.file(run, "safetensors"))
+        figures = note["figures"]
+        if figures is not None:
+            figures = [Evaluation(**evaluation) for evaluation in figures]
+        return found, Cost(**note["cost"]), figures
+
+    def _identity(self, run: Run) -> dict[str, Any]:
+        identity = self.shared | {"method": run.method, "settings": _plain(run.settings)}
+        return json.loads(json.dumps(identity))
+
+    def _write_note(self, run: Run, fields: dict[str, Any]) -> None:
+        note = {"kind": KIND, "identity": self._identity(run), **fields, "versions": versions()}
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_whole(self.file(run, "json"), json.dumps(note, indent=1).encode())
+
+    def _note(self, run: Run) -> dict[str, Any]:
+        path = self.file(run, "json")
+        try:
+            note = json.loads(path.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(
+                f"{path} is damaged: it is not valid JSON ({error}). Remove it, and the method "
+                "runs again."
+            ) from None
+        wanted = {"kind", "identity", "cost", "found", "figures"}
+        if not isinstance(note, dict) or note.get("kind") != KIND or wanted - set(note):
+            raise ValueError(
+                f"{path} is no result of compare: give another path, or remove the file."
+            )
+        return note
+
+
+def _task_digest(task: Task) -> str:
+    tokens = [
+        [t.tolist() for t in getattr(task, name)]
+        for name in ("clean", "corrupted", "positions", "answers", "distractors")
+    ]
+    return checkpoints.digest([tokens, task.objective, task.prepend_bos])
+
+
+def _model_digest(model: Any) -> str:
+    """Of up to 16 values of each parameter, exactly: another fine-tuning is another model."""
+    values = []
+    for parameter in all_parameters(model):
+        flat = parameter.detach().flatten()
+        values.append(flat[:: max(1, len(flat) // 16)][:16].double().tolist())
+    return checkpoints.digest(values)
+
+
+def _plain(value: Any) -> Any:
+    """A setting as JSON that is the same for the same setting."""
+    if isinstance(value, EdgeScores):
+        value = [value.graph.to_dict(), value.tensor, value.by_magnitude]
+    if isinstance(value, Tensor):
+        return {"tensor": checkpoints.digest(value.detach().cpu().double().tolist())}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if is_dataclass(value) and not isinstance(value, type):
+        return {"kind": type(value).__name__, **_plain(vars(value))}
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    return getattr(value, "__qualname__", None) or str(value)

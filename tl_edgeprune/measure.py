@@ -1,0 +1,117 @@
+"""What a piece of work costs: wall time, and peak memory above what there was at the start.
+
+On a GPU memory is what torch has allocated there. Else it is the process's resident size, sampled
+by a thread; work that reuses memory which an earlier one left to the process looks cheaper than in
+a process of its own, so what can be given back to the system is given back before the start.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+INTERVAL = 0.01  # seconds between two samples
+
+
+@dataclass
+class Cost:
+    """seconds: wall time; peak_mb: in 10^6 bytes, None where the system does not tell."""
+
+    seconds: float = 0.0
+    peak_mb: float | None = None
+
+
+@contextmanager
+def measured(device: torch.device | str = "cpu") -> Iterator[Cost]:
+    """The cost of the block on this device, filled in when it ends."""
+    cost = Cost()
+    _give_back()
+    memory = _Allocated(device) if torch.device(device).type == "cuda" else _Resident()
+    started = time.perf_counter()
+    try:
+        yield cost
+    finally:
+        cost.seconds = time.perf_counter() - started
+        peak = memory.stop()
+        cost.peak_mb = None if peak is None else max(0, peak) / 1e6
+
+
+class _Allocated:
+    """Peak of torch's memory on a GPU, in bytes above the start."""
+
+    def __init__(self, device: torch.device | str) -> None:
+        self.device = device
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        self.before = torch.cuda.memory_allocated(device)
+
+    def stop(self) -> int:
+        torch.cuda.synchronize(self.device)
+        return torch.cuda.max_memory_allocated(self.device) - self.before
+
+
+class _Resident:
+    """Peak of the process's resident size, in bytes above the start.
+
+    Without psutil it is how much the process's own record rose, which is 0 where an earlier peak
+    was higher; None on systems that keep no record.
+    """
+
+    def __init__(self) -> None:
+        self.process = _process()
+        self.before = self.peak = self._now()
+        self.done = threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+        if self.process is not None:
+            self.thread.start()
+
+    def stop(self) -> int | None:
+        self.done.set()
+        if self.process is not None:
+            self.thread.join()
+        now = self._now()
+        if self.before is None or self.peak is None or now is None:
+            return None
+        return max(self.peak, now) - self.before
+
+    def _watch(self) -> None:
+        while not self.done.wait(INTERVAL):
+            self.peak = max(self.peak or 0, self._now() or 0)
+
+    def _now(self) -> int | None:
+        return self.process.memory_info().rss if self.process is not None else _recorded_peak()
+
+
+def _process() -> Any:
+    try:
+        import psutil
+    except ImportError:
+        return None
+    return psutil.Process()
+
+
+def _recorded_peak() -> int | None:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _give_back() -> None:
+    """Return memory that nothing uses any more to the system, where the C library can."""
+    gc.collect()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc alone has it
+        if trim is not None:
+            trim(0)
