@@ -15,14 +15,17 @@ from tl_edgeprune.circuit_tests import (
 )
 from tl_edgeprune.compare import compare
 from tl_edgeprune.comparison import Comparison
+from tl_edgeprune.constants import Constants
 from tl_edgeprune.evaluate import Evaluation, evaluate
 from tl_edgeprune.faithfulness import FaithfulnessCurve, faithfulness_curve, mib_faithfulness
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.knockouts import Completeness, Minimality, completeness, minimality
 from tl_edgeprune.masked import masked
-from tl_edgeprune.masks import ExactBudget, Lagrangian
+from tl_edgeprune.masks import ExactBudget, Lagrangian, Penalty
 from tl_edgeprune.methods.registry import discover
+from tl_edgeprune.optimal_ablation import optimal_constants
 from tl_edgeprune.pruner import EdgePruner, Optimizer, PruneResult
+from tl_edgeprune.regularisers import Attachment
 from tl_edgeprune.roc import Roc, precision_recall, roc
 from tl_edgeprune.scores import EdgeScores
 from tl_edgeprune.stability import Stability, stability
@@ -31,9 +34,11 @@ from tl_edgeprune.tasks import Task
 __version__ = "0.1.0"
 
 __all__ = [
+    "Attachment",
     "Circuit",
     "Comparison",
     "Completeness",
+    "Constants",
     "EdgeGraph",
     "EdgePruner",
     "EdgeScores",
@@ -46,6 +51,7 @@ __all__ = [
     "Minimality",
     "MinimalityTest",
     "Optimizer",
+    "Penalty",
     "PruneResult",
     "Roc",
     "Stability",
@@ -62,6 +68,7 @@ __all__ = [
     "minimality",
     "minimality_test",
     "models",
+    "optimal_constants",
     "precision_recall",
     "roc",
     "stability",

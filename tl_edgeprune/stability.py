@@ -20,7 +20,6 @@ from torch import Tensor
 from tl_edgeprune.circuit import Circuit, check_budget
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.methods import registry
-from tl_edgeprune.methods.edge_pruning import edge_pruning
 from tl_edgeprune.pruner import EdgePruner
 from tl_edgeprune.tasks.task import Task
 
@@ -74,12 +73,11 @@ def stability(
     """Circuits of `size` edges from repeated runs of a method.
 
     Args:
-        size: edges of every circuit.
+        size: edges of every circuit; ACDC's have the sizes that it chooses.
         seeds: a run for each, where the method takes a seed.
         bootstraps: resamples of the task's pairs (as many, drawn with replacement, the same for
             every seed); 0 runs on the task as it is. A method without a seed runs once on each.
-        absolute: rank edges by magnitude; by default so but for Edge Pruning, whose log alphas
-            are ranked as they are.
+        absolute: rank edges by magnitude; None for what fits the method's scores.
         settings: the method's own.
 
     Raises ValueError for fewer than two runs, as of a deterministic method without bootstraps, an
@@ -91,13 +89,12 @@ def stability(
     if len(runs) < 2:
         _refuse(method, every_seed)
     check_budget(size, settings.get("graph") or EdgeGraph.from_model(model))
-    by_magnitude = method != "edge-pruning" if absolute is None else absolute
     circuits = []
     for seed, resample in runs:
         pairs = task if resample is None else bootstrap(task, resample)
         own = settings if seed is None else settings | {"seed": seed}
-        scores = registry.discover(model, pairs, method=method, **own)
-        circuits.append(scores.top(size, absolute=by_magnitude))
+        found = registry.discover(model, pairs, method=method, **own)
+        circuits.append(found if isinstance(found, Circuit) else found.top(size, absolute=absolute))
     return Stability(tuple(circuits), runs)
 
 
@@ -112,7 +109,7 @@ def takes_seed(method: str) -> bool:
         known = ", ".join(registry.METHODS)
         raise ValueError(f"unknown method {method!r}: expected one of {known}.")
     function: Callable[..., Any] = registry.METHODS[method]
-    settings = EdgePruner if function is edge_pruning else function
+    settings = EdgePruner if method in registry.TRAINED else function
     return "seed" in inspect.signature(settings).parameters
 
 

@@ -39,6 +39,8 @@ METHODS: dict[str, Callable[..., EdgeScores | Circuit]] = {
     "subspace-nodes": subspace_nodes,
     "random": random_scores,
 }
+# Their further settings are EdgePruner's.
+TRAINED = ("edge-pruning", "ugs", "subnetwork-probing")
 
 
 def discover(
