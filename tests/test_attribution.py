@@ -81,3 +81,63 @@ def test_eap_refuses_an_objective_without_a_gradient(objective: str | None) -> N
     task = tasks.load("tracr-xproportion", model, 8)
     with pytest.raises(ValueError, match="gradient there is zero"):
         discover(model, task, method="eap", objective=objective)
+
+
+@pytest.mark.parametrize("name", ["bridge-llama-gqa", "bridge-pythia"])
+def test_relevance_is_eaps_gradient_through_modules_that_follow_the_rules(name: str) -> None:
+    """Norms with a detached scale and activations as x * constant, put into the model itself."""
+    model = zoo.build(name)
+    task = zoo.pairs(model, 2)
+    scores = discover(model, task, "relp")
+    before = model(task.clean[0][None])
+    _follow_rules(model)
+    torch.testing.assert_close(model(task.clean[0][None]), before, atol=1e-4, rtol=1e-4)
+    expected = torch.zeros(scores.graph.n_edges)
+    for clean, corrupted in zip(task.clean, task.corrupted, strict=True):
+        mask = {e: torch.ones((), requires_grad=True) for e in scores.graph.edges}
+        replacement = {k: v.detach() for k, v in bf.source_outputs(model, corrupted[None]).items()}
+        logits = bf.masked_logits(model, clean[None], mask, replacement)[0, -1]
+        (logits[3] - logits[5]).backward()
+        expected += torch.stack([z.grad for z in mask.values()]) / len(task)
+    torch.testing.assert_close(scores.tensor, expected, atol=2e-4, rtol=2e-3)
+
+
+def _follow_rules(model: Any) -> None:
+    """Change transformers' own modules: their forward passes stay, their gradients do not."""
+    for module in model.original_model.modules():
+        kind = type(module).__name__
+        if (
+            "Norm" in kind
+            and hasattr(module, "weight")
+            and not hasattr(module, "original_component")
+        ):
+            module.forward = _constant_division(module)
+        elif kind.endswith("MLP") and hasattr(module, "gate_proj"):
+            module.forward = _halved_gate(module)
+        elif "act" in getattr(module, "_modules", {}):
+            module.act.forward = _as_factor(module.act.forward)
+
+
+def _constant_division(norm: Any) -> Any:
+    centred = isinstance(norm, torch.nn.LayerNorm)
+    eps = norm.eps if centred else norm.variance_epsilon
+
+    def forward(x: Tensor) -> Tensor:
+        x = x - x.mean(-1, keepdim=True) if centred else x
+        y = x / (x.detach().square().mean(-1, keepdim=True) + eps).sqrt() * norm.weight
+        return y + norm.bias if centred else y
+
+    return forward
+
+
+def _as_factor(function: Any) -> Any:
+    return lambda x: x * (function(x) / x).detach()
+
+
+def _halved_gate(mlp: Any) -> Any:
+    def forward(x: Tensor) -> Tensor:
+        gate, up = _as_factor(mlp.act_fn)(mlp.gate_proj(x)), mlp.up_proj(x)
+        halved = 0.5 * (gate * up.detach() + gate.detach() * up)
+        return mlp.down_proj(halved)
+
+    return forward

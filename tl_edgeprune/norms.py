@@ -8,6 +8,7 @@ numerics (its weight, its epsilon, the precision it computes in).
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -34,9 +35,9 @@ def norm_function(module: Any) -> Norm:
         return _bridge_norm(module, original)
     name = type(module).__name__
     if name in ("LayerNorm", "LayerNormPre"):
-        return _layer_norm(getattr(module, "w", None), getattr(module, "b", None), module.eps)
+        return LayerNorm(getattr(module, "w", None), getattr(module, "b", None), module.eps)
     if name in ("RMSNorm", "RMSNormPre"):
-        return _rms_norm(getattr(module, "w", None), module.eps, float32=False)
+        return RMSNorm(getattr(module, "w", None), module.eps, float32=False)
     return cast(Norm, module)
 
 
@@ -51,7 +52,7 @@ def _bridge_norm(module: Any, original: Any) -> Norm:
     )
     if isinstance(original, torch.nn.LayerNorm):
         eps = original.eps if wrapped else module.config.eps
-        return _layer_norm(original.weight, original.bias, eps)
+        return LayerNorm(original.weight, original.bias, eps)
     if not wrapped:
         return _bridge_formula(module)
     if "RMSNorm" not in type(original).__name__ or not hasattr(original, "weight"):
@@ -60,7 +61,7 @@ def _bridge_norm(module: Any, original: Any) -> Norm:
     if not isinstance(eps, float):
         return cast(Norm, original)
     weight = original.weight + 1.0 if weight_is_offset(module) else original.weight
-    return _rms_norm(weight, eps, float32=True)
+    return RMSNorm(weight, eps, float32=True)
 
 
 def _bridge_formula(module: Any) -> Norm:
@@ -70,9 +71,9 @@ def _bridge_formula(module: Any) -> Norm:
     if weight is not None and weight_is_offset(module):
         weight = weight + 1.0
     if _is_rms(module):
-        return _rms_norm(weight, module.config.eps, float32=False)
+        return RMSNorm(weight, module.config.eps, float32=False)
     bias = None if free else getattr(module.original_component, "bias", None)
-    return _layer_norm(weight, bias, module.config.eps)
+    return LayerNorm(weight, bias, module.config.eps)
 
 
 def weight_is_offset(module: Any) -> bool:
@@ -88,19 +89,41 @@ def _is_rms(module: Any) -> bool:
     return bool(getattr(module.config, "uses_rms_norm", False) if rms is None else rms)
 
 
-def _layer_norm(weight: Tensor | None, bias: Tensor | None, eps: float) -> Norm:
-    def layer_norm(x: Tensor) -> Tensor:
-        return torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
+@dataclass(frozen=True)
+class LayerNorm:
+    """(x - mean) / sqrt(var + eps) * weight + bias."""
 
-    return layer_norm
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+
+    def frozen(self, x: Tensor) -> Tensor:
+        """The same, with the division by the deviation as a constant for the gradient."""
+        centred = x - x.mean(-1, keepdim=True)
+        y = centred * inverse_rms(centred.detach(), self.eps)
+        y = y if self.weight is None else y * self.weight
+        return y if self.bias is None else y + self.bias
 
 
-def _rms_norm(weight: Tensor | None, eps: float, *, float32: bool) -> Norm:
-    def rms_norm(x: Tensor) -> Tensor:
-        compute = torch.float32 if float32 or x.dtype in HALF else x.dtype
-        return _RMSNorm.apply(x, weight, eps, compute)
+@dataclass(frozen=True)
+class RMSNorm:
+    """x / sqrt(mean of squares + eps) * weight, in float32 where it is asked for."""
 
-    return rms_norm
+    weight: Tensor | None
+    eps: float
+    float32: bool
+
+    def __call__(self, x: Tensor) -> Tensor:
+        compute = torch.float32 if self.float32 or x.dtype in HALF else x.dtype
+        return _RMSNorm.apply(x, self.weight, self.eps, compute)
+
+    def frozen(self, x: Tensor) -> Tensor:
+        """The same, with the division by the root mean square as a constant for the gradient."""
+        y = x * inverse_rms(x.detach().float(), self.eps).to(x.dtype)
+        return y if self.weight is None else y * self.weight
 
 
 def inverse_rms(x: Float[Tensor, "... d"], eps: float) -> Float[Tensor, "... 1"]:

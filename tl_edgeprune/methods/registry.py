@@ -17,6 +17,7 @@ from tl_edgeprune.methods.hisp import hisp
 from tl_edgeprune.methods.ifr import ifr
 from tl_edgeprune.methods.mask_ig import mask_ig
 from tl_edgeprune.methods.random_scores import random_scores
+from tl_edgeprune.methods.relp import relp
 from tl_edgeprune.methods.subnetwork_probing import subnetwork_probing
 from tl_edgeprune.methods.subspace_nodes import subspace_nodes
 from tl_edgeprune.methods.ugs import ugs
@@ -35,6 +36,7 @@ METHODS: dict[str, Callable[..., EdgeScores | Circuit]] = {
     "hisp": hisp,
     "ifr": ifr,
     "eap-graddrop": eap_graddrop,
+    "relp": relp,
     "greedy-output": greedy_output,
     "subspace-nodes": subspace_nodes,
     "random": random_scores,
