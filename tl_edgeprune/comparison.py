@@ -47,11 +47,14 @@ class Comparison:
         numbers = {name: float for name in COLUMNS[2:] if name not in ("n_edges", "n_alive")}
         return table.astype({"size": "Int64"} | numbers)
 
-    def plot(self, path: str | os.PathLike[str], *, title: str | None = None) -> None:
+    def plot(
+        self, path: str | os.PathLike[str], *, title: str | None = None, dpi: int = 200
+    ) -> None:
         """Draw the figures against size and time: see `report.plot_comparison`."""
         from tl_edgeprune.report import plot_comparison
 
-        plot_comparison(self.table, path, measure=self.measure, title=title or self.title or None)
+        title = title or self.title or None
+        plot_comparison(self.table, path, measure=self.measure, title=title, dpi=dpi)
 
     def __repr__(self) -> str:
         head = f"Comparison({self.title})" if self.title else "Comparison"

@@ -26,6 +26,7 @@ def plot_comparison(
     *,
     measure: str = "kl",
     title: str | None = None,
+    dpi: int = 200,
 ) -> None:
     """Draw a comparison's table in four panels, and write it to `path` (.png, .svg or .pdf).
 
@@ -37,6 +38,7 @@ def plot_comparison(
         table: a DataFrame such as `Comparison.table`.
         measure: the column that is the distance, "kl" or "mse".
         title: a line above the panels.
+        dpi: dots an inch, of a .png.
 
     Raises:
         ValueError: no rows, missing columns, or another measure.
@@ -44,7 +46,7 @@ def plot_comparison(
     _check(table, measure)
     spots = [("n_edges", measure), ("n_edges", "faithfulness")]
     spots += [("seconds", measure), ("n_edges", "exact_match")]
-    with saved_figure(path, 9.6, 7.4) as figure:
+    with saved_figure(path, 9.6, 7.4, dpi) as figure:
         panels = figure.subplots(2, 2).flatten()
         for axes, (x, y) in zip(panels, spots, strict=True):
             _plot(axes, table, x, y)
