@@ -68,6 +68,7 @@ class WholeCuts:
         self.mask: Bool[Tensor, " edge"] = torch.ones(self.graph.n_edges, dtype=torch.bool)
         self.per_pair: Float[Tensor, " pair"] = torch.zeros(0)
         self._told: tuple[int, Tensor, Tensor] | None = None
+        self._alive: Tensor | None = None  # of the current mask
 
     @property
     def value(self) -> float:
@@ -77,7 +78,7 @@ class WholeCuts:
     @torch.no_grad()
     def set(self, mask: Bool[Tensor, " edge"]) -> None:
         """Start from this mask: one whole run."""
-        self.mask, self._told = mask.detach().cpu().clone(), None
+        self.mask, self._told, self._alive = mask.detach().cpu().clone(), None, None
         self.runs += 1
         self.per_pair = self._cat([self._start(lesson) for lesson in self.lessons])
 
@@ -117,10 +118,13 @@ class WholeCuts:
     def drop(self, edges: Int[Tensor, " dropped"]) -> None:
         """Remove edges that carry nothing to the logits: no run is needed."""
         self.mask[edges] = False
+        self._alive = None
 
     def alive(self) -> Bool[Tensor, " source"]:
         """Which sources lead to the logits by kept edges."""
-        return lead_to_logits(self.graph, self.mask)
+        if self._alive is None:
+            self._alive = lead_to_logits(self.graph, self.mask)
+        return self._alive
 
     def candidates(self, place: int) -> int:
         """How many candidates of a read to ask for at once."""
@@ -143,6 +147,7 @@ class WholeCuts:
         """Nothing is kept between runs here."""
 
     def _remove(self, place: int, cut: Tensor) -> None:
+        self._alive = None
         self.mask[self.graph.reads[place].edges] &= ~cut.flatten()
 
     def _whole(self, lesson: Lesson, mask: Tensor) -> Float[Tensor, " pair"]:
@@ -246,7 +251,6 @@ class PartCuts(WholeCuts):
         self.blocks = Blocks(run)
         self._parts: list[_Part] = []
         self._changes: list[_Change] = []
-        self._alive = torch.ones(self.graph.n_sources, dtype=torch.bool)
         self._weights: list[Tensor] = []
         self._pool: list[Tensor] = []
 
@@ -475,8 +479,7 @@ class PartCuts(WholeCuts):
         self._changes = []
 
     def _refresh(self) -> None:
-        """The current mask as the blocks of its reads, and which sources lead to the logits."""
-        self._alive = self.alive()
+        """The current mask as the blocks of its reads."""
         dtype = self.run.sites.attention[0].output.dtype
         mask = self.mask.to(self.device, dtype)
         self._weights = [
@@ -491,19 +494,19 @@ class PartCuts(WholeCuts):
     def _matters(self, read: Read, destination: int) -> bool:
         """Whether what a destination reads can change the logits."""
         if read.kind == "mlp":
-            return bool(self._alive[self.graph.mlp_source(read.layer)])
+            return bool(self.alive()[self.graph.mlp_source(read.layer)])
         first = self.graph.first_head(read.layer)
         heads = [first + h for h in self._heads_of(destination)]
         if self.heads_interact:
             heads = list(range(first, first + self.graph.n_heads))
-        return bool(self._alive[heads].any())
+        return bool(self.alive()[heads].any())
 
     def _touched_heads(self, layer: int, touched: list[int]) -> list[int]:
         if self.heads_interact:
             return list(range(self.graph.n_heads))
         first = self.graph.first_head(layer)
         heads = {h for d in touched for h in self._heads_of(d)}
-        return sorted(h for h in heads if self._alive[first + h])
+        return sorted(h for h in heads if self.alive()[first + h])
 
     def _head_of(self, part: int, destination: int) -> int | None:
         """Which of the queries' (0), keys' (1) or values' (2) heads a destination is, if any."""
@@ -571,12 +574,12 @@ def lead_to_logits(
     alive = torch.zeros(graph.n_sources, dtype=torch.bool)
     for read in reversed(graph.reads):
         block = mask[read.edges].view(read.n_destinations, read.n_sources)
-        leads = torch.tensor([_leads(graph, read, row, alive) for row in range(len(block))])
+        leads = torch.tensor([leads_on(graph, read, row, alive) for row in range(len(block))])
         alive[: read.n_sources] |= (block & leads[:, None]).any(0)
     return alive
 
 
-def _leads(graph: EdgeGraph, read: Read, row: int, alive: Tensor) -> bool:
+def leads_on(graph: EdgeGraph, read: Read, row: int, alive: Tensor) -> bool:
     if read.kind == "logits":
         return True
     if read.kind == "mlp":
