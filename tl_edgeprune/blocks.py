@@ -14,7 +14,7 @@ from the run before it and is not in its call would be missed: `cuts.py` checks 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ class Blocks:
         self._blocks = list(run.model.blocks)
         self._calls: dict[tuple[int, int], list[Call]] = {}
         self._idle: list[Any] = []
+        self._projections = [_own_projections(block.attn) for block in self._blocks]
 
     def record(self, tokens: Int[Tensor, "batch pos"]) -> None:
         """Learn how the model calls its blocks for this shape of tokens."""
@@ -71,9 +72,7 @@ class Blocks:
             self._leave(layer, x, next(iter(self._calls.values()))[layer], half)
         return half.result()
 
-    def logits(
-        self, x: Float[Tensor, "batch read d_model"]
-    ) -> Float[Tensor, "batch read d_vocab"]:
+    def logits(self, x: Float[Tensor, "batch read d_model"]) -> Float[Tensor, "batch read d_vocab"]:
         """The logits where their destination reads x."""
         model = self.run.model
         norm = getattr(model, "ln_final", None)
@@ -83,7 +82,9 @@ class Blocks:
 
     def _leave(self, layer: int, x: Tensor, call: Call, half: Any) -> None:
         args, kwargs = call
-        with self.run.handled(half):
+        with self.run.handled(half), ExitStack() as undo:
+            for module, width in self._projections[layer] if half.projects else ():
+                undo.enter_context(_replaced(module, _zeros_of(width)))
             try:
                 if args:
                     self._blocks[layer](x, *args[1:], **kwargs)
@@ -98,6 +99,7 @@ class _Half:
     """What the hooks of one half block do; those that it has no part in do nothing."""
 
     name = ""
+    projects = False  # whether the block would project queries, keys and values for nothing
 
     def __init__(self) -> None:
         self._result: Tensor | None = None
@@ -122,7 +124,7 @@ class _Half:
 
 
 class _Attention(_Half):
-    name = "hook_z"
+    name, projects = "hook_z", True
 
     def __init__(self, parts: tuple[Tensor, Tensor, Tensor]) -> None:
         super().__init__()
@@ -208,16 +210,32 @@ def _emptied(output: Any) -> Any:
     return None
 
 
-@contextmanager
-def _standing_in(attention: Any, output: Any, x: Tensor) -> Iterator[None]:
+def _standing_in(attention: Any, output: Any, x: Tensor) -> AbstractContextManager[None]:
     """Attention that gives zeros of x's shape, in the form of `output`."""
     zeros = x.new_zeros(1).expand(x.shape)
     given = zeros if output is None else (zeros, *output[1:])
+    return _replaced(attention, lambda *_, **__: given)
 
-    def forward(*_: Any, **__: Any) -> Any:
-        return given
 
-    own: dict[str, Callable[..., Any]] = attention.__dict__
+def _own_projections(attention: Any) -> list[tuple[Any, int]]:
+    """A Bridge's linear maps behind hook_q, hook_k and hook_v, with their widths: what they give is
+    overwritten there, so that they need not run.
+    """
+    parts = [getattr(attention, "_modules", {}).get(name) for name in "qkv"]
+    linear = [getattr(part, "original_component", None) for part in parts]
+    if not all(isinstance(module, torch.nn.Linear) for module in linear):
+        return []
+    return [(module, int(module.out_features)) for module in linear if module is not None]
+
+
+def _zeros_of(width: int) -> Callable[[Tensor], Tensor]:
+    return lambda x: x.new_zeros(1).expand(*x.shape[:-1], width)
+
+
+@contextmanager
+def _replaced(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
+    """The module with another forward, in this context."""
+    own: dict[str, Callable[..., Any]] = module.__dict__
     before = own.get("forward")
     own["forward"] = forward
     try:

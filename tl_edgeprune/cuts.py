@@ -22,7 +22,7 @@ where a model's blocks cannot be run so, `find_cuts` gives the definition: the s
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,10 +32,12 @@ from torch import Tensor
 from tl_edgeprune.ablation import Reference
 from tl_edgeprune.blocks import Blocks
 from tl_edgeprune.graph import EdgeGraph, Read
+from tl_edgeprune.hooks import AttentionSite
 from tl_edgeprune.masked import MaskedModel, fitting
 from tl_edgeprune.objectives import Objective
 from tl_edgeprune.teacher import Lesson, Teacher
 
+_Inputs = Callable[[int], Tensor]  # candidate -> what destinations read, [dst, row, d_model]
 MAX_BYTES = 2**29
 MAX_CANDIDATES = 16
 MAX_LOGITS = 2**25
@@ -96,9 +98,7 @@ class WholeCuts:
         self._told = place, cuts, told
         return told
 
-    def values(
-        self, place: int, cuts: Bool[Tensor, "candidate destination source"]
-    ) -> list[float]:
+    def values(self, place: int, cuts: Bool[Tensor, "candidate destination source"]) -> list[float]:
         """The mean objective of each candidate."""
         return self.losses(place, cuts).mean(1).tolist()
 
@@ -294,7 +294,7 @@ class PartCuts(WholeCuts):
         self._refresh()
         change = _Change(part, 1, differences[:0])
         change.keep_read_rows(0)
-        return self._objective(change, self._mix_logits(change))[0]
+        return self._objective(change, self._mix(change, len(self.graph.reads) - 1, [0]))[0]
 
     def _losses(self, place: int, cuts: Tensor) -> Float[Tensor, "candidate pair"]:
         self._refresh()
@@ -310,14 +310,14 @@ class PartCuts(WholeCuts):
         kept = self._weights[place] * (~cuts).to(self._weights[place])
         if read.kind == "logits":
             change.keep_read_rows(0)
-            return self._objective(change, self._mix_cut(change, place, kept, [0])[0])
+            return self._objective(change, self._mix_cut(change, place, kept, [0]))
         touched = [d for d in self._changed(place, cuts) if self._matters(read, d)]
         if touched:
             self._enter(change, read, touched, self._mix_cut(change, place, kept, touched))
         for later in range(place + 1, len(self.graph.reads) - 1):
             self._pass_on(change, later)
         change.keep_read_rows(0)
-        return self._objective(change, self._mix_logits(change))
+        return self._objective(change, self._mix(change, len(self.graph.reads) - 1, [0]))
 
     def _pass_on(self, change: _Change, place: int) -> None:
         """A later read: what its touched destinations now read, and what they then write."""
@@ -332,17 +332,14 @@ class PartCuts(WholeCuts):
                 change.keep_read_rows(1)
             self._enter(change, read, touched, self._mix(change, place, touched))
 
-    def _enter(
-        self, change: _Change, read: Read, touched: list[int], x: Float[Tensor, "dst row d_model"]
-    ) -> None:
+    def _enter(self, change: _Change, read: Read, touched: list[int], x: _Inputs) -> None:
         if read.kind == "mlp":
             self._mlp(change, read.layer, x)
         else:
             self._attention(change, read, touched, x)
 
-    def _mlp(
-        self, change: _Change, layer: int, x: Float[Tensor, "dst row d_model"]
-    ) -> None:
+    def _mlp(self, change: _Change, layer: int, inputs: _Inputs) -> None:
+        x = torch.cat([inputs(candidate)[0] for candidate in range(change.candidates)])
         pairs = change.candidates * len(change.part.lesson.batch)
         self._record(change)
         y = self.blocks.mlp(layer, x.view(pairs, -1, x.shape[-1]))
@@ -352,17 +349,18 @@ class PartCuts(WholeCuts):
         shape = (change.candidates, -1, x.shape[-1])
         torch.sub(y.reshape(shape), reference, out=out.view(shape))
 
-    def _attention(
-        self, change: _Change, read: Read, touched: list[int], x: Float[Tensor, "dst row d_model"]
-    ) -> None:
+    def _attention(self, change: _Change, read: Read, touched: list[int], x: _Inputs) -> None:
         layer, site, part = read.layer, self.run.sites.attention[read.layer], change.part
         heads = self._touched_heads(layer, touched)
-        own = self._project(site, touched, x)  # destination -> [row, d_head] a part
-        rest = [d for d in self._inputs_of(heads) if d not in own]
+        q, k, v = parts = self._empty_parts(change, site)
+        rest = sorted(set(self._inputs_of(heads)) - set(touched))
         if rest:
-            own |= self._project(site, rest, self._mix_now(part, self._place(read), rest))
+            self._project(site, rest, self._mix_now(part, self._place(read), rest), parts)
+        for candidate in range(change.candidates):
+            own = [full[candidate][None] for full in parts]
+            self._project(site, touched, x(candidate), own)
         self._record(change)
-        z = self.blocks.attention(layer, *self._by_head(change, own))
+        z = self.blocks.attention(layer, q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))
         z = z.reshape(-1, *z.shape[2:])  # [candidate * row, head, d_head]
         reference = part.reference.z[layer].flatten(0, 1)
         if layer == self.graph.n_layers - 1:
@@ -372,73 +370,70 @@ class PartCuts(WholeCuts):
         z = z.flatten(0, 1)[:, heads].transpose(0, 1)
         first = self.graph.first_head(layer)
         out = change.add([first + head for head in heads])
-        torch.bmm(z, site.output[heads], out=out)
+        torch.bmm(z, _rows(site.output, heads), out=out)
         if site.gain is not None:
             out.mul_(site.gain)
 
+    def _empty_parts(
+        self, change: _Change, site: AttentionSite
+    ) -> list[Float[Tensor, "candidate pair pos head d_head"]]:
+        """Queries, keys and values of all candidates: zeros, as those that do not change stay."""
+        shape = (change.candidates, *change.part.lesson.batch.clean.shape)
+        return [w.new_zeros(*shape, w.shape[0], w.shape[2]) for w in site.weights]
+
     def _project(
-        self, site: object, destinations: list[int], x: Float[Tensor, "dst row d_model"]
-    ) -> dict[int, dict[int, Tensor]]:
-        """Each destination's queries, keys or values (all three of an unsplit head), by part."""
+        self,
+        site: AttentionSite,
+        destinations: list[int],
+        x: Float[Tensor, "dst row d_model"],
+        parts: list[Float[Tensor, "candidate pair pos head d_head"]],
+    ) -> None:
+        """Write the destinations' queries, keys or values (an unsplit head's three) into the parts,
+        the same for all their candidates.
+        """
         x = site.norm(x)
-        projected: dict[int, dict[int, Tensor]] = {d: {} for d in destinations}
-        for part, (weight, bias) in enumerate(zip(site.weights, site.biases, strict=True)):
-            mine = [(i, d, self._head_of(part, d)) for i, d in enumerate(destinations)]
-            mine = [(i, d, head) for i, d, head in mine if head is not None]
+        for part, (weight, bias, full) in enumerate(
+            zip(site.weights, site.biases, parts, strict=True)
+        ):
+            placed = enumerate(self._head_of(part, d) for d in destinations)
+            mine = [(i, head) for i, head in placed if head is not None]
             if not mine:
                 continue
-            rows, which, index = zip(*mine, strict=True)
-            inputs = x if len(rows) == len(x) else x[list(rows)]
-            values = torch.bmm(inputs, weight[list(index)])
+            first, heads = mine[0][0], [head for _, head in mine]  # one after another
+            values = torch.bmm(x[first : first + len(heads)], _rows(weight, heads))
             if bias is not None:
-                values += bias[list(index), None]
-            for destination, value in zip(which, values, strict=True):
-                projected[destination][part] = value
-        return projected
+                values += _rows(bias, heads)[:, None]
+            shape = (len(heads), *full.shape[1:3], full.shape[-1])
+            full[:, :, :, heads] = values.view(shape).permute(1, 2, 0, 3)  # [pair, pos, head, …]
 
-    def _by_head(
-        self, change: _Change, own: dict[int, dict[int, Tensor]]
-    ) -> list[Float[Tensor, "batch pos head d_head"]]:
-        """Queries, keys and values of all candidates; zeros for the heads that do not change."""
-        pairs, pos = change.part.lesson.batch.clean.shape
-        graph, shape = self.graph, (change.candidates, pairs, pos)
-        any_value = next(iter(next(iter(own.values())).values()))
-        parts = []
-        for part, heads in enumerate((graph.n_heads, graph.n_kv_heads, graph.n_kv_heads)):
-            full = any_value.new_zeros(*shape, heads, any_value.shape[-1])
-            for destination, values in own.items():
-                if part in values:
-                    value = values[part].view(-1, pairs, pos, full.shape[-1])
-                    full[:, :, :, self._head_of(part, destination)] = value
-            parts.append(full.flatten(0, 1))
-        return parts
+    # ------------------------------------------------------------------------------- the mixes
 
-    # ------------------------------------------------------------------------------------- the mixes
-
-    def _mix(
-        self, change: _Change, place: int, destinations: list[int]
-    ) -> Float[Tensor, "dst row d_model"]:
+    def _mix(self, change: _Change, place: int, destinations: list[int]) -> _Inputs:
         """What destinations read: unchanged sources' mix, the same for all, and changed ones'."""
         weights = self._weights[place][destinations]
-        n, c = weights.shape[1], change.candidates
-        seen = [i for i, s in enumerate(change.sources) if s < n]
-        changed = [change.sources[i] for i in seen]
+        n = weights.shape[1]
+        # Sources change in rising order, so those that a read sees come first.
+        changed = [source for source in change.sources if source < n]
         same = weights.clone()
         same[:, changed] = 0
         base = _product(same, change.base) + change.part.stream(place, change.last)
-        x = base[:, None].expand(-1, c, -1, -1).reshape(len(weights), -1)
-        # Sources change in rising order, so those that a read sees come first.
-        x.addmm_(weights[:, changed], change.values[: len(seen)].flatten(1))
-        return x.view(len(weights), -1, base.shape[-1])
+        weights, values = weights[:, changed], change.values[: len(changed)]
+
+        def inputs(candidate: int) -> Float[Tensor, "dst row d_model"]:
+            rows = values[:, candidate * change.n_rows : (candidate + 1) * change.n_rows]
+            x = torch.addmm(base.flatten(1), weights, rows.flatten(1))
+            return x.view(base.shape)
+
+        return inputs
 
     def _mix_cut(
         self, change: _Change, place: int, kept: Tensor, destinations: list[int]
-    ) -> Float[Tensor, "dst row d_model"]:
+    ) -> _Inputs:
         """What destinations of the cut read itself now read, each candidate its own."""
-        weights = kept[:, destinations].transpose(0, 1)  # [dst, candidate, source]
+        weights = kept[:, destinations]  # [candidate, dst, source]
         x = _product(weights.flatten(0, 1), change.base)
         x = x.view(*weights.shape[:2], *x.shape[1:]) + change.part.stream(place, change.last)
-        return x.flatten(1, 2)
+        return lambda candidate: x[candidate]
 
     def _mix_now(
         self, part: _Part, place: int, destinations: list[int]
@@ -448,29 +443,20 @@ class PartCuts(WholeCuts):
             place, False
         )
 
-    def _mix_logits(self, change: _Change) -> Float[Tensor, "row d_model"]:
-        place = len(self.graph.reads) - 1
-        if change.sources:
-            return self._mix(change, place, [0])[0]
-        x = _product(self._weights[place], change.base)[0] + change.part.stream(place, True)
-        return x.repeat(change.candidates, 1)
-
-    def _objective(
-        self, change: _Change, x: Float[Tensor, "row d_model"]
-    ) -> Float[Tensor, "candidate pair"]:
-        """Each pair's objective where the logits read x."""
+    def _objective(self, change: _Change, inputs: _Inputs) -> Float[Tensor, "candidate pair"]:
+        """Each pair's objective where the logits read the inputs."""
         lesson = change.part.lesson
         pairs, read = lesson.batch.positions.shape
-        x = x.view(change.candidates, pairs, read, -1)
         most = max(1, MAX_LOGITS // (pairs * read * int(self.run.model.cfg.d_vocab)))
         losses = []
-        for some in x.split(most):
-            logits = self.blocks.logits(some.flatten(0, 1))
+        for some in torch.arange(change.candidates).split(most):
+            x = torch.cat([inputs(candidate)[0] for candidate in some.tolist()])
+            logits = self.blocks.logits(x.view(-1, read, x.shape[-1]))
             for one in logits.view(len(some), pairs, read, -1):
                 losses.append(self.loss_of(one, lesson.full, lesson.batch))
         return torch.stack(losses)
 
-    # ----------------------------------------------------------------------------------- bookkeeping
+    # ------------------------------------------------------------------------------- bookkeeping
 
     def _advance(self, place: int, cuts: Tensor, candidate: int) -> None:
         """The candidate's sources become the current run's."""
@@ -528,9 +514,7 @@ class PartCuts(WholeCuts):
     def _inputs_of(self, heads: list[int]) -> list[int]:
         wanted = set(heads)
         return [
-            d
-            for d in range(self.graph.attention_destinations)
-            if wanted & set(self._heads_of(d))
+            d for d in range(self.graph.attention_destinations) if wanted & set(self._heads_of(d))
         ]
 
     def _place(self, read: Read) -> int:
@@ -552,6 +536,13 @@ class PartCuts(WholeCuts):
         return self._pool[number][: math.prod(shape)].view(shape)
 
 
+def _rows(tensor: Tensor, rows: list[int]) -> Tensor:
+    """tensor[rows], without a copy where they are one after another."""
+    if rows == list(range(rows[0], rows[0] + len(rows))):
+        return tensor[rows[0] : rows[0] + len(rows)]
+    return tensor[rows]
+
+
 def _product(
     weights: Float[Tensor, "dst source"], values: Float[Tensor, "any_source row d_model"]
 ) -> Float[Tensor, "dst row d_model"]:
@@ -564,12 +555,10 @@ def _product(
     return (weights @ block.flatten(1)).view(len(weights), *values.shape[1:])
 
 
-# ------------------------------------------------------------------------------------------ structure
+# ----------------------------------------------------------------------------------- structure
 
 
-def lead_to_logits(
-    graph: EdgeGraph, mask: Bool[Tensor, " edge"]
-) -> Bool[Tensor, " source"]:
+def lead_to_logits(graph: EdgeGraph, mask: Bool[Tensor, " edge"]) -> Bool[Tensor, " source"]:
     """Which sources have a path of kept edges to the logits."""
     alive = torch.zeros(graph.n_sources, dtype=torch.bool)
     for read in reversed(graph.reads):

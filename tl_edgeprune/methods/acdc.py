@@ -16,9 +16,8 @@ Discovery for Mechanistic Interpretability" (arXiv 2304.14997), algorithm 1. As 
 code, the value to compare with is that of the last accepted removal. It leaves open how queries,
 keys and values are ordered; step 2 says it.
 
-Several candidates run side by side on a guess of the decisions before them ("removed" where most
-edges of late were). Those after the first wrong guess are thrown away, so the circuit is that of
-the sequence. `search="bisect"` removes groups of edges instead (`bisect.py`).
+`sequence.py` decides several edges in one run, with the sequence's own result; `search="bisect"`
+removes groups of edges instead (`bisect.py`).
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,18 +36,18 @@ from tqdm.auto import tqdm
 
 from tl_edgeprune.checkpoints import digest
 from tl_edgeprune.circuit import Circuit
-from tl_edgeprune.cuts import PartCuts, WholeCuts, find_cuts, leads_on
+from tl_edgeprune.cuts import PartCuts, WholeCuts, find_cuts
 from tl_edgeprune.files import write_whole
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.methods import bisect
 from tl_edgeprune.methods.gradients import origin
+from tl_edgeprune.methods.sequence import one_by_one
 from tl_edgeprune.objectives import Objective, find_objective
 from tl_edgeprune.tasks.task import Task
 from tl_edgeprune.teacher import Teacher, check_vocabulary
 
 SEARCHES = ("exact", "bisect")
-RECENT = 16  # decisions that the guess of the next ones rests on
 SAVE_SECONDS = 30.0
 
 
@@ -107,9 +106,7 @@ def acdc(
             if search == "exact":
                 one_by_one(cuts, threshold, start, report)
             else:
-                scores = bisect.order(run, teacher, loss_of, batch_size=batch_size)
-                cuts.runs += bisect.ORDER_RUNS
-                bisect.in_groups(cuts, threshold, scores, start, report)
+                bisect.in_groups(cuts, teacher, threshold, start, report, batch_size=batch_size)
     circuit = Circuit(
         run.graph,
         cuts.mask,
@@ -121,101 +118,7 @@ def acdc(
     return circuit
 
 
-def one_by_one(
-    cuts: WholeCuts, threshold: float, start: int, report: Callable[[int], None]
-) -> None:
-    """Decide the edges before `start`, from the last to the first."""
-    for place in reversed(range(len(cuts.graph.reads))):
-        edges = [edge for edge in to_decide(cuts, place) if edge < start]
-        decide(cuts, place, edges, threshold, report=report)
-
-
-def to_decide(cuts: WholeCuts, place: int) -> list[int]:
-    """The read's kept edges from last to first. Those that lead nowhere are removed at once."""
-    read, alive = cuts.graph.reads[place], cuts.alive()
-    kept = [edge for edge in reversed(range(read.edges.start, read.edges.stop)) if cuts.mask[edge]]
-    if cuts.heads_interact:
-        return kept
-    rows = range(read.n_destinations)
-    leads = [leads_on(cuts.graph, read, row, alive) for row in rows]
-    first, width = read.first_edge, read.n_sources
-    dead = [edge for edge in kept if not leads[(edge - first) // width]]
-    if dead:
-        cuts.drop(torch.tensor(dead))
-    return [edge for edge in kept if leads[(edge - first) // width]]
-
-
-def decide(
-    cuts: WholeCuts,
-    place: int,
-    edges: Sequence[int],
-    threshold: float,
-    *,
-    removal_likely: bool = True,
-    report: Callable[[int], None] = lambda edge: None,
-) -> int:
-    """Decide edges of one read in this order, each on top of the removals before it. How many go.
-
-    A chunk's candidate is its edge on top of those before it that are guessed to go. Candidates are
-    right up to the first wrong guess; what those after it tell makes the next guesses.
-    """
-    guesses: dict[int, bool] = {}
-    recent: list[bool] = [removal_likely] * RECENT
-    removed = done = 0
-    while done < len(edges):
-        chunk = edges[done : done + cuts.candidates(place)]
-        likely = 2 * sum(recent) >= len(recent)
-        guess = [guesses.get(edge, likely) for edge in chunk]
-        values = cuts.values(place, _nested(cuts, place, chunk, guess))
-        value, accepted, right = cuts.value, None, 0
-        for number, expected in enumerate(guess):
-            goes = values[number] - value < threshold
-            recent = [*recent[1:], goes]
-            if goes:
-                value, accepted = values[number], number
-                removed += 1
-            right += 1
-            if goes != expected:
-                break
-        guesses |= _marginal(chunk, guess, values, right, threshold)
-        if accepted is not None:
-            cuts.commit(accepted)
-        done += right
-        report(chunk[right - 1])
-    return removed
-
-
-def _nested(
-    cuts: WholeCuts, place: int, chunk: Sequence[int], guess: Sequence[bool]
-) -> Tensor:
-    """Each edge's cut [candidate, destination, source], with the cuts before it that are
-    guessed.
-    """
-    read = cuts.graph.reads[place]
-    nested = torch.zeros(len(chunk), read.n_destinations * read.n_sources, dtype=torch.bool)
-    for number, (edge, goes) in enumerate(zip(chunk, guess, strict=True)):
-        nested[number if not goes else slice(number, None), edge - read.first_edge] = True
-    return nested.view(len(chunk), read.n_destinations, read.n_sources)
-
-
-def _marginal(
-    chunk: Sequence[int],
-    guess: Sequence[bool],
-    values: Sequence[float],
-    right: int,
-    threshold: float,
-) -> dict[int, bool]:
-    """Guesses for the edges after a wrong one, from their rise over the candidate they rest on."""
-    guesses, below = {}, values[right - 1]
-    for edge, expected, value in zip(
-        chunk[right:], guess[right:], values[right:], strict=True
-    ):
-        guesses[edge] = value - below < threshold
-        below = value if expected else below
-    return guesses
-
-
-# ------------------------------------------------------------------------------------ the run around
+# ----------------------------------------------------------------------------------- the run around
 
 
 def _check(threshold: float, search: str) -> None:

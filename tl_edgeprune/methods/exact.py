@@ -43,7 +43,7 @@ def exact(
     loss_of = find_objective(objective, task)
     check_vocabulary(task, int(model.cfg.d_vocab))
     with MaskedModel.attach(model, graph) as run:
-        wanted = range(run.graph.n_edges)
+        wanted = list(range(run.graph.n_edges))
         if edges is not None:
             wanted = sorted({run.graph.index(edge) for edge in edges})
         teacher = Teacher(run, task, ablation, batch_size=batch_size, max_bytes=0)
