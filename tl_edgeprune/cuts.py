@@ -376,7 +376,7 @@ class PartCuts(WholeCuts):
 
     def _empty_parts(
         self, change: _Change, site: AttentionSite
-    ) -> list[Float[Tensor, "candidate pair pos head d_head"]]:
+    ) -> list[Float[Tensor, "candidate pair pos _head d_head"]]:
         """Queries, keys and values of all candidates: zeros, as those that do not change stay."""
         shape = (change.candidates, *change.part.lesson.batch.clean.shape)
         return [w.new_zeros(*shape, w.shape[0], w.shape[2]) for w in site.weights]
@@ -386,7 +386,7 @@ class PartCuts(WholeCuts):
         site: AttentionSite,
         destinations: list[int],
         x: Float[Tensor, "dst row d_model"],
-        parts: list[Float[Tensor, "candidate pair pos head d_head"]],
+        parts: list[Float[Tensor, "candidate pair pos _head d_head"]],
     ) -> None:
         """Write the destinations' queries, keys or values (an unsplit head's three) into the parts,
         the same for all their candidates.
