@@ -209,7 +209,7 @@ class MaskedModel:
         self._dropouts = dropouts(model)
         self._pool = BufferPool()
         self._inputs: _Inputs | None = None
-        self._forward: _Forward | None = None
+        self._forward: Any = None  # a _Forward, or the handler of a part
         self._model_forward: Callable[..., Any] = model.forward
         self._names = list(inspect.signature(self._model_forward).parameters)
         self._points = {name: model.hook_dict[name] for name in sites.overwritten(model)}
@@ -287,10 +287,16 @@ class MaskedModel:
             )
 
     def differences(
-        self, tokens: Int[Tensor, "batch pos"], reference: Reference
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        reference: Reference,
+        mask: Shaped[Tensor, " edge"] | None = None,
     ) -> Float[Tensor, "source row d_model"]:
-        """Each source's output in the unmasked run on `tokens`, less its reference."""
-        mask = self.sites.attention[0].output.new_ones(self.graph.n_edges)
+        """Each source's output in the run on `tokens` under `mask` (unmasked by default), less its
+        reference.
+        """
+        if mask is None:
+            mask = self.sites.attention[0].output.new_ones(self.graph.n_edges)
         kept: list[Tensor] = []
         before, self._inputs = self._inputs, _Inputs(mask, reference, None)
         try:
@@ -319,6 +325,17 @@ class MaskedModel:
             for name in shadows:
                 own.pop(name, None)
             own.update(before)
+
+    @contextmanager
+    def handled(self, handler: Any) -> Iterator[None]:
+        """The hooks go to `handler` (a method each, as `_Forward` has them) in this context, where
+        parts of the model are run by themselves.
+        """
+        before, self._forward = self._forward, handler
+        try:
+            yield
+        finally:
+            self._forward = before
 
     @contextmanager
     def _plain(self) -> Iterator[None]:
@@ -430,7 +447,7 @@ class _Forward:
     def __init__(self, run: MaskedModel, inputs: _Inputs, tokens: Tensor) -> None:
         self.graph, self.sites, self.pool = run.graph, run.sites, run._pool
         self.batch, self.pos = tokens.shape
-        self.reference = _fitting(inputs.reference, tokens)
+        self.reference = fitting(inputs.reference, tokens)
         weight = self.sites.attention[0].output  # mask and positions may come from another device
         self.positions = _checked_positions(inputs.positions, tokens, weight.device)
         self.held, self.contract = inputs.held, inputs.contract
@@ -642,7 +659,7 @@ def _with_biases(parts: list[Tensor], site: AttentionSite) -> list[Tensor]:
     ]
 
 
-def _fitting(reference: Reference, tokens: Tensor) -> Reference:
+def fitting(reference: Reference, tokens: Tensor) -> Reference:
     """The reference for these tokens' shape: expanded where it is a mean or zero."""
     batch, pos = tokens.shape
     if (reference.batch, reference.n_positions) == (batch, pos):

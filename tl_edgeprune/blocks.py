@@ -1,0 +1,247 @@
+"""Half a block at a time: a model's own attention and MLP, run from the middle of the model.
+
+1. One run of the model records how it calls each of its blocks: masks, rotary embeddings and all
+   else that a block is given beside the residual stream.
+2. Attention from queries, keys and values: the block is called again as it was, the hooks of
+   `masked.py` hand it the queries, keys and values, and it is left at `hook_z`.
+3. An MLP from its input: attention is stood in for by zeros, the hooks hand over the MLP's input,
+   and the block is left at `hook_mlp_out`.
+
+So norms, rotations, soft caps and experts are the model's own on every class. What a block needs
+from the run before it and is not in its call would be missed: `cuts.py` checks the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_edgeprune.masked import MaskedModel
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class _Left(BaseException):
+    """A block or model is left half-way. Not an Exception: those, some blocks catch."""
+
+
+class Blocks:
+    """The halves of a model's blocks, inside `MaskedModel.attach`."""
+
+    def __init__(self, run: MaskedModel) -> None:
+        self.run, self.sites = run, run.sites
+        self._blocks = list(run.model.blocks)
+        self._calls: dict[tuple[int, int], list[Call]] = {}
+        self._idle: list[Any] = []
+        self._projections = [_own_projections(block.attn) for block in self._blocks]
+
+    def record(self, tokens: Int[Tensor, "batch pos"]) -> None:
+        """Learn how the model calls its blocks for this shape of tokens."""
+        shape = (int(tokens.shape[0]), int(tokens.shape[1]))
+        if shape not in self._calls:
+            self._calls[shape], self._idle = _record(self.run.model, self._blocks, tokens)
+
+    def attention(
+        self,
+        layer: int,
+        q: Float[Tensor, "batch pos head d_head"],
+        k: Float[Tensor, "batch pos kv d_head"],
+        v: Float[Tensor, "batch pos kv d_head"],
+    ) -> Float[Tensor, "batch pos head d_head"]:
+        """What the heads give (z) for these queries, keys and values. The shape is recorded."""
+        half = _Attention((q, k, v))
+        d_model = self.sites.attention[layer].output.shape[-1]
+        calls = self._calls[q.shape[0], q.shape[1]]
+        self._leave(layer, q.new_zeros(q.shape[0], q.shape[1], d_model), calls[layer], half)
+        return half.result()
+
+    def mlp(
+        self, layer: int, x: Float[Tensor, "batch pos d_model"]
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """What the MLP adds to the stream where its destination reads x, at any number of
+        positions.
+        """
+        site = self.sites.mlp[layer]
+        half = _Mlp(site.norm(x))
+        with _standing_in(self._blocks[layer].attn, self._idle[layer], x):
+            self._leave(layer, x, next(iter(self._calls.values()))[layer], half)
+        return half.result()
+
+    def logits(self, x: Float[Tensor, "batch read d_model"]) -> Float[Tensor, "batch read d_vocab"]:
+        """The logits where their destination reads x."""
+        model = self.run.model
+        norm = getattr(model, "ln_final", None)
+        logits = model.unembed(x if norm is None else norm(x))
+        cap = float(getattr(model.cfg, "output_logits_soft_cap", 0) or 0)
+        return cap * torch.tanh(logits / cap) if cap > 0 else logits
+
+    def _leave(self, layer: int, x: Tensor, call: Call, half: Any) -> None:
+        args, kwargs = call
+        with self.run.handled(half), ExitStack() as undo:
+            for module, width in self._projections[layer] if half.projects else ():
+                undo.enter_context(_replaced(module, _zeros_of(width)))
+            try:
+                if args:
+                    self._blocks[layer](x, *args[1:], **kwargs)
+                else:
+                    self._blocks[layer](**kwargs | {"hidden_states": x})
+            except _Left:
+                return
+        raise RuntimeError(f"block {layer} ran to its end: its {half.name} did not fire.")
+
+
+class _Half:
+    """What the hooks of one half block do; those that it has no part in do nothing."""
+
+    name = ""
+    projects = False  # whether the block would project queries, keys and values for nothing
+
+    def __init__(self) -> None:
+        self._result: Tensor | None = None
+
+    def result(self) -> Tensor:
+        assert self._result is not None
+        return self._result
+
+    def leave(self, result: Tensor) -> None:
+        self._result = result
+        raise _Left
+
+    def enter_block(self, resid: Tensor, layer: int) -> None: ...
+
+    def projected(self, tensor: Tensor, layer: int, part: int) -> Tensor | None: ...
+
+    def heads(self, z: Tensor, layer: int) -> None: ...
+
+    def mlp_in(self, tensor: Tensor, layer: int) -> Tensor | None: ...
+
+    def mlp_out(self, y: Tensor, layer: int) -> None: ...
+
+
+class _Attention(_Half):
+    name, projects = "hook_z", True
+
+    def __init__(self, parts: tuple[Tensor, Tensor, Tensor]) -> None:
+        super().__init__()
+        self.parts = dict(enumerate(parts))
+
+    def projected(self, tensor: Tensor, layer: int, part: int) -> Tensor:
+        return self.parts.pop(part).to(tensor.dtype)
+
+    def heads(self, z: Tensor, layer: int) -> None:
+        if self.parts:
+            raise RuntimeError(f"hook_{'qkv'[min(self.parts)]} of block {layer} did not fire.")
+        self.leave(z)
+
+
+class _Mlp(_Half):
+    name = "hook_mlp_out"
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__()
+        self.x: Tensor | None = x
+
+    def mlp_in(self, tensor: Tensor, layer: int) -> Tensor:
+        x, self.x = self.x, None
+        if x is None:
+            raise RuntimeError(f"hook_mlp_in of block {layer} fired twice.")
+        return x.view(tensor.shape)
+
+    def mlp_out(self, y: Tensor, layer: int) -> None:
+        if self.x is not None:
+            raise RuntimeError(f"hook_mlp_in of block {layer} did not fire.")
+        self.leave(y)
+
+
+# --------------------------------------------------------------------------------- how it is called
+
+
+def _record(
+    model: Any, blocks: list[Any], tokens: Int[Tensor, "batch pos"]
+) -> tuple[list[Call], list[Any]]:
+    """The calls of every block, and what every attention gives back."""
+    calls: list[Call] = []
+    outputs: list[Any] = []
+
+    def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not args:
+            kwargs = kwargs | {"hidden_states": None}
+        calls.append(((None, *_stateless(args[1:])) if args else (), _stateless(kwargs)))
+
+    def after(module: Any, args: Any, output: Any) -> None:
+        outputs.append(_emptied(output))
+        if len(outputs) == len(blocks):
+            raise _Left
+
+    with ExitStack() as undo:
+        for block in blocks:
+            handle = block.register_forward_pre_hook(before, with_kwargs=True)
+            undo.callback(handle.remove)
+            undo.callback(block.attn.register_forward_hook(after).remove)
+        try:
+            with torch.no_grad():
+                model(tokens)
+        except _Left:
+            pass
+    if len(calls) != len(blocks) or len(outputs) != len(blocks):
+        raise RuntimeError(f"{len(calls)} of {len(blocks)} blocks were called.")
+    return calls, outputs
+
+
+def _stateless(given: Any) -> Any:
+    """Arguments without the residual stream (each call has its own) and without KV caches."""
+    if isinstance(given, dict):
+        kept = {name: None if "past" in name else _stateless(v) for name, v in given.items()}
+        return kept | ({"use_cache": False} if "use_cache" in given else {})
+    if isinstance(given, tuple):
+        return tuple(_stateless(value) for value in given)
+    return None if hasattr(given, "get_seq_length") else given
+
+
+def _emptied(output: Any) -> Any:
+    """What attention gave back, with None for tensors: `_standing_in` fills the first."""
+    if isinstance(output, (tuple, list)):
+        return tuple(None for _ in output)
+    return None
+
+
+def _standing_in(attention: Any, output: Any, x: Tensor) -> AbstractContextManager[None]:
+    """Attention that gives zeros of x's shape, in the form of `output`."""
+    zeros = x.new_zeros(1).expand(x.shape)
+    given = zeros if output is None else (zeros, *output[1:])
+    return _replaced(attention, lambda *_, **__: given)
+
+
+def _own_projections(attention: Any) -> list[tuple[Any, int]]:
+    """A Bridge's linear maps behind hook_q, hook_k and hook_v, with their widths: what they give is
+    overwritten there, so that they need not run.
+    """
+    parts = [getattr(attention, "_modules", {}).get(name) for name in "qkv"]
+    linear = [getattr(part, "original_component", None) for part in parts]
+    if not all(isinstance(module, torch.nn.Linear) for module in linear):
+        return []
+    return [(module, int(module.out_features)) for module in linear if module is not None]
+
+
+def _zeros_of(width: int) -> Callable[[Tensor], Tensor]:
+    return lambda x: x.new_zeros(1).expand(*x.shape[:-1], width)
+
+
+@contextmanager
+def _replaced(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
+    """The module with another forward, in this context."""
+    own: dict[str, Callable[..., Any]] = module.__dict__
+    before = own.get("forward")
+    own["forward"] = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del own["forward"]
+        else:
+            own["forward"] = before
