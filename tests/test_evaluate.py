@@ -16,7 +16,7 @@ from tl_edgeprune import models, tasks
 from tl_edgeprune.circuit import Circuit
 from tl_edgeprune.evaluate import check_circuit, evaluate, evaluate_all, evaluate_groups
 from tl_edgeprune.graph import EdgeGraph
-from tl_edgeprune.masked import masked
+from tl_edgeprune.masked import MaskedModel, masked
 from tl_edgeprune.tasks import Task
 
 GIRLS = ("Lily", "Sara", "Anna", "Lucy", "Mia", "Amy", "Jane", "Sue")
@@ -322,3 +322,36 @@ def test_tokens_outside_the_vocabulary_are_refused():
     task = Task("big", [prompt], [prompt], [torch.tensor([2])])
     with pytest.raises(ValueError, match=f"task 'big' has token {zoo.VOCAB}, but the model knows"):
         evaluate(model, random_circuit(model), task)
+
+
+# ------------------------------------------------------------------------------------- what runs
+
+
+@pytest.mark.parametrize("name", sorted({*TINY, *(n for n in zoo.ARCHITECTURES if "hooked" in n)}))
+def test_a_recording_gives_the_logits_of_the_positions_asked_for(name):
+    model = zoo.load(name)
+    tokens, positions = zoo.tokens(model), torch.tensor([[1, 4], [0, 6]])
+    with MaskedModel.attach(model) as run:
+        everywhere, logits = run.record(tokens)
+        reference, read = run.record(tokens, positions)
+    expected = torch.stack([row[at] for row, at in zip(logits, positions, strict=True)])
+    assert torch.allclose(read, expected, atol=1e-5)
+    for ours, theirs in zip(vars(reference).values(), vars(everywhere).values(), strict=True):
+        assert torch.equal(torch.as_tensor(ours), torch.as_tensor(theirs))
+
+
+def test_each_circuit_costs_one_masked_forward_a_batch(monkeypatch):
+    model = zoo.load("native-ln")
+    task = random_task(model, n=4)  # two batches, one of each length
+    circuits = [random_circuit(model, share) for share in (0.3, 0.6, 0.0)]
+    evaluate(model, circuits[0], task)  # the first look at the model is over
+    calls = []
+    run_once = MaskedModel.__call__
+
+    def counted(self, *args):
+        calls.append(args[0].shape)
+        return run_once(self, *args)
+
+    monkeypatch.setattr(MaskedModel, "__call__", counted)
+    evaluate_all(model, circuits, task)
+    assert len(calls) == 2 * 2  # no edges: the corrupted prompts' own run

@@ -14,7 +14,7 @@ Bhaskar et al. 2024, section 3 (zero and interchange ablation); Wang et al. 2022
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -92,14 +92,19 @@ class Reference:
 
 
 def record(
-    model: Any, sites: Sites, graph: EdgeGraph, tokens: Int[Tensor, "batch pos"]
-) -> tuple[Reference, Tensor]:
-    """Run the model as it is on `tokens`: its sources and streams as a Reference, and its
-    logits.
+    model: Any,
+    sites: Sites,
+    graph: EdgeGraph,
+    tokens: Int[Tensor, "batch pos"],
+    positions: Int[Tensor, "batch read"] | None = None,
+) -> tuple[Reference, Float[Tensor, "batch read d_vocab"]]:
+    """Run the model as it is on `tokens`: its sources and streams as a Reference, and its logits
+    at `positions` (the others are not computed), or everywhere.
     """
     seen: dict[str, Tensor] = {}
     recorders = _recorders(sites, seen)
-    with torch.no_grad(), prepared(model, sites), attached(model, recorders):
+    cut = [] if positions is None else [(sites.cut or sites.final, _cutter(positions))]
+    with torch.no_grad(), prepared(model, sites), attached(model, [*recorders, *cut]):
         logits = model(tokens)
     silent = [name for name, _ in recorders if name not in seen]
     if silent:
@@ -108,6 +113,16 @@ def record(
             "not fire, so what passes there cannot be masked. Such a model is not supported."
         )
     return _reference_from(sites, graph, seen), logits
+
+
+def _cutter(positions: Int[Tensor, "batch read"]) -> Callable[..., Tensor]:
+    """A hook that hands on these positions alone."""
+
+    def cut(tensor: Tensor, hook: Any) -> Tensor:
+        index = positions.to(tensor.device).unsqueeze(-1).expand(-1, -1, tensor.shape[-1])
+        return tensor.gather(1, index)
+
+    return cut
 
 
 def _recorders(sites: Sites, seen: dict[str, Tensor]) -> list[Hook]:

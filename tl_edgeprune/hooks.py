@@ -249,7 +249,8 @@ def _attention_site(model: Any, layer: int, norm: Norm, post: PostNorm | None) -
             f"{prefix} ({type(attention).__name__}): its query, key, value and output weights "
             f"cannot be read per head ({error}), so its inputs cannot be masked."
         ) from error
-    missing = [h for h in "qkvz" if f"{prefix}.hook_{h}" not in model.hook_dict]
+    known = model.hook_dict  # built anew at each access on the Bridge
+    missing = [h for h in "qkvz" if f"{prefix}.hook_{h}" not in known]
     if missing:
         raise NotImplementedError(
             f"{prefix} ({type(attention).__name__}) has no hook_{missing[0]}."
@@ -349,7 +350,8 @@ def refuse_conflicts(model: Any, sites: Sites) -> None:
             "use_attn_in is on: it feeds queries, keys and values from one shared input, which "
             "edge masks split. Call model.set_use_attn_in(False) first."
         )
-    points = {name: model.hook_dict[name] for name in sites.overwritten(model)}
+    known = model.hook_dict
+    points = {name: known[name] for name in sites.overwritten(model)}
     if any(origin.startswith("tl_edgeprune") for p in points.values() for origin in _origins(p)):
         raise ValueError("the model is masked already: leave that context before entering another.")
     refuse_hooks(points)

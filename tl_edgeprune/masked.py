@@ -212,7 +212,8 @@ class MaskedModel:
         self._forward: Any = None  # a _Forward, or the handler of a part
         self._model_forward: Callable[..., Any] = model.forward
         self._names = list(inspect.signature(self._model_forward).parameters)
-        self._points = {name: model.hook_dict[name] for name in sites.overwritten(model)}
+        known = model.hook_dict  # built anew at each access on the Bridge
+        self._points = {name: known[name] for name in sites.overwritten(model)}
 
     @classmethod
     @contextmanager
@@ -306,10 +307,15 @@ class MaskedModel:
             self._inputs = before
         return kept[0]
 
-    def record(self, tokens: Int[Tensor, "batch pos"]) -> tuple[Reference, Tensor]:
-        """The unmasked model on `tokens`: its activations as a Reference, and its logits."""
+    def record(
+        self, tokens: Int[Tensor, "batch pos"], positions: Int[Tensor, "batch read"] | None = None
+    ) -> tuple[Reference, Float[Tensor, "batch read d_vocab"]]:
+        """The unmasked model on `tokens`: its activations as a Reference, and its logits.
+
+        Logits at `positions`, or everywhere.
+        """
         with self._plain():
-            return ablations.record(self.model, self.sites, self.graph, tokens)
+            return ablations.record(self.model, self.sites, self.graph, tokens, positions)
 
     @contextmanager
     def shadowed(self) -> Iterator[None]:

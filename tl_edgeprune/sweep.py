@@ -20,7 +20,7 @@ from tl_edgeprune.hooks import is_folded
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.objectives import Objective
 from tl_edgeprune.tasks.task import Task
-from tl_edgeprune.teacher import Lesson, at_reads, check_vocabulary, full_logits
+from tl_edgeprune.teacher import Lesson, check_vocabulary, full_logits
 
 Figures = Callable[[Tensor, Lesson], Mapping[str, Tensor]]
 """(logits [batch, read, vocab], lesson) -> figures by name, each [batch]."""
@@ -122,8 +122,8 @@ def _lessons(
         if fixed is not None:
             yield Lesson(batch, full, fixed), None
         else:
-            reference, logits = run.record(batch.corrupted)
-            yield Lesson(batch, full, reference), at_reads(logits, batch)
+            reference, nothing = run.record(batch.corrupted, batch.positions)
+            yield Lesson(batch, full, reference), nothing
 
 
 def _logits(run: MaskedModel, mask: Tensor, lesson: Lesson, nothing: Tensor | None) -> Tensor:

@@ -91,7 +91,7 @@ class Teacher:
 
 def full_logits(run: MaskedModel, task: Task, batch: Batch) -> Float[Tensor, "batch read vocab"]:
     """The full model's logits at the batch's read positions. Raises ValueError for NaN."""
-    full = at_reads(run.record(batch.clean)[1], batch)
+    _, full = run.record(batch.clean, batch.positions)
     if not bool(torch.isfinite(full).all()):
         bad = batch.indices[~torch.isfinite(full).flatten(1).all(1)].tolist()
         raise ValueError(
@@ -99,13 +99,6 @@ def full_logits(run: MaskedModel, task: Task, batch: Batch) -> Float[Tensor, "ba
             "its weights and dtype before looking for a circuit in it."
         )
     return full
-
-
-def at_reads(
-    logits: Float[Tensor, "batch pos vocab"], batch: Batch
-) -> Float[Tensor, "batch read vocab"]:
-    """Logits at the batch's read positions."""
-    return logits.gather(1, batch.positions.unsqueeze(-1).expand(-1, -1, logits.shape[-1]))
 
 
 def check_vocabulary(task: Task, vocab: int) -> None:
