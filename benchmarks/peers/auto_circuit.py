@@ -1,7 +1,7 @@
 """auto-circuit 1.0.1 beside this package: the same model, the same pairs, the same names of edges.
 
-Needs TransformerLens 3 (README.md says how to install it). What it expects of older libraries, three
-names that have moved, is put in place here, before its first import.
+Needs TransformerLens 3 (README.md says how to install it). What it expects of older libraries,
+three names that have moved, is put in place here, before its first import.
 
 A mask of auto-circuit is 1 where an edge is ablated, so its mask is 1 - z, and the gradient of the
 loss in it is the score that EAP gives here. Its losses are means over a batch, and its scores sums
