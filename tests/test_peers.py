@@ -106,14 +106,13 @@ def test_auto_circuit_gives_the_same_logits_of_circuits(peer: ModuleType, name: 
     model, task = model_and_pairs(name)
     graph, wrapped, batches = EdgeGraph.from_model(model), peer.wrapped(model), peer.loader(task)
     batch = next(task.batches(len(task)))
-    generator = torch.Generator().manual_seed(0)
-    for size in sorted({*SIZES, graph.n_edges // 2, graph.n_edges - 1}):
-        scores = 1 + torch.rand(graph.n_edges, generator=generator)
-        theirs = peer.circuit_logits(wrapped, batches, peer.as_scores(scores, wrapped, graph), size)
+    scores = 1 + torch.rand(graph.n_edges, generator=torch.Generator().manual_seed(0))
+    sizes = sorted({*SIZES, graph.n_edges // 2, graph.n_edges - 1})
+    theirs = peer.circuit_logits(wrapped, batches, peer.as_scores(scores, wrapped, graph), sizes)
+    for size, expected in zip(sizes, theirs, strict=True):
         circuit = Circuit.top(graph, scores, size)
         with torch.no_grad(), masked(model, circuit, corrupted=batch.corrupted):
-            ours = model(batch.clean)[:, -1]
-        assert_equal_up_to_rounding(ours, theirs)
+            assert_equal_up_to_rounding(model(batch.clean)[:, -1], expected)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -134,17 +134,17 @@ def eap(peer: PatchableModel, batches: PromptDataLoader, answers: str = "avg_dif
 
 
 def circuit_logits(
-    peer: PatchableModel, batches: PromptDataLoader, scores: PruneScores, n_edges: int
-) -> Tensor:
-    """Logits [batch, vocab] of the first batch with all but the `n_edges` top edges ablated."""
-    outputs = run_circuits(peer, batches, [n_edges], scores, patch_type=PatchType.TREE_PATCH)
-    return next(iter(outputs[n_edges].values()))
+    peer: PatchableModel, batches: PromptDataLoader, scores: PruneScores, sizes: list[int]
+) -> list[Tensor]:
+    """Logits [batch, vocab] of the first batch with all but the top edges ablated, by size."""
+    outputs = run_circuits(peer, batches, sizes, scores, patch_type=PatchType.TREE_PATCH)
+    return [next(iter(outputs[size].values())) for size in sizes]
 
 
-def acdc_removed(
+def acdc_scores(
     peer: PatchableModel, batches: PromptDataLoader, threshold: float, measure: str = "kl_div"
 ) -> PruneScores:
-    """ACDC's scores at one threshold: the threshold itself for removed edges, else infinity."""
+    """ACDC at one threshold: the threshold itself for removed edges, else infinity."""
     return acdc_prune_scores(
         peer,
         batches,
@@ -163,7 +163,7 @@ def acdc(
     measure: str = "kl_div",
 ) -> Circuit:
     """What ACDC leaves at one threshold, on the first batch."""
-    scores = as_vector(acdc_removed(peer, batches, threshold, measure), peer, graph)
+    scores = as_vector(acdc_scores(peer, batches, threshold, measure), peer, graph)
     return Circuit(graph, scores.isinf())
 
 
