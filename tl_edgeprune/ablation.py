@@ -14,7 +14,7 @@ Bhaskar et al. 2024, section 3 (zero and interchange ablation); Wang et al. 2022
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -91,14 +91,21 @@ class Reference:
 
 
 def record(
-    model: Any, sites: Sites, graph: EdgeGraph, tokens: Int[Tensor, "batch pos"]
-) -> tuple[Reference, Tensor]:
-    """Run the model as it is on `tokens`: its sources and streams as a Reference, and its
-    logits.
+    model: Any,
+    sites: Sites,
+    graph: EdgeGraph,
+    tokens: Int[Tensor, "batch pos"],
+    positions: Int[Tensor, "batch read"] | None = None,
+) -> tuple[Reference, Float[Tensor, "batch read d_vocab"]]:
+    """Run the model as it is on `tokens`: its sources and streams as a Reference, and its logits,
+    at `positions` or everywhere. Without any positions, there is no unembedding to pay for.
     """
     seen: dict[str, Tensor] = {}
     recorders = _recorders(sites, seen)
-    with torch.no_grad(), prepared(model, sites), attached(model, recorders):
+    hooks = list(recorders)
+    if positions is not None:
+        hooks.append((sites.cut or sites.final, _at_positions(positions)))
+    with torch.no_grad(), prepared(model, sites), attached(model, hooks):
         logits = model(tokens)
     silent = [name for name, _ in recorders if name not in seen]
     if silent:
@@ -120,6 +127,16 @@ def _recorders(sites: Sites, seen: dict[str, Tensor]) -> list[Hook]:
     names += [site.z for site in sites.attention]
     names += [name for site in sites.mlp for name in (site.read, site.write)]
     return [recorder(name) for name in names]
+
+
+def _at_positions(positions: Int[Tensor, "batch read"]) -> Callable[..., Tensor]:
+    """A hook that lets only these positions on."""
+
+    def cut(tensor: Tensor, hook: Any) -> Tensor:
+        index = positions.to(tensor.device).unsqueeze(-1)
+        return tensor.gather(1, index.expand(-1, -1, tensor.shape[-1]))
+
+    return cut
 
 
 def _reference_from(sites: Sites, graph: EdgeGraph, seen: dict[str, Tensor]) -> Reference:
