@@ -16,6 +16,7 @@ import zoo
 from torch import Tensor
 
 from tl_edgeprune import discover, models, tasks
+from tl_edgeprune.masked import Held, MaskedModel
 
 MODEL = "bridge-gpt2"
 KINDS = (MODEL, "bridge-gemma2")  # the second with shared keys, and norms after heads and MLP
@@ -194,6 +195,61 @@ def assert_equal_up_to_rounding(actual: Tensor, expected: Tensor) -> None:
     """Within 1e-4 of the largest score."""
     assert expected.abs().max() > 0
     assert (actual - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+# ---------------------------------------------------------------------------------- the short way
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("held", [None, Held(range(0, 1), 0.5), Held(range(1, 5))], ids=repr)
+def test_a_mask_of_ones_gives_the_same_by_running_sums(kind: str, held: Held | None) -> None:
+    """Logits and mask gradient, at positions that repeat, against the reads' products."""
+    model = zoo.load(kind, torch.float64)
+    clean, corrupted = (zoo.tokens(model, seed=seed) for seed in (0, 1))
+    positions = torch.tensor([[6, 2, 6], [5, 6, 1]])
+    results = []
+    with MaskedModel.attach(model) as run:
+        reference = run.reference("counterfactual", corrupted=corrupted)
+        contract = run.differences(clean, reference)
+        for whole in (False, True):
+            mask = torch.ones(run.graph.n_edges, dtype=torch.float64, requires_grad=True)
+            logits = run(clean, mask, reference, positions, held, contract, whole=whole)
+            (gradient,) = torch.autograd.grad(logits.square().sum(), mask)
+            results.append((logits.detach(), gradient))
+    for short, products in zip(*reversed(results), strict=True):
+        torch.testing.assert_close(short, products, rtol=1e-5, atol=1e-5 * float(products.max()))
+
+
+@pytest.mark.parametrize(("objective", "runs"), [("logit-diff", 2), ("log-prob", 2), ("kl", 3)])
+def test_the_full_model_runs_only_where_its_answers_are_read(objective: str, runs: int) -> None:
+    """A batch costs a corrupted run and a masked one, and a clean one for the KL's targets."""
+    model = zoo.load(MODEL)
+    task = zoo.pairs(model, 2).subset([0])
+    discover(model, task, method="mask-ig", steps=1)  # the first time, the model is checked
+    seen: list[torch.Size] = []
+    point = model.hook_dict["blocks.0.ln2.hook_out"]
+    point.add_hook(lambda y, hook: seen.append(y.shape))
+    try:
+        discover(model, task, method="mask-ig", steps=1, objective=objective)
+    finally:
+        point.remove_hooks()
+    assert len(seen) == runs
+
+
+@pytest.mark.parametrize("kind", sorted({*KINDS, "hooked-gpt2-ln"} & {*zoo.ARCHITECTURES}))
+def test_a_recording_gives_logits_where_they_are_wanted(kind: str) -> None:
+    model = zoo.load(kind)
+    tokens, positions = zoo.tokens(model), torch.tensor([[6, 0], [3, 3]])
+    with torch.no_grad():
+        expected = model(tokens)
+    with MaskedModel.attach(model) as run:
+        recordings = [run.record(tokens, wanted) for wanted in (None, positions, positions[:, :0])]
+    everywhere, some, none = (logits for _, logits in recordings)
+    torch.testing.assert_close(everywhere, expected)
+    torch.testing.assert_close(some, expected[torch.arange(2)[:, None], positions])
+    assert none.numel() == 0
+    for reference, _ in recordings[1:]:
+        assert reference.streams.equal(recordings[0][0].streams)
 
 
 # --------------------------------------------------------------------------------- what is refused
