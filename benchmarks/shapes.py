@@ -1,15 +1,20 @@
-"""Random-weight models of real shapes, for benchmarks: nothing is downloaded."""
+"""Models of GPT-2 small's shape with random weights, without a download, and prompts for them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 
+from tl_edgeprune import Task
+
 GPT2 = {"n_embd": 768, "n_head": 12, "n_positions": 1024, "vocab_size": 50257}
+BATCH, POS = 8, 16
 
 
 def gpt2_bridge(n_layers: int = 12, dtype: torch.dtype = torch.float32) -> TransformerBridge:
@@ -42,3 +47,38 @@ def gpt2_hooked(n_layers: int = 12, dtype: torch.dtype = torch.float32) -> Any:
         device="cpu",
     )
     return HookedTransformer(config).eval()
+
+
+KINDS: dict[str, Callable[[int], Any]] = {"bridge": gpt2_bridge, "hooked": gpt2_hooked}
+
+
+def available() -> list[str]:
+    """The model classes of the installed TransformerLens (4 has no HookedTransformer)."""
+    try:
+        from transformer_lens import HookedTransformer  # noqa: F401
+    except ImportError:
+        return ["bridge"]
+    return list(KINDS)
+
+
+def load(kind: str, layers: int) -> Any:
+    """A model with frozen weights."""
+    model = KINDS[kind](layers)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return model
+
+
+def prompts() -> tuple[Tensor, Tensor]:
+    """Clean and corrupted tokens, [batch, pos] each."""
+    generator = torch.Generator().manual_seed(0)
+    clean, corrupted = torch.randint(0, GPT2["vocab_size"], (2, BATCH, POS), generator=generator)
+    return clean, corrupted
+
+
+def pairs() -> Task:
+    """The same prompts as a task, read at the last position."""
+    clean, corrupted = prompts()
+    last = [torch.tensor([POS - 1])] * BATCH
+    answers, distractors = ([torch.tensor([token])] * BATCH for token in (100, 200))
+    return Task("random", list(clean), list(corrupted), last, answers, distractors)

@@ -15,56 +15,21 @@ import json
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from shapes import gpt2_bridge, gpt2_hooked
+from shapes import BATCH, KINDS, POS, available, load, prompts
+from timing import plain_step, seconds
 
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.masked import MaskedModel
-
-BATCH, POS = 8, 16
-KINDS: dict[str, Callable[[int], Any]] = {"bridge": gpt2_bridge, "hooked": gpt2_hooked}
-
-
-def prompts() -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    clean, corrupted = torch.randint(0, 50257, (2, BATCH, POS), generator=generator)
-    return clean, corrupted
-
-
-def plain_step(model: Any, clean: torch.Tensor) -> None:
-    """A forward and a backward through frozen weights, down to the embeddings."""
-    leaf: list[torch.Tensor] = []
-
-    def start(resid: torch.Tensor, hook: Any) -> torch.Tensor:
-        leaf.append(resid.detach().requires_grad_())
-        return leaf[0]
-
-    logits = model.run_with_hooks(clean, fwd_hooks=[("blocks.0.hook_resid_pre", start)])
-    logits[:, -1].logsumexp(-1).sum().backward()
 
 
 def masked_step(run: MaskedModel, mask: torch.Tensor, clean: torch.Tensor, reference: Any) -> None:
     positions = torch.full((BATCH, 1), POS - 1)
     logits = run(clean, mask, reference, positions)
     logits.logsumexp(-1).sum().backward()
-
-
-def load(kind: str, layers: int) -> Any:
-    model = KINDS[kind](layers)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    return model
-
-
-def seconds(function: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
 
 
 def time_ratio(kind: str, layers: int, repeats: int) -> dict[str, float]:
@@ -146,17 +111,6 @@ def main() -> None:
                 f"{reference / plain:11.2f}{peak[0]:10.0f}{peak[1]:11.0f}",
                 flush=True,
             )
-
-
-def available() -> list[str]:
-    """The model classes of the installed TransformerLens (4 raises where 3 has
-    HookedTransformer).
-    """
-    try:
-        from transformer_lens import HookedTransformer  # noqa: F401
-    except ImportError:
-        return ["bridge"]
-    return list(KINDS)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,12 @@
-"""Scores of the gradient methods follow their definitions, written out by brute force."""
+"""Scores of the gradient methods follow their definitions, written out by brute force.
+
+A definition here takes the gradient at every destination's own input, in a run whose residual
+inputs are summed source by source, and contracts it with clean less corrupted outputs.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import brute_force as bf
@@ -11,8 +16,13 @@ import zoo
 from torch import Tensor
 
 from tl_edgeprune import discover, models, tasks
+from tl_edgeprune.masked import Held, MaskedModel
 
 MODEL = "bridge-gpt2"
+KINDS = (MODEL, "bridge-gemma2")  # the second with shared keys, and norms after heads and MLP
+STEPS = 2
+Change = Callable[[str, Tensor], Tensor]  # (source, its output) -> what destinations read of it
+Outputs = dict[str, Tensor]
 
 
 def test_eap_is_difference_times_gradient_by_brute_force() -> None:
@@ -32,47 +42,217 @@ def test_eap_is_difference_times_gradient_by_brute_force() -> None:
     torch.testing.assert_close(scores.tensor.double(), expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["eap-ig", "mask-ig"])
-def test_path_methods_follow_their_definitions(method: str) -> None:
+def test_mask_ig_follows_its_definition() -> None:
     model, steps = zoo.load(MODEL), 3
     task = zoo.pairs(model, 2)
-    scores = discover(model, task, method=method, steps=steps, objective="logit-diff")
+    scores = discover(model, task, method="mask-ig", steps=steps, objective="logit-diff")
     expected = torch.zeros(scores.graph.n_edges)
     for clean, corrupted in zip(task.clean, task.corrupted, strict=True):
+        theirs = detached_outputs(model, corrupted)
         for step in range(steps):
-            expected += _slopes(model, clean[None], corrupted[None], method, step, steps) / steps
-    torch.testing.assert_close(scores.tensor, expected / len(task), atol=2e-4, rtol=2e-3)
+            z = {e: torch.tensor((step + 0.5) / steps, requires_grad=True) for e in bf.edges(model)}
+            logits = bf.masked_logits(model, clean[None], z, theirs)[0, -1]
+            (logits[3] - logits[5]).backward()
+            expected += torch.stack([value.grad for value in z.values()]) / (steps * len(task))
+    torch.testing.assert_close(scores.tensor, expected, atol=2e-4, rtol=2e-3)
 
 
-def _slopes(
-    model: Any, clean: Tensor, corrupted: Tensor, method: str, step: int, steps: int
-) -> Tensor:
-    """d logit difference / d z of every edge at one point of the path, by brute force."""
-    ours, theirs = (
-        {k: v.detach() for k, v in bf.source_outputs(model, t).items()} for t in (clean, corrupted)
-    )
-    edges = bf.edges(model)
-    if method == "mask-ig":
-        z = {e: torch.tensor((step + 0.5) / steps, requires_grad=True) for e in edges}
-        logits = bf.masked_logits(model, clean, z, theirs)[0, -1]
-        (logits[3] - logits[5]).backward()
-        return torch.stack([z[e].grad for e in edges])
-    share, inputs = (step + 1) / steps, {}
-    start = theirs["input"] + share * (ours["input"] - theirs["input"])
+# ---------------------------------------------------------- gradients at destinations' own inputs
 
-    def hook(resid: Tensor, hook: Any) -> Tensor:
-        return start
 
-    def read(name: str, own: Tensor) -> Tensor:
-        inputs[name] = own + torch.zeros_like(own, requires_grad=True)
-        inputs[name].retain_grad()
-        return inputs[name]
+def detached_outputs(model: Any, tokens: Tensor) -> Outputs:
+    return {name: y.detach() for name, y in bf.source_outputs(model, tokens[None]).items()}
 
-    with model.hooks(fwd_hooks=[("blocks.0.hook_resid_pre", hook)]):
-        logits = bf.run(model, clean, read, lambda name, y: None)[0, -1]
+
+def input_gradients(model: Any, tokens: Tensor, change: Change) -> Outputs:
+    """d logit difference / d input of each destination, the destinations reading changed outputs.
+
+    A change that gives a constant lets no gradient into that source.
+    """
+    written: Outputs = {}
+    inputs: Outputs = {}
+    prefixes, biases = bf.reads(model), bf.output_biases(model)
+
+    def write(source: str, y: Tensor) -> None:
+        written[source] = change(source, y)
+
+    def read(destination: str, own: Tensor) -> Tensor:
+        x = torch.zeros_like(own, requires_grad=True)
+        for layer in range(bf.biases_before(model, destination)):
+            x = x + biases[layer]
+        for source in prefixes[destination]:
+            x = x + written[source]
+        x.retain_grad()
+        inputs[destination] = x
+        return x
+
+    logits = bf.run(model, tokens[None], read, write)[0, -1]
     (logits[3] - logits[5]).backward()
-    pair = [e.split("->") for e in edges]
-    return torch.stack([((ours[s] - theirs[s]) * inputs[d].grad).sum() for s, d in pair])
+    model.zero_grad()
+    return {name: torch.zeros_like(x) if x.grad is None else x.grad for name, x in inputs.items()}
+
+
+def contracted(model: Any, gradients: Outputs, clean: Outputs, corrupted: Outputs) -> Tensor:
+    """(clean - corrupted) output of an edge's source . gradient at its destination."""
+    pairs = [edge.split("->") for edge in bf.edges(model)]
+    return torch.stack([((clean[s] - corrupted[s]) * gradients[d]).sum() for s, d in pairs])
+
+
+def unchanged(source: str, y: Tensor) -> Tensor:
+    return y
+
+
+def constant(values: Outputs) -> Change:
+    return lambda source, y: values.get(source, y)
+
+
+def dropped(sources: list[str]) -> Change:
+    return lambda source, y: y.detach() if source in sources else y
+
+
+def between(clean: Outputs, corrupted: Outputs, sources: list[str], share: float) -> Outputs:
+    return {s: share * clean[s] + (1 - share) * corrupted[s] for s in sources}
+
+
+def layers_of_sources(model: Any) -> list[list[str]]:
+    """Each layer's heads and MLP."""
+    return [
+        [s for s in bf.sources(model) if s == f"m{layer}" or s.startswith(f"a{layer}.")]
+        for layer in range(model.cfg.n_layers)
+    ]
+
+
+# ------------------------------------------------------------------------------- the definitions
+
+Run = tuple[str, Change]  # (which prompt, what destinations read)
+
+
+def eap_ig_runs(model: Any, clean: Outputs, corrupted: Outputs) -> Iterator[Run]:
+    """The input on the way from corrupted to clean."""
+    for step in range(1, STEPS + 1):
+        yield "clean", constant(between(clean, corrupted, ["input"], step / STEPS))
+
+
+def eap_ig_activations_runs(model: Any, clean: Outputs, corrupted: Outputs) -> Iterator[Run]:
+    """One group of outputs on the way, all others as they come."""
+    groups = [["input"]]
+    for layer in layers_of_sources(model):
+        groups += [[s for s in layer if ".h" in s], [s for s in layer if ".h" not in s]]
+    for group in groups:
+        for step in range(1, STEPS + 1):
+            yield "clean", constant(between(clean, corrupted, group, step / STEPS))
+
+
+def clean_corrupted_runs(model: Any, clean: Outputs, corrupted: Outputs) -> Iterator[Run]:
+    """Both prompts as they are."""
+    yield "clean", unchanged
+    yield "corrupted", unchanged
+
+
+DEFINITIONS = {
+    "eap-ig": eap_ig_runs,
+    "eap-ig-activations": eap_ig_activations_runs,
+    "clean-corrupted": clean_corrupted_runs,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", DEFINITIONS)
+def test_gradients_are_averaged_over_runs(method: str, kind: str) -> None:
+    """Hanna et al. 2024 and EAP-IG's code: their mean, against clean less corrupted outputs."""
+    model = zoo.load(kind)
+    task = zoo.pairs(model, 2)
+    steps = {} if method == "clean-corrupted" else {"steps": STEPS}
+    scores = discover(model, task, method=method, objective="logit-diff", **steps)
+    expected = torch.zeros(scores.graph.n_edges)
+    for clean, corrupted in zip(task.clean, task.corrupted, strict=True):
+        ours, theirs = detached_outputs(model, clean), detached_outputs(model, corrupted)
+        prompts = {"clean": clean, "corrupted": corrupted}
+        runs = list(DEFINITIONS[method](model, ours, theirs))
+        for prompt, change in runs:
+            gradients = input_gradients(model, prompts[prompt], change)
+            expected += contracted(model, gradients, ours, theirs) / (len(runs) * len(task))
+    assert_equal_up_to_rounding(scores.tensor, expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_graddrop_is_the_mean_magnitude_over_dropped_layers(kind: str) -> None:
+    """Kramár et al. 2024, AtP*: no gradient through one layer's outputs, each in turn."""
+    model = zoo.load(kind)
+    task = zoo.pairs(model, 2)
+    scores = discover(model, task, method="eap-graddrop", batch_size=1)
+    expected = torch.zeros(scores.graph.n_edges)
+    layers = layers_of_sources(model)
+    for clean, corrupted in zip(task.clean, task.corrupted, strict=True):
+        ours, theirs = detached_outputs(model, clean), detached_outputs(model, corrupted)
+        for layer in layers:
+            gradients = input_gradients(model, clean, dropped(layer))
+            expected += contracted(model, gradients, ours, theirs).abs()
+    assert_equal_up_to_rounding(scores.tensor, expected / (len(layers) - 1) / len(task))
+
+
+def assert_equal_up_to_rounding(actual: Tensor, expected: Tensor) -> None:
+    """Within 1e-4 of the largest score."""
+    assert expected.abs().max() > 0
+    assert (actual - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+# ---------------------------------------------------------------------------------- the short way
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("held", [None, Held(range(0, 1), 0.5), Held(range(1, 5))], ids=repr)
+def test_a_mask_of_ones_gives_the_same_by_running_sums(kind: str, held: Held | None) -> None:
+    """Logits and mask gradient, at positions that repeat, against the reads' products."""
+    model = zoo.load(kind, torch.float64)
+    clean, corrupted = (zoo.tokens(model, seed=seed) for seed in (0, 1))
+    positions = torch.tensor([[6, 2, 6], [5, 6, 1]])
+    results = []
+    with MaskedModel.attach(model) as run:
+        reference = run.reference("counterfactual", corrupted=corrupted)
+        contract = run.differences(clean, reference)
+        for whole in (False, True):
+            mask = torch.ones(run.graph.n_edges, dtype=torch.float64, requires_grad=True)
+            logits = run(clean, mask, reference, positions, held, contract, whole=whole)
+            (gradient,) = torch.autograd.grad(logits.square().sum(), mask)
+            results.append((logits.detach(), gradient))
+    for short, products in zip(*reversed(results), strict=True):
+        torch.testing.assert_close(short, products, rtol=1e-5, atol=1e-5 * float(products.max()))
+
+
+@pytest.mark.parametrize(("objective", "runs"), [("logit-diff", 2), ("log-prob", 2), ("kl", 3)])
+def test_the_full_model_runs_only_where_its_answers_are_read(objective: str, runs: int) -> None:
+    """A batch costs a corrupted run and a masked one, and a clean one for the KL's targets."""
+    model = zoo.load(MODEL)
+    task = zoo.pairs(model, 2).subset([0])
+    discover(model, task, method="mask-ig", steps=1)  # the first time, the model is checked
+    seen: list[torch.Size] = []
+    point = model.hook_dict["blocks.0.ln2.hook_out"]
+    point.add_hook(lambda y, hook: seen.append(y.shape))
+    try:
+        discover(model, task, method="mask-ig", steps=1, objective=objective)
+    finally:
+        point.remove_hooks()
+    assert len(seen) == runs
+
+
+@pytest.mark.parametrize("kind", sorted({*KINDS, "hooked-gpt2-ln"} & {*zoo.ARCHITECTURES}))
+def test_a_recording_gives_logits_where_they_are_wanted(kind: str) -> None:
+    model = zoo.load(kind)
+    tokens, positions = zoo.tokens(model), torch.tensor([[6, 0], [3, 3]])
+    with torch.no_grad():
+        expected = model(tokens)
+    with MaskedModel.attach(model) as run:
+        recordings = [run.record(tokens, wanted) for wanted in (None, positions, positions[:, :0])]
+    everywhere, some, none = (logits for _, logits in recordings)
+    torch.testing.assert_close(everywhere, expected)
+    torch.testing.assert_close(some, expected[torch.arange(2)[:, None], positions])
+    assert none.numel() == 0
+    for reference, _ in recordings[1:]:
+        assert reference.streams.equal(recordings[0][0].streams)
+
+
+# --------------------------------------------------------------------------------- what is refused
 
 
 @pytest.mark.parametrize("objective", [None, "kl"])

@@ -120,13 +120,14 @@ class Sites:
             split_embeddings=split_embeddings,
         )
 
-    def overwritten(self, model: Any) -> list[str]:
-        """Names of hook points whose hooks the masked forward pass would overrule or lose."""
+    def overwritten(self, model: Any) -> dict[str, Any]:
+        """The hook points, by name, whose hooks the masked forward pass would overrule or lose."""
         names = {self.embed, self.final, self.cut}
         names |= {name for site in self.attention for name in (site.q, site.k, site.v, site.z)}
         names |= {name for site in self.mlp for name in (site.read, site.write)}
         names |= {f"{block}.{name}" for block in self.blocks for name in LOST}
-        return [name for name in model.hook_dict if name in names and name != self.embed]
+        points = model.hook_dict.items()  # once: the Bridge makes it anew at each look
+        return {name: point for name, point in points if name in names and name != self.embed}
 
 
 # ------------------------------------------------------------------------------- finding the sites
@@ -350,8 +351,7 @@ def refuse_conflicts(model: Any, sites: Sites) -> None:
             "use_attn_in is on: it feeds queries, keys and values from one shared input, which "
             "edge masks split. Call model.set_use_attn_in(False) first."
         )
-    known = model.hook_dict
-    points = {name: known[name] for name in sites.overwritten(model)}
+    points = sites.overwritten(model)
     if any(origin.startswith("tl_edgeprune") for p in points.values() for origin in _origins(p)):
         raise ValueError("the model is masked already: leave that context before entering another.")
     refuse_hooks(points)

@@ -41,7 +41,7 @@ from tl_edgeprune.hooks import (
     refuse_conflicts,
     refuse_hooks,
 )
-from tl_edgeprune.residual import BufferPool, Stream
+from tl_edgeprune.residual import BufferPool, Stream, WholeStream
 
 # Reads that share one pass over the buffer: those of four blocks with an MLP. More would save
 # little
@@ -199,6 +199,7 @@ class _Inputs:
     positions: Tensor | None
     held: Held | None = None
     contract: Tensor | None = None
+    whole: bool = False
 
 
 class MaskedModel:
@@ -212,8 +213,7 @@ class MaskedModel:
         self._forward: Any = None  # a _Forward, or the handler of a part
         self._model_forward: Callable[..., Any] = model.forward
         self._names = list(inspect.signature(self._model_forward).parameters)
-        known = model.hook_dict  # built anew at each access on the Bridge
-        self._points = {name: known[name] for name in sites.overwritten(model)}
+        self._points = sites.overwritten(model)
 
     @classmethod
     @contextmanager
@@ -242,14 +242,16 @@ class MaskedModel:
         positions: Int[Tensor, "batch read"] | None = None,
         held: Held | None = None,
         contract: Float[Tensor, "source row d_model"] | None = None,
+        whole: bool = False,
     ) -> Float[Tensor, "batch read d_vocab"]:
         """Logits under a mask, at `positions` or everywhere.
 
         `held`: sources to hold. `contract`: the differences that the mask's gradient is taken
-        against, where they are not this run's own.
+        against, where they are not this run's own. `whole`: the mask is 1 everywhere (only its
+        gradient is wanted), and reads need no products.
         """
         before = self._inputs
-        self._inputs = _Inputs(mask, reference, positions, held, contract)
+        self._inputs = _Inputs(mask, reference, positions, held, contract, whole)
         try:
             return self._run(tokens)
         finally:
@@ -276,7 +278,8 @@ class MaskedModel:
             return kind.reference(self.sites, self.graph)
         if kind == "counterfactual":
             assert corrupted is not None
-            return self.record(corrupted)[0]
+            nowhere = corrupted.new_empty((len(corrupted), 0))
+            return self.record(corrupted, nowhere)[0]
         with self._plain():
             if kind == "zero":
                 like = self.sites.attention[0].output
@@ -299,7 +302,8 @@ class MaskedModel:
         if mask is None:
             mask = self.sites.attention[0].output.new_ones(self.graph.n_edges)
         kept: list[Tensor] = []
-        before, self._inputs = self._inputs, _Inputs(mask, reference, None)
+        nowhere = tokens.new_empty((len(tokens), 0))
+        before, self._inputs = self._inputs, _Inputs(mask, reference, nowhere, whole=True)
         try:
             with torch.no_grad():
                 self._run(tokens, keep=kept)
@@ -456,7 +460,7 @@ class _Forward:
         self.reference = fitting(inputs.reference, tokens)
         weight = self.sites.attention[0].output  # mask and positions may come from another device
         self.positions = _checked_positions(inputs.positions, tokens, weight.device)
-        self.held, self.contract = inputs.held, inputs.contract
+        self.held, self.contract, self.whole = inputs.held, inputs.contract, inputs.whole
         self.blocks = [
             part.view(read.n_destinations, read.n_sources)
             for part, read in zip(
@@ -589,7 +593,8 @@ class _Forward:
             raise RuntimeError(
                 f"block 0 got shape {tuple(resid.shape)} for tokens [{self.batch}, {self.pos}]."
             )
-        self.stream = Stream(self.graph.n_sources, resid.flatten(0, 1), self.pool, self.contract)
+        kind = WholeStream if self.whole else Stream
+        self.stream = kind(self.graph.n_sources, resid.flatten(0, 1), self.pool, self.contract)
         inputs = ablations.split_inputs(self.graph, resid, self.embedding)
         for source, (value, reference) in enumerate(
             zip(inputs, self.reference.inputs, strict=True)
@@ -602,7 +607,7 @@ class _Forward:
         self.reads += 1
         mask = self.blocks[place]
         reference = self.reference.streams[place].flatten(0, 1)
-        if kind == "logits":
+        if kind == "logits" or self.whole:
             return self._stream.read(mask, reference, rows)
         start = place - place % READS_AHEAD
         if place == start:

@@ -40,7 +40,7 @@ def mean_squared_error(
 
 
 def negative_logit_diff(
-    logits: Float[Tensor, "batch read vocab"], full: Float[Tensor, "batch read vocab"], batch: Batch
+    logits: Float[Tensor, "batch read vocab"], full: Tensor, batch: Batch
 ) -> Float[Tensor, " batch"]:
     """Minus the logit of the answer less that of the distractor (Wang et al. 2022), one token
     each.
@@ -55,7 +55,7 @@ def logit_diff(logits: Float[Tensor, "batch read vocab"], batch: Batch) -> Float
 
 
 def negative_log_prob(
-    logits: Float[Tensor, "batch read vocab"], full: Float[Tensor, "batch read vocab"], batch: Batch
+    logits: Float[Tensor, "batch read vocab"], full: Tensor, batch: Batch
 ) -> Float[Tensor, " batch"]:
     """Minus the log-probability of the answer's tokens, mean over read positions, in nats."""
     return -_at(_log_softmax(logits), batch.answers).mean(-1)
@@ -85,6 +85,10 @@ OBJECTIVES: dict[str, Callable[..., Tensor]] = {
     "log-prob": negative_log_prob,
     "prob-diff": negative_prob_diff,
 }
+
+
+# They look at the answers alone, and never at `full`.
+WITHOUT_TARGETS: tuple[Objective, ...] = (negative_logit_diff, negative_log_prob)
 
 
 def find_objective(wanted: str | Objective | None, task: Task) -> Objective:

@@ -10,6 +10,9 @@
 5. A token passes from each operation to the next, so that autograd runs them backward in exactly
    the reverse order.
 
+Where every edge is kept, a read is the running sum of what was written, and a source's gradient the
+running sum of its readers' (`WholeStream`): no products but those of the mask's own gradient.
+
 So memory is two buffers, whatever the depth. A `Stream` is the state of one forward; a second
 backward through it raises, since its gradient buffer would be added to twice. `read_naive` is the
 definition; tests hold `Stream.read` to it.
@@ -169,8 +172,8 @@ class Stream:
         ctx.stream, ctx.operation = self, self._operations
         self._operations += any(ctx.needs_input_grad)
 
-    def begin_backward(self, operation: int) -> Tensor:
-        """Check that `operation` is the next one in backward order; give the differences."""
+    def begin_backward(self, operation: int) -> None:
+        """Check that `operation` is the next one in backward order."""
         repeated = self._last_backward is not None and operation >= self._last_backward
         if self.differences is None or repeated:
             raise RuntimeError(
@@ -178,7 +181,6 @@ class Stream:
                 "buffers hold that pass's gradients. Run the forward again for each backward."
             )
         self._last_backward = operation
-        return self.differences
 
     def end_backward(self, operation: int) -> None:
         if operation == 0:
@@ -189,6 +191,40 @@ class Stream:
         if self._gradients is None:
             self._gradients = self._new_gradients().zero_()
         return self._gradients
+
+    def wrote(self, first: int, count: int) -> None:
+        """Rows `first`, … of the buffer are written now."""
+
+    def mixed(
+        self,
+        mask: Tensor,
+        reference: Tensor | None,
+        ahead: Tensor | None,
+        first: int,
+        rows: Tensor | None,
+    ) -> Tensor:
+        """What a read gives, [destination, row, d_model]."""
+        block = self.block(first, mask.shape[1], rows).flatten(1)  # [source, row*d_model]
+        if reference is None:
+            x = mask @ block
+        elif ahead is None:
+            base = reference if rows is None else reference[rows]
+            x = torch.addmm(base.reshape(1, -1), mask, block)
+        else:
+            x = (ahead + reference).flatten(1)
+            x = x.addmm_(mask, block) if mask.shape[1] else x
+        return x.view(mask.shape[0], -1, self._shape[-1])
+
+    def block(self, first: int, count: int, rows: Tensor | None, contract: bool = False) -> Tensor:
+        """The differences of some sources, or what the mask's gradient takes in their place."""
+        differences = self.contract if contract and self.contract is not None else self.differences
+        assert differences is not None
+        block = differences[first : first + count]
+        return block if rows is None else block.index_select(1, rows)
+
+    def gradient_of(self, first: int, count: int) -> Float[Tensor, "source row d_model"]:
+        """The gradients of some sources, once every later reader has added to them."""
+        return self.gradients()[first : first + count]
 
     def add_gradients(self, mask: Tensor, grad: Tensor, first: int, rows: Tensor | None) -> None:
         """gradients[first : first + n] += mask.T @ grad, at `rows` where given."""
@@ -208,6 +244,46 @@ class Stream:
         self._written[first : first + count] = [True] * count
 
 
+class WholeStream(Stream):
+    """The stream of a mask that is 1 everywhere: running sums in place of products."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        assert self.differences is not None
+        self._sum = self.differences.new_zeros(self._shape[1:])  # [row, d_model]
+        self._flow: Tensor | None = None  # the gradient of every destination that has run backward
+
+    def wrote(self, first: int, count: int) -> None:
+        assert self.differences is not None
+        self._sum += self.differences[first : first + count].sum(0)
+
+    def mixed(
+        self,
+        mask: Tensor,
+        reference: Tensor | None,
+        ahead: Tensor | None,
+        first: int,
+        rows: Tensor | None,
+    ) -> Tensor:
+        assert reference is not None and ahead is None
+        x = self._sum + reference
+        return (x if rows is None else x[rows]).expand(mask.shape[0], -1, -1)
+
+    def gradient_of(self, first: int, count: int) -> Float[Tensor, "source row d_model"]:
+        return self._gradient().expand(count, -1, -1)
+
+    def add_gradients(self, mask: Tensor, grad: Tensor, first: int, rows: Tensor | None) -> None:
+        if rows is None:
+            self._gradient().add_(grad.sum(0))
+        else:
+            self._gradient().index_add_(0, rows, grad.sum(0))
+
+    def _gradient(self) -> Tensor:
+        if self._flow is None:
+            self._flow = torch.zeros_like(self._sum)
+        return self._flow
+
+
 class _Write(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, token: Tensor, difference: Tensor, stream: Stream, source: int) -> Tensor:
@@ -215,6 +291,7 @@ class _Write(torch.autograd.Function):
         ctx.source = source
         assert stream.differences is not None
         stream.differences[source].copy_(difference)
+        stream.wrote(source, 1)
         return token.clone()
 
     @staticmethod
@@ -222,7 +299,7 @@ class _Write(torch.autograd.Function):
     def backward(ctx: Any, grad_token: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         ctx.stream.begin_backward(ctx.operation)
         wanted = ctx.needs_input_grad[1]
-        grad = ctx.stream.gradients()[ctx.source].clone() if wanted else None
+        grad = ctx.stream.gradient_of(ctx.source, 1)[0].clone() if wanted else None
         ctx.stream.end_backward(ctx.operation)
         return grad_token, grad, None, None
 
@@ -248,6 +325,7 @@ class _WriteHeads(torch.autograd.Function):
             rows.mul_(gain)
         if bias is not None:
             rows.add_(bias)
+        stream.wrote(first, z.shape[0])
         return token.clone()
 
     @staticmethod
@@ -256,7 +334,7 @@ class _WriteHeads(torch.autograd.Function):
         ctx.stream.begin_backward(ctx.operation)
         grad = None
         if ctx.needs_input_grad[1]:
-            rows = ctx.stream.gradients()[ctx.first : ctx.first + ctx.weight.shape[0]]
+            rows = ctx.stream.gradient_of(ctx.first, ctx.weight.shape[0])
             rows = rows if ctx.gain is None else rows * ctx.gain
             grad = torch.bmm(rows, ctx.weight.transpose(1, 2))
         ctx.stream.end_backward(ctx.operation)
@@ -278,27 +356,17 @@ class _Read(torch.autograd.Function):
         stream.number(ctx)
         ctx.save_for_backward(mask)
         ctx.first, ctx.rows = first, rows
-        block = _block(stream.differences, ctx, mask).flatten(1)  # [source, row*d_model]
-        if reference is None:
-            x = mask @ block
-        elif ahead is None:
-            base = reference if rows is None else reference[rows]
-            x = torch.addmm(base.reshape(1, -1), mask, block)
-        else:
-            x = (ahead + reference).flatten(1)
-            x = x.addmm_(mask, block) if mask.shape[1] else x
-        d_model = stream.differences.shape[-1]  # type: ignore[union-attr]
-        return x.view(mask.shape[0], -1, d_model), token.clone()
+        return stream.mixed(mask, reference, ahead, first, rows), token.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_token: Tensor) -> tuple[Tensor | None, ...]:
-        differences = ctx.stream.begin_backward(ctx.operation)
+        ctx.stream.begin_backward(ctx.operation)
         (mask,) = ctx.saved_tensors
         grad_mask = None
         if ctx.needs_input_grad[1]:
-            against = differences if ctx.stream.contract is None else ctx.stream.contract
-            grad_mask = grad.reshape(grad.shape[0], -1) @ _block(against, ctx, mask).flatten(1).T
+            against = ctx.stream.block(ctx.first, mask.shape[1], ctx.rows, contract=True)
+            grad_mask = grad.reshape(grad.shape[0], -1) @ against.flatten(1).T
         if mask.shape[1]:
             ctx.stream.add_gradients(mask, grad, ctx.first, ctx.rows)
         grad_reference = None
@@ -317,10 +385,3 @@ class _Read(torch.autograd.Function):
             None,
             None,
         )
-
-
-def _block(differences: Tensor | None, ctx: Any, mask: Tensor) -> Tensor:
-    """The differences that `mask` weighs, at all rows or only at `ctx.rows`."""
-    assert differences is not None
-    block = differences[ctx.first : ctx.first + mask.shape[1]]
-    return block if ctx.rows is None else block.index_select(1, ctx.rows)

@@ -25,7 +25,10 @@ MAX_BYTES = 4 * 2**30
 
 @dataclass
 class Lesson:
-    """A batch with what to reproduce and what to replace removed edges by."""
+    """A batch with what to reproduce and what to replace removed edges by.
+
+    `full` has no vocabulary where the teacher was told to leave targets out.
+    """
 
     batch: Batch
     full: Float[Tensor, "batch read vocab"]
@@ -44,42 +47,48 @@ class Teacher:
         batch_size: int = 16,
         max_bytes: int = MAX_BYTES,
         bias_in_heads: bool = False,
+        targets: bool = True,
         progress: bool = False,
     ) -> None:
+        """`targets`: whether the full model's answers are wanted at all."""
         self.run, self.task, self.ablation = run, task, ablation
         self.device = run.sites.attention[0].output.device
         self._full: dict[int, Tensor] = {}
+        self._targeted = targets
         self._references: dict[int, Reference] | None = {} if max_bytes > 0 else None
         self._fixed: Reference | None = None
         if ablation != "counterfactual":
             self._fixed = run.reference(
                 ablation, prompts=task.corrupted, bias_in_heads=bias_in_heads
             )
-        self._precompute(batch_size, max_bytes, progress)
+        if targets or (self._fixed is None and self._references is not None):
+            self._precompute(batch_size, max_bytes, progress)
 
     def lesson(self, batch: Batch) -> Lesson:
         """The batch on the model's device, with its targets and its reference."""
         batch = batch.to(self.device)
         indices = batch.indices.tolist()
-        full = torch.stack([self._full[i] for i in indices])
+        full = batch.positions.new_empty((*batch.positions.shape, 0), dtype=torch.float32)
+        if self._targeted:
+            full = torch.stack([self._full[i] for i in indices])
         return Lesson(batch, full, self._reference(batch, indices))
 
     def _reference(self, batch: Batch, indices: list[int]) -> Reference:
         if self._fixed is not None:
             return self._fixed
         if self._references is None:
-            return self.run.record(batch.corrupted)[0]
+            return self.run.reference("counterfactual", corrupted=batch.corrupted)
         return Reference.cat([self._references[i] for i in indices])
 
     def _precompute(self, batch_size: int, max_bytes: int, progress: bool) -> None:
         kept, batches = 0, list(self.task.batches(batch_size))
         for batch in tqdm(batches, "full model", disable=not progress, leave=False):
             batch = batch.to(self.device)
-            targets = full_logits(self.run, self.task, batch)
-            for index, logits in zip(batch.indices.tolist(), targets, strict=True):
-                self._full[index] = logits
+            if self._targeted:
+                targets = full_logits(self.run, self.task, batch)
+                self._full |= zip(batch.indices.tolist(), targets, strict=True)
             if self._fixed is None and self._references is not None:
-                reference, _ = self.run.record(batch.corrupted)
+                reference = self.run.reference("counterfactual", corrupted=batch.corrupted)
                 kept += reference.n_bytes
                 if kept > max_bytes:
                     self._references = None

@@ -21,7 +21,13 @@ from tqdm.auto import tqdm
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.hooks import is_folded
 from tl_edgeprune.masked import Held, MaskedModel
-from tl_edgeprune.objectives import Objective, find_objective, has_logit_diff, kl
+from tl_edgeprune.objectives import (
+    WITHOUT_TARGETS,
+    Objective,
+    find_objective,
+    has_logit_diff,
+    kl,
+)
 from tl_edgeprune.scores import EdgeScores
 from tl_edgeprune.tasks.task import Task
 from tl_edgeprune.teacher import Lesson, Teacher, check_vocabulary
@@ -69,7 +75,15 @@ def scores_along(
         )
 
     metadata = {"objective": objective, "ablation": ablation, **metadata}
-    return scored(scores, model, task, graph=graph, metadata=metadata, batch_size=batch_size)
+    return scored(
+        scores,
+        model,
+        task,
+        graph=graph,
+        metadata=metadata,
+        batch_size=batch_size,
+        targets=loss_of not in WITHOUT_TARGETS,
+    )
 
 
 def scored(
@@ -81,15 +95,17 @@ def scored(
     metadata: dict[str, Any],
     batch_size: int = 8,
     by_magnitude: bool = True,
+    targets: bool = True,
 ) -> EdgeScores:
     """What `score` gives for the model with hooks attached and the task's teacher, with its origin.
 
-    metadata: method, ablation, objective and what else belongs to the scores.
+    metadata: method, ablation, objective and what else belongs to the scores. targets: whether
+    the full model's answers are looked at.
     """
     check_vocabulary(task, int(model.cfg.d_vocab))
     with MaskedModel.attach(model, graph) as run:
         kind = metadata.get("ablation", "counterfactual")
-        teacher = Teacher(run, task, kind, batch_size=batch_size, max_bytes=0)
+        teacher = Teacher(run, task, kind, batch_size=batch_size, max_bytes=0, targets=targets)
         scores = score(run, teacher)
     return EdgeScores(run.graph, scores.cpu(), origin(model, task, **metadata), by_magnitude)
 
@@ -132,11 +148,17 @@ def edge_gradient(
     run: MaskedModel, lesson: Lesson, point: Point, loss_of: Objective
 ) -> Float[Tensor, " edge"]:
     """d (sum of the prompts' losses) / d mask, at a point."""
-    mask = point.mask.to(lesson.full.device).requires_grad_()
     batch = lesson.batch
+    mask = point.mask.to(batch.clean.device).requires_grad_()
     with torch.enable_grad():
         logits = run(
-            batch.clean, mask, lesson.reference, batch.positions, point.held, point.contract
+            batch.clean,
+            mask,
+            lesson.reference,
+            batch.positions,
+            point.held,
+            point.contract,
+            whole=bool((point.mask == 1).all()),
         )
         loss = loss_of(logits, lesson.full, batch).sum()
         (grad,) = torch.autograd.grad(loss, mask)

@@ -52,6 +52,7 @@ def greedy_output(
         metadata=metadata,
         batch_size=batch_size,
         by_magnitude=False,
+        targets=False,
     )
 
 

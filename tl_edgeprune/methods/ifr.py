@@ -44,7 +44,15 @@ def ifr(
         return total / len(task)
 
     metadata = {"method": "ifr", "objective": "none"}
-    return scored(scores, model, task, graph=graph, metadata=metadata, batch_size=batch_size)
+    return scored(
+        scores,
+        model,
+        task,
+        graph=graph,
+        metadata=metadata,
+        batch_size=batch_size,
+        targets=False,
+    )
 
 
 def proximity(

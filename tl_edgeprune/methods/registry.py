@@ -6,12 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 from tl_edgeprune.circuit import Circuit
+from tl_edgeprune.methods.acdc import acdc
 from tl_edgeprune.methods.clean_corrupted import clean_corrupted
 from tl_edgeprune.methods.eap import eap
 from tl_edgeprune.methods.eap_graddrop import eap_graddrop
 from tl_edgeprune.methods.eap_ig import eap_ig
 from tl_edgeprune.methods.eap_ig_activations import eap_ig_activations
 from tl_edgeprune.methods.edge_pruning import edge_pruning
+from tl_edgeprune.methods.exact import exact
 from tl_edgeprune.methods.greedy_output import greedy_output
 from tl_edgeprune.methods.hisp import hisp
 from tl_edgeprune.methods.ifr import ifr
@@ -37,6 +39,8 @@ METHODS: dict[str, Callable[..., EdgeScores | Circuit]] = {
     "ifr": ifr,
     "eap-graddrop": eap_graddrop,
     "relp": relp,
+    "exact": exact,
+    "acdc": acdc,
     "greedy-output": greedy_output,
     "subspace-nodes": subspace_nodes,
     "random": random_scores,

@@ -40,7 +40,15 @@ def subspace_nodes(
         return node_to_edge_scores(run.graph, variance_left(gram).float())
 
     metadata = {"method": "subspace-nodes", "objective": "none", "ablation": ablation}
-    return scored(scores, model, task, graph=graph, metadata=metadata, batch_size=batch_size)
+    return scored(
+        scores,
+        model,
+        task,
+        graph=graph,
+        metadata=metadata,
+        batch_size=batch_size,
+        targets=False,
+    )
 
 
 def variance_left(gram: Float[Tensor, "source source"]) -> Float[Tensor, " source"]:
