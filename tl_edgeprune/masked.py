@@ -460,7 +460,9 @@ class _Forward:
         self.reference = fitting(inputs.reference, tokens)
         weight = self.sites.attention[0].output  # mask and positions may come from another device
         self.positions = _checked_positions(inputs.positions, tokens, weight.device)
-        self.held, self.contract, self.whole = inputs.held, inputs.contract, inputs.whole
+        self.held, self.contract = inputs.held, inputs.contract
+        # In a parallel block the MLP reads after the heads wrote, but not what they wrote.
+        self.whole = inputs.whole and not self.graph.parallel
         self.blocks = [
             part.view(read.n_destinations, read.n_sources)
             for part, read in zip(
