@@ -200,7 +200,7 @@ def assert_equal_up_to_rounding(actual: Tensor, expected: Tensor) -> None:
 # ---------------------------------------------------------------------------------- the short way
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "bridge-pythia"])
 @pytest.mark.parametrize("held", [None, Held(range(0, 1), 0.5), Held(range(1, 5))], ids=repr)
 def test_a_mask_of_ones_gives_the_same_by_running_sums(kind: str, held: Held | None) -> None:
     """Logits and mask gradient, at positions that repeat, against the reads' products."""
