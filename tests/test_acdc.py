@@ -191,7 +191,7 @@ def test_acdc_is_the_naive_sequence(name, ablation):
 
 def test_side_by_side_is_one_at_a_time(monkeypatch):
     model = zoo.load("bridge-llama-gqa")
-    task = random_task(model, n=3, lengths=(5, 6), seed=1)
+    task = random_task(model, n=2, lengths=(4, 5), seed=1)
     found = [acdc(model, task, threshold=0.01)]
     monkeypatch.setattr(cuts.PartCuts, "candidates", lambda self, place: 1)
     found.append(acdc(model, task, threshold=0.01, batch_size=1))
@@ -259,8 +259,8 @@ def test_a_killed_run_goes_on(tmp_path, monkeypatch):
 
 
 def test_groups_do_no_worse_than_the_sequence_on_real_weights(stories):
-    task = pronouns(stories)[:6]
-    one, many = (acdc(stories, task, threshold=0.05, search=s) for s in acdc_module.SEARCHES)
+    task = pronouns(stories)
+    one, many = (acdc(stories, task, threshold=0.1, search=s) for s in acdc_module.SEARCHES)
     assert many.metadata["runs"] < one.metadata["runs"]
     assert many.n_edges <= 1.05 * one.n_edges
     assert many.metadata["objective_at_end"] <= 1.05 * one.metadata["objective_at_end"]
@@ -270,7 +270,7 @@ def test_groups_do_no_worse_than_the_sequence_on_real_weights(stories):
         without = many.mask.clone()
         without[edge] = False
         tried = naive_value(stories, task, without, "counterfactual", many.graph)
-        assert tried - value > 0.05 * (1 - 1e-3)
+        assert tried - value > 0.1 * (1 - 1e-3)
 
 
 # -------------------------------------------------------------------------------- exact patching

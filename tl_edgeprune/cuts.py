@@ -24,6 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -418,13 +419,7 @@ class PartCuts(WholeCuts):
         same[:, changed] = 0
         base = _product(same, change.base) + change.part.stream(place, change.last)
         weights, values = weights[:, changed], change.values[: len(changed)]
-
-        def inputs(candidate: int) -> Float[Tensor, "dst row d_model"]:
-            rows = values[:, candidate * change.n_rows : (candidate + 1) * change.n_rows]
-            x = torch.addmm(base.flatten(1), weights, rows.flatten(1))
-            return x.view(base.shape)
-
-        return inputs
+        return partial(_mixed, base, weights, values, change.n_rows)
 
     def _mix_cut(
         self, change: _Change, place: int, kept: Tensor, destinations: list[int]
@@ -536,6 +531,18 @@ class PartCuts(WholeCuts):
         return self._pool[number][: math.prod(shape)].view(shape)
 
 
+def _mixed(
+    base: Float[Tensor, "dst row d_model"],
+    weights: Float[Tensor, "dst source"],
+    values: Float[Tensor, "source candidate_rows d_model"],
+    n_rows: int,
+    candidate: int,
+) -> Float[Tensor, "dst row d_model"]:
+    """base + weights @ the candidate's own rows of the values."""
+    rows = values[:, candidate * n_rows : (candidate + 1) * n_rows]
+    return torch.addmm(base.flatten(1), weights, rows.flatten(1)).view(base.shape)
+
+
 def _rows(tensor: Tensor, rows: list[int]) -> Tensor:
     """tensor[rows], without a copy where they are one after another."""
     if rows == list(range(rows[0], rows[0] + len(rows))):
@@ -563,22 +570,24 @@ def lead_to_logits(graph: EdgeGraph, mask: Bool[Tensor, " edge"]) -> Bool[Tensor
     alive = torch.zeros(graph.n_sources, dtype=torch.bool)
     for read in reversed(graph.reads):
         block = mask[read.edges].view(read.n_destinations, read.n_sources)
-        leads = torch.tensor([leads_on(graph, read, row, alive) for row in range(len(block))])
-        alive[: read.n_sources] |= (block & leads[:, None]).any(0)
+        alive[: read.n_sources] |= (block & leading(graph, read, alive)[:, None]).any(0)
     return alive
 
 
-def leads_on(graph: EdgeGraph, read: Read, row: int, alive: Tensor) -> bool:
+def leading(
+    graph: EdgeGraph, read: Read, alive: Bool[Tensor, " source"]
+) -> Bool[Tensor, " destination"]:
+    """Which destinations of a read flow into a source that leads to the logits."""
     if read.kind == "logits":
-        return True
+        return torch.ones(1, dtype=torch.bool)
     if read.kind == "mlp":
-        return bool(alive[graph.mlp_source(read.layer)])
+        return alive[graph.mlp_source(read.layer)].view(1)
     first = graph.first_head(read.layer)
-    if row < graph.n_heads:
-        return bool(alive[first + row])
-    group = (row - graph.n_heads) % graph.n_kv_heads
-    size = graph.n_heads // graph.n_kv_heads
-    return bool(alive[first + group * size : first + (group + 1) * size].any())
+    heads = alive[first : first + graph.n_heads]
+    if not graph.split_qkv:
+        return heads
+    groups = heads.view(graph.n_kv_heads, -1).any(1)
+    return torch.cat([heads, groups, groups])
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from tl_edgeprune.cuts import WholeCuts, leads_on
+from tl_edgeprune.cuts import WholeCuts, leading
 
 RECENT = 16  # decisions that the guess of the next ones rests on
 
@@ -35,8 +35,7 @@ def to_decide(cuts: WholeCuts, place: int) -> list[int]:
     kept = [edge for edge in reversed(range(read.edges.start, read.edges.stop)) if cuts.mask[edge]]
     if cuts.heads_interact:
         return kept
-    rows = range(read.n_destinations)
-    leads = [leads_on(cuts.graph, read, row, alive) for row in rows]
+    leads = leading(cuts.graph, read, alive).tolist()
     first, width = read.first_edge, read.n_sources
     dead = [edge for edge in kept if not leads[(edge - first) // width]]
     if dead:
