@@ -59,7 +59,7 @@ def acdc(
     objective: str | Objective | None = None,
     search: str = "exact",
     graph: EdgeGraph | None = None,
-    ablation: str = "counterfactual",
+    ablation: Any = "counterfactual",
     batch_size: int = 8,
     progress: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,

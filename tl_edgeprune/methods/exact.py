@@ -29,7 +29,7 @@ def exact(
     *,
     objective: str | Objective | None = None,
     graph: EdgeGraph | None = None,
-    ablation: str = "counterfactual",
+    ablation: Any = "counterfactual",
     batch_size: int = 8,
     edges: Iterable[str] | None = None,
     progress: bool = False,
