@@ -299,11 +299,12 @@ class MaskedModel:
         """Each source's output in the run on `tokens` under `mask` (unmasked by default), less its
         reference.
         """
+        whole = mask is None
         if mask is None:
             mask = self.sites.attention[0].output.new_ones(self.graph.n_edges)
         kept: list[Tensor] = []
         nowhere = tokens.new_empty((len(tokens), 0))
-        before, self._inputs = self._inputs, _Inputs(mask, reference, nowhere, whole=True)
+        before, self._inputs = self._inputs, _Inputs(mask, reference, nowhere, whole=whole)
         try:
             with torch.no_grad():
                 self._run(tokens, keep=kept)

@@ -88,7 +88,11 @@ OBJECTIVES: dict[str, Callable[..., Tensor]] = {
 
 
 # They look at the answers alone, and never at `full`.
-WITHOUT_TARGETS: tuple[Objective, ...] = (negative_logit_diff, negative_log_prob)
+WITHOUT_TARGETS: tuple[Objective, ...] = (
+    negative_logit_diff,
+    negative_log_prob,
+    negative_prob_diff,
+)
 
 
 def find_objective(wanted: str | Objective | None, task: Task) -> Objective:

@@ -107,6 +107,11 @@ def scored(
         kind = metadata.get("ablation", "counterfactual")
         teacher = Teacher(run, task, kind, batch_size=batch_size, max_bytes=0, targets=targets)
         scores = score(run, teacher)
+    if not bool(torch.isfinite(scores).all()):
+        raise ValueError(
+            f"{metadata['method']} gives NaN or infinite scores on task {task.name!r}: check the "
+            "model's weights and dtype before looking for a circuit in it."
+        )
     return EdgeScores(run.graph, scores.cpu(), origin(model, task, **metadata), by_magnitude)
 
 
