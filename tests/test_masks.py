@@ -194,7 +194,7 @@ def test_exact_budget_gates_hold_the_budget_and_cost_nothing():
     log_alpha = torch.randn(1000)
     gates = controller.gates(log_alpha, 77.0)
     assert float(open_probability(gates).sum()) == pytest.approx(77, rel=1e-4)
-    assert controller.penalty(torch.rand(1000), 77.0) == 0 and controller.learned() == {}
+    assert controller.penalty(torch.rand(1000), gates, 77.0) == 0 and controller.learned() == {}
 
 
 def test_an_unknown_schedule_and_a_missing_budget_are_refused():
@@ -227,7 +227,9 @@ def test_the_penalty_is_the_papers(share, l1, l2, target):
     mask = torch.full((1000,), share)
     t, s = 1 - target / 1000, 1 - share
     expected = l1 * (t - s) + l2 * (t - s) ** 2
-    assert float(controller.penalty(mask, target).detach()) == pytest.approx(expected, abs=1e-5)
+    assert float(controller.penalty(mask, mask, target).detach()) == pytest.approx(
+        expected, abs=1e-5
+    )
 
 
 @pytest.mark.parametrize(("kept", "grows"), [(0.9, True), (0.01, False)])
@@ -236,7 +238,7 @@ def test_lambda1_grows_while_the_mask_is_too_dense(kept, grows):
     ascent = torch.optim.SGD(controller.learned().values(), lr=0.1, maximize=True)
     for _ in range(5):
         ascent.zero_grad()
-        controller.penalty(torch.full((1000,), kept), 50.0).backward()
+        controller.penalty(torch.full((1000,), kept), torch.zeros(1000), 50.0).backward()
         ascent.step()
     assert (float(controller.lambda1.detach()) > 0) is grows
     assert float(controller.lambda2.detach()) > 0  # a squared gap only ever raises it
@@ -248,7 +250,7 @@ def test_a_positive_lambda_pushes_the_mask_down_while_it_is_too_dense():
         controller.lambda1.fill_(1.0)
         controller.lambda2.fill_(1.0)
     mask = torch.full((1000,), 0.9, requires_grad=True)
-    controller.penalty(mask, 50.0).backward()
+    controller.penalty(mask, mask.detach(), 50.0).backward()
     assert bool((mask.grad > 0).all())
 
 

@@ -103,7 +103,7 @@ def she_he(stories: Any) -> Task:
 def effects(stories: Any, she_he: Task) -> tuple[Tensor, Tensor]:
     """A sample of edges, and what cutting each alone does to minus the logit difference."""
     graph = EdgeGraph.from_model(stories)
-    sample = torch.randperm(graph.n_edges, generator=torch.Generator().manual_seed(0))[:150]
+    sample = torch.randperm(graph.n_edges, generator=torch.Generator().manual_seed(0))[:100]
     loss_of, rises = find_objective("logit-diff", she_he), torch.zeros(len(sample))
     with torch.no_grad(), MaskedModel.attach(stories) as run:
         teacher = Teacher(run, she_he)

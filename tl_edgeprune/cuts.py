@@ -618,7 +618,7 @@ def heads_interact(run: MaskedModel, lesson: Lesson) -> bool:
 
 def _some(lesson: Lesson, pairs: int = 2) -> Lesson:
     """The first pairs of a lesson."""
-    batch = type(lesson.batch)(**{k: v[:pairs] for k, v in vars(lesson.batch).items()})
+    batch = lesson.batch.first(pairs)
     rows = torch.arange(len(batch), device=lesson.full.device)
     fixed = lesson.reference.any_batch
     reference = lesson.reference if fixed else lesson.reference.select(rows)

@@ -152,6 +152,10 @@ class Stream:
         x, self._token = _Read.apply(self._token, mask, reference, ahead, self, first, rows)
         return x
 
+    @property
+    def n_rows(self) -> int:
+        return self._shape[1]
+
     def close(self) -> None:
         """End the forward: no more operations. Where no gradient will flow, the buffers are free.
 
@@ -373,7 +377,7 @@ class _Read(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             grad_reference = grad.sum(0)
             if ctx.rows is not None:
-                shape = (differences.shape[1], grad.shape[-1])
+                shape = (ctx.stream.n_rows, grad.shape[-1])
                 grad_reference = grad.new_zeros(shape).index_add_(0, ctx.rows, grad_reference)
         ctx.stream.end_backward(ctx.operation)
         return (

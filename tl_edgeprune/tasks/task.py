@@ -51,6 +51,13 @@ class Batch:
         }
         return Batch(**tensors)
 
+    def first(self, pairs: int) -> Batch:
+        """The first pairs."""
+        tensors: dict[str, Any] = {
+            name: None if tensor is None else tensor[:pairs] for name, tensor in vars(self).items()
+        }
+        return Batch(**tensors)
+
 
 @dataclass(frozen=True, repr=False)
 class Task:
