@@ -76,6 +76,16 @@ def test_an_unknown_method_is_told_the_known_ones() -> None:
         discover(model, zoo.pairs(model, 2), "magic")
 
 
+@pytest.mark.parametrize(
+    ("method", "setting"),
+    [("ifr", "ablation"), ("eap", "steps"), ("ugs", "threshold"), ("random", "objective")],
+)
+def test_a_setting_that_a_method_does_not_take_is_refused(method: str, setting: str) -> None:
+    model = zoo.load(MODEL)
+    with pytest.raises(ValueError, match=f"{method} takes no {setting}: expected some of"):
+        discover(model, zoo.pairs(model, 2), method, **{setting: 1})
+
+
 # -------------------------------------------------------------------------------- on real weights
 
 NAMES = "Lily Tom Mia Ben Anna Sam Lucy Max Sue Tim Jane Jack Emma Bob Amy Dan Sara Mark Kate Joe"

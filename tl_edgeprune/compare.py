@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
@@ -206,12 +205,9 @@ def _rehearse(model: Any, run: Run, plan: _Plan) -> None:
 
 def _arguments(run: Run, plan: _Plan, progress: bool) -> dict[str, Any]:
     """Settings of a call of `discover`: the run's own, and what all runs share."""
-    shared: dict[str, Any] = {"ablation": plan.ablation}
-    if run.method == EDGE_PRUNING:
-        shared |= {"seed": plan.seed, "progress": progress}
-    elif "seed" in inspect.signature(registry.METHODS[run.method]).parameters:
-        shared["seed"] = plan.seed
-    return shared | run.settings
+    known = registry.settings_of(run.method)
+    shared = {"ablation": plan.ablation, "seed": plan.seed, "progress": progress}
+    return {name: value for name, value in shared.items() if name in known} | run.settings
 
 
 def _folder(
@@ -266,9 +262,9 @@ def _discover(
 
 def _checkpoint(run: Run, file: Path) -> dict[str, Any]:
     """Settings that make a method save its state, and go on from it, where it can."""
-    if run.method == EDGE_PRUNING:
+    if run.method in registry.TRAINED:
         return {"checkpoint": file} | ({"resume": file} if file.is_file() else {})
-    known = inspect.signature(registry.METHODS[run.method]).parameters
+    known = registry.settings_of(run.method)
     return {"checkpoint": file} if "checkpoint" in known else {}
 
 

@@ -236,10 +236,17 @@ class EdgePruner:
             graph, fit.ranking(), fit.history, fit.final_size(), fit.metadata(), finished
         )
 
-    def scores(self, model: Any, task: Task, method: str) -> EdgeScores:
-        """`fit`, as scores by that method's name."""
-        scores = self.fit(model, task).scores
-        return replace(scores, metadata=scores.metadata | {"method": method})
+    def scores(
+        self, model: Any, task: Task, method: str, *, resume: str | Path | None = None
+    ) -> EdgeScores:
+        """`fit`, as scores by that method's name.
+
+        Those of a run that Ctrl-C ended early say so in their metadata ("finished": False).
+        """
+        result = self.fit(model, task, resume=resume)
+        early = {} if result.finished else {"finished": False}
+        scores = result.scores
+        return replace(scores, metadata=scores.metadata | {"method": method} | early)
 
     def settings(self) -> dict[str, Any]:
         """The settings as plain JSON values."""

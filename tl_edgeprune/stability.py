@@ -6,10 +6,9 @@ same task, give it too.
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +19,6 @@ from torch import Tensor
 from tl_edgeprune.circuit import Circuit, check_budget
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.methods import registry
-from tl_edgeprune.pruner import EdgePruner
 from tl_edgeprune.tasks.task import Task
 
 
@@ -105,12 +103,7 @@ def bootstrap(task: Task, seed: int) -> Task:
 
 def takes_seed(method: str) -> bool:
     """Whether a method of the registry takes a seed. Raises ValueError for an unknown one."""
-    if method not in registry.METHODS:
-        known = ", ".join(registry.METHODS)
-        raise ValueError(f"unknown method {method!r}: expected one of {known}.")
-    function: Callable[..., Any] = registry.METHODS[method]
-    settings = EdgePruner if method in registry.TRAINED else function
-    return "seed" in inspect.signature(settings).parameters
+    return "seed" in registry.settings_of(method)
 
 
 def _refuse(method: str, seeds: Sequence[int | None]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from tl_edgeprune.methods.eap_ig import eap_ig
 from tl_edgeprune.methods.eap_ig_activations import eap_ig_activations
 from tl_edgeprune.methods.edge_pruning import edge_pruning
 from tl_edgeprune.methods.exact import exact
+from tl_edgeprune.methods.gradients import scores_along
 from tl_edgeprune.methods.greedy_output import greedy_output
 from tl_edgeprune.methods.hisp import hisp
 from tl_edgeprune.methods.ifr import ifr
@@ -23,6 +25,7 @@ from tl_edgeprune.methods.relp import relp
 from tl_edgeprune.methods.subnetwork_probing import subnetwork_probing
 from tl_edgeprune.methods.subspace_nodes import subspace_nodes
 from tl_edgeprune.methods.ugs import ugs
+from tl_edgeprune.pruner import EdgePruner
 from tl_edgeprune.scores import EdgeScores
 from tl_edgeprune.tasks.task import Task
 
@@ -58,8 +61,26 @@ def discover(
         method: a name in `METHODS`.
         settings: the method's own.
 
-    Raises ValueError for an unknown method, and what the method raises.
+    Raises ValueError for an unknown method or a setting that it does not take, and what the method
+    raises.
     """
+    known = settings_of(method)
+    unknown = [name for name in settings if name not in known]
+    if unknown:
+        raise ValueError(
+            f"{method} takes no {' and no '.join(unknown)}: expected some of {', '.join(known)}."
+        )
+    return METHODS[method](model, task, **settings)
+
+
+def settings_of(method: str) -> tuple[str, ...]:
+    """Names of the settings that a method takes. Raises ValueError for an unknown method."""
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}: expected one of {', '.join(METHODS)}.")
-    return METHODS[method](model, task, **settings)
+    own = inspect.signature(METHODS[method]).parameters
+    names = [name for name, p in own.items() if p.kind is not p.VAR_KEYWORD]
+    if len(names) < len(own):  # the rest are those of what it calls
+        rest = EdgePruner if method in TRAINED else scores_along
+        skip = ("path", "metadata", "magnitudes")
+        names += [n for n in inspect.signature(rest).parameters if n not in (*names, *skip)]
+    return tuple(name for name in names if name not in ("model", "task"))

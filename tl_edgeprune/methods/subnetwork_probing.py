@@ -8,6 +8,7 @@ Conmy et al. 2023, section 4, for nodes).
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 from tl_edgeprune.masks import Penalty
@@ -17,9 +18,16 @@ from tl_edgeprune.tasks.task import Task
 
 
 def subnetwork_probing(
-    model: Any, task: Task, *, weight: float = 10.0, lr: float = 0.1, **settings: Any
+    model: Any,
+    task: Task,
+    *,
+    weight: float = 10.0,
+    lr: float = 0.1,
+    resume: str | Path | None = None,
+    **settings: Any,
 ) -> EdgeScores:
-    """log alphas after training under a fixed price; `settings` are EdgePruner's.
+    """log alphas after training under a fixed price; `settings` are EdgePruner's;
+    `resume` is a checkpoint to go on from.
 
     weight: nats that the whole graph costs. A higher one gives better rankings of small circuits.
     """
@@ -31,4 +39,4 @@ def subnetwork_probing(
         init_log_alpha=(start, 0.01),
         **settings,
     )
-    return pruner.scores(model, task, "subnetwork-probing")
+    return pruner.scores(model, task, "subnetwork-probing", resume=resume)

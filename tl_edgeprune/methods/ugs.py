@@ -12,6 +12,7 @@ Li and Janson 2024, "Optimal Ablation for Interpretability", section 3.2. One dr
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,9 +27,16 @@ from tl_edgeprune.tasks.task import Task
 
 
 def ugs(
-    model: Any, task: Task, *, weight: float = 10.0, lr: float = 0.1, **settings: Any
+    model: Any,
+    task: Task,
+    *,
+    weight: float = 10.0,
+    lr: float = 0.1,
+    resume: str | Path | None = None,
+    **settings: Any,
 ) -> EdgeScores:
-    """log alphas (log-odds of being kept) after training; `settings` are EdgePruner's.
+    """log alphas (log-odds of being kept) after training; `settings` are EdgePruner's;
+    `resume` is a checkpoint to go on from.
 
     weight: nats that the whole graph costs.
     """
@@ -40,7 +48,7 @@ def ugs(
         init_log_alpha=(1.0, 0.01),
         **settings,
     )
-    return pruner.scores(model, task, "ugs")
+    return pruner.scores(model, task, "ugs", resume=resume)
 
 
 def sample_window(
