@@ -7,6 +7,7 @@ runs few and always the same.
 from __future__ import annotations
 
 import os
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,23 @@ phases = (Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink)
 settings.register_profile("ci", max_examples=8, deadline=None, derandomize=True, phases=phases)
 settings.register_profile("all", max_examples=40, deadline=None, phases=phases)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+# What touches no TransformerLens class: with TransformerLens 3 these are slow tests, since with
+# TransformerLens 4 they run every time.
+CLASSLESS = (
+    *("circuit_tests", "compare", "docs", "faithfulness", "interchange", "knockouts", "masks"),
+    *("measures", "objectives", "report", "residual", "roc", "scores", "stability"),
+)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not version("transformer-lens").startswith("3."):
+        return
+    for item in items:
+        if item.path.stem.removeprefix("test_") in CLASSLESS:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")
