@@ -83,4 +83,5 @@ def settings_of(method: str) -> tuple[str, ...]:
         rest = EdgePruner if method in TRAINED else scores_along
         skip = ("path", "metadata", "magnitudes")
         names += [n for n in inspect.signature(rest).parameters if n not in (*names, *skip)]
+        names += ["resume"] if method in TRAINED and "resume" not in names else []
     return tuple(name for name in names if name not in ("model", "task"))
