@@ -263,7 +263,13 @@ def test_eap_refuses_an_objective_without_a_gradient(objective: str | None) -> N
         discover(model, task, method="eap", objective=objective)
 
 
-@pytest.mark.parametrize("name", ["bridge-llama-gqa", "bridge-pythia"])
+RULED = [
+    *("bridge-llama-gqa", "bridge-pythia"),
+    *(name for name in ("hooked-gpt2-ln",) if name in zoo.ARCHITECTURES),
+]
+
+
+@pytest.mark.parametrize("name", RULED)
 def test_relevance_is_eaps_gradient_through_modules_that_follow_the_rules(name: str) -> None:
     """Norms with a detached scale and activations as x * constant, put into the model itself."""
     model = zoo.build(name)
@@ -283,7 +289,14 @@ def test_relevance_is_eaps_gradient_through_modules_that_follow_the_rules(name: 
 
 
 def _follow_rules(model: Any) -> None:
-    """Change transformers' own modules: their forward passes stay, their gradients do not."""
+    """Change the model's own modules: their forward passes stay, their gradients do not."""
+    if not bf.is_bridge(model):
+        for block in model.blocks:
+            block.mlp.act_fn = _as_factor(block.mlp.act_fn)
+        for norm in (model.ln_final, *(n for b in model.blocks for n in (b.ln1, b.ln2))):
+            norm.weight, norm.bias, centred = norm.w, norm.b, True
+            norm.forward = _constant_division(norm, centred)
+        return
     for module in model.original_model.modules():
         kind = type(module).__name__
         if (
@@ -298,8 +311,8 @@ def _follow_rules(model: Any) -> None:
             module.act.forward = _as_factor(module.act.forward)
 
 
-def _constant_division(norm: Any) -> Any:
-    centred = isinstance(norm, torch.nn.LayerNorm)
+def _constant_division(norm: Any, centred: bool | None = None) -> Any:
+    centred = isinstance(norm, torch.nn.LayerNorm) if centred is None else centred
     eps = norm.eps if centred else norm.variance_epsilon
 
     def forward(x: Tensor) -> Tensor:

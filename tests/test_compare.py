@@ -15,10 +15,10 @@ import torch
 import zoo
 
 from tl_edgeprune import Circuit, Comparison, EdgePruner, compare, discover, evaluate, models, tasks
-from tl_edgeprune import measure as measuring
+from tl_edgeprune import cost as measuring
 from tl_edgeprune.comparison import COLUMNS
+from tl_edgeprune.cost import measured
 from tl_edgeprune.graph import EdgeGraph
-from tl_edgeprune.measure import measured
 from tl_edgeprune.methods import registry
 from tl_edgeprune.objectives import kl
 from tl_edgeprune.report import plot_comparison

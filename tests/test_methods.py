@@ -63,8 +63,9 @@ def test_a_method_repeats_to_the_bit(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", sorted(set(SCORING) - set(TRAINED) - {"exact"}))
-def test_a_method_takes_grouped_heads_and_parallel_blocks(method: str) -> None:
-    for name in ("bridge-llama-gqa", "bridge-pythia"):
+def test_a_method_takes_grouped_heads_parallel_blocks_and_both_classes(method: str) -> None:
+    hooked = [name for name in zoo.ARCHITECTURES if name in ("hooked-llama-gqa", "hooked-gpt2-ln")]
+    for name in ("bridge-llama-gqa", "bridge-pythia", *hooked):
         model = zoo.load(name)
         scores = discover(model, zoo.pairs(model, 2), method)
         assert scores.tensor.shape == (EdgeGraph.from_model(model).n_edges,)

@@ -10,6 +10,7 @@ import torch
 import zoo
 
 from tl_edgeprune import (
+    Attachment,
     Circuit,
     EdgeGraph,
     EdgePruner,
@@ -184,6 +185,16 @@ def test_nodes_close_under_their_own_controller():
     for index in result.circuit.mask.nonzero().flatten().tolist():
         outgoing[graph.pairs[index][0]] += 1
     assert int((outgoing == 0).sum()) > 0
+
+
+def test_attachment_gathers_a_circuits_edges_at_fewer_nodes():
+    model = zoo.load(MODEL)
+
+    def nodes(price: Attachment | None) -> int:
+        circuit = pruner(30, steps=40, attachment=price).fit(model, pairs(model)).circuit
+        return len({node for edge in circuit.edges for node in edge.split("->")})
+
+    assert nodes(Attachment(300.0)) < nodes(None)
 
 
 @pytest.mark.parametrize("given", ["scores", "tensor"])

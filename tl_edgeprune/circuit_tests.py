@@ -30,7 +30,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_edgeprune.circuit import Circuit
+from tl_edgeprune.constants import Ablation
 from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.knockouts import cut_edge
 from tl_edgeprune.measures import find_measure
 from tl_edgeprune.objectives import Objective
 from tl_edgeprune.sweep import Measured, ablation_of, check_origin, measure_circuits
@@ -100,7 +102,7 @@ def equivalence_test(
     epsilon: float = 0.1,
     tie: float = TIE,
     measure: str | Objective | None = None,
-    ablation: Any = None,
+    ablation: Ablation | None = None,
     batch_size: int = 16,
 ) -> EquivalenceTest:
     """Whether circuit and model do equally well: neither is better on clearly more pairs.
@@ -124,7 +126,7 @@ def independence_test(
     permutations: int = 1000,
     tie: float = TIE,
     measure: str | Objective | None = None,
-    ablation: Any = None,
+    ablation: Ablation | None = None,
     batch_size: int = 16,
     seed: int = 0,
 ) -> IndependenceTest:
@@ -156,7 +158,7 @@ def minimality_test(
     quantile: float = 0.9,
     tie: float = TIE,
     measure: str | Objective | None = None,
-    ablation: Any = None,
+    ablation: Ablation | None = None,
     batch_size: int = 16,
     seed: int = 0,
 ) -> MinimalityTest:
@@ -187,9 +189,9 @@ def minimality_test(
         )
     generator = random.Random(seed)
     inflated = [inflate(circuit, generator) for _ in range(n_random)]
-    cut = [_without(circuit.mask, graph.index(name)) for name in names]
+    cut = [cut_edge(circuit.mask, graph.index(name)) for name in names]
     masks = [circuit.mask, *cut, *(mask for mask, _ in inflated)]
-    masks += [_without(mask, edge) for mask, edge in inflated]
+    masks += [cut_edge(mask, edge) for mask, edge in inflated]
     whole, *rest = _measured(model, circuit, masks, task, measure, ablation, batch_size).circuits
     own, larger = rest[: len(cut)], rest[len(cut) : len(cut) + n_random]
     effects = [float((whole - values).abs().mean()) for values in own]
@@ -323,7 +325,7 @@ def _measured(
     masks: Sequence[Tensor],
     task: Task,
     measure: str | Objective | None,
-    ablation: Any,
+    ablation: Ablation | None,
     batch_size: int,
 ) -> Measured:
     check_origin(model, circuit.graph, circuit.metadata)
@@ -332,12 +334,6 @@ def _measured(
     return measure_circuits(
         model, circuit.graph, masks, task, objective, ablation=kind, batch_size=batch_size
     )
-
-
-def _without(mask: Bool[Tensor, " edge"], edge: int) -> Bool[Tensor, " edge"]:
-    cut = mask.clone()
-    cut[edge] = False
-    return cut
 
 
 def _spread(values: Float[Tensor, " pair"]) -> float:

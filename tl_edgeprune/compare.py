@@ -22,9 +22,9 @@ from tqdm.auto import tqdm
 from tl_edgeprune.circuit import Circuit, check_budget
 from tl_edgeprune.comparison import FIGURES, Comparison, Row
 from tl_edgeprune.comparison_folder import Folder, Found, Run
+from tl_edgeprune.cost import Cost, measured
 from tl_edgeprune.evaluate import Evaluation, evaluate_all
 from tl_edgeprune.graph import EdgeGraph
-from tl_edgeprune.measure import Cost, measured
 from tl_edgeprune.methods import registry
 from tl_edgeprune.scores import EdgeScores
 from tl_edgeprune.tasks.task import Batch, Task

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from tl_edgeprune import checkpoints
 from tl_edgeprune.circuit import Circuit, versions
+from tl_edgeprune.cost import Cost
 from tl_edgeprune.evaluate import Evaluation
 from tl_edgeprune.files import write_whole
 from tl_edgeprune.hooks import all_parameters
-from tl_edgeprune.measure import Cost
 from tl_edgeprune.scores import EdgeScores
 from tl_edgeprune.tasks.task import Task
 

@@ -85,3 +85,7 @@ class Constants:
 
     def __repr__(self) -> str:
         return f"Constants({self.graph.n_sources} sources, {self.metadata.get('task', '')})"
+
+
+# What removed edges carry: a name of ablation.ABLATIONS, or constants that were learned.
+Ablation = str | Constants

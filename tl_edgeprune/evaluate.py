@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from tl_edgeprune.circuit import Circuit
+from tl_edgeprune.constants import Ablation
 from tl_edgeprune.measures import figures_for, measure_name, standard_error, wrong_agreement
 from tl_edgeprune.sweep import PairFigures, ablation_of, check_origin, sweep
 from tl_edgeprune.tasks.task import Task
@@ -86,7 +87,7 @@ def evaluate(
     circuit: Circuit,
     task: Task,
     *,
-    ablation: Any = None,
+    ablation: Ablation | None = None,
     batch_size: int = 16,
 ) -> Evaluation:
     """Run the circuit on every pair of the task.
@@ -102,7 +103,7 @@ def evaluate_all(
     circuits: list[Circuit],
     task: Task,
     *,
-    ablation: Any = None,
+    ablation: Ablation | None = None,
     batch_size: int = 16,
 ) -> list[Evaluation]:
     """`evaluate` for several circuits of one graph and ablation: the full and the empty runs are

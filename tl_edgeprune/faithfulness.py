@@ -23,6 +23,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from tl_edgeprune.circuit import Circuit
+from tl_edgeprune.constants import Ablation
+from tl_edgeprune.ends import edge_ends
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.measures import find_measure
 from tl_edgeprune.objectives import Objective
@@ -83,7 +85,7 @@ def faithfulness_curve(
     absolute: bool = True,
     measure: str | Objective | None = None,
     convention: str = "graph",
-    ablation: Any = None,
+    ablation: Ablation | None = None,
     batch_size: int = 16,
 ) -> FaithfulnessCurve:
     """Faithfulness of the top edges of a ranking, at each share of the graph's edges.
@@ -155,7 +157,7 @@ def edge_counts(graph: EdgeGraph, convention: str) -> Int[Tensor, " edge"]:
     if convention == "graph":
         return torch.ones(graph.n_edges, dtype=torch.long)
     heads = torch.tensor([max(1, len(graph.owner(name))) for name in graph.destinations])
-    return heads[[destination for _, destination in graph.pairs]]
+    return heads[edge_ends(graph)[1]]
 
 
 def top_masks(

@@ -24,6 +24,8 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from tl_edgeprune.circuit import Circuit
+from tl_edgeprune.constants import Ablation
+from tl_edgeprune.ends import edge_ends
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.measures import find_measure
 from tl_edgeprune.objectives import Objective
@@ -95,7 +97,7 @@ def completeness(
     greedy_size: int = 5,
     candidates: int = 5,
     measure: str | Objective | None = None,
-    ablation: Any = None,
+    ablation: Ablation | None = None,
     batch_size: int = 16,
     seed: int = 0,
 ) -> Completeness:
@@ -136,7 +138,7 @@ def minimality(
     without: Mapping[str, Collection[str]] | None = None,
     edges: bool = False,
     measure: str | Objective | None = None,
-    ablation: Any = None,
+    ablation: Ablation | None = None,
     batch_size: int = 16,
 ) -> Minimality:
     """How much each node of the circuit (or each edge, with `edges`) changes F when it goes.
@@ -158,7 +160,7 @@ def minimality(
     runs = _Runs.of(model, circuit, task, measure, ablation, batch_size)
     before = [knock_out(circuit.mask, graph, without.get(name, ())) for name in names]
     after = [
-        _cut_edge(mask, graph, name) if edges else knock_out(mask, graph, [name])
+        cut_edge(mask, graph.index(name)) if edges else knock_out(mask, graph, [name])
         for mask, name in zip(before, names, strict=True)
     ]
     full = torch.ones_like(circuit.mask)
@@ -183,13 +185,13 @@ def knock_out(
         if node not in place:
             raise KeyError(f"unknown node {node!r}: this graph has {', '.join(graph.sources)}.")
         gone[place[node]] = True
-    sources = torch.tensor([source for source, _ in graph.pairs])
-    return mask & ~gone[sources]
+    return mask & ~gone[edge_ends(graph)[0]]
 
 
-def _cut_edge(mask: Bool[Tensor, " edge"], graph: EdgeGraph, edge: str) -> Bool[Tensor, " edge"]:
+def cut_edge(mask: Bool[Tensor, " edge"], edge: int) -> Bool[Tensor, " edge"]:
+    """The mask without the edge of this index."""
     cut = mask.clone()
-    cut[graph.index(edge)] = False
+    cut[edge] = False
     return cut
 
 
@@ -205,7 +207,7 @@ class _Runs:
     graph: EdgeGraph
     task: Task
     objective: Objective
-    ablation: Any
+    ablation: Ablation | None
     batch_size: int
 
     @classmethod
@@ -215,7 +217,7 @@ class _Runs:
         circuit: Circuit,
         task: Task,
         measure: str | Objective | None,
-        ablation: Any,
+        ablation: Ablation | None,
         batch_size: int,
     ) -> _Runs:
         check_origin(model, circuit.graph, circuit.metadata)

@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 
 from tl_edgeprune import ablation as ablations
 from tl_edgeprune.ablation import Reference
-from tl_edgeprune.constants import Constants
+from tl_edgeprune.constants import Ablation, Constants
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.hooks import (
     AttentionSite,
@@ -44,8 +44,7 @@ from tl_edgeprune.hooks import (
 from tl_edgeprune.residual import BufferPool, Stream, WholeStream
 
 # Reads that share one pass over the buffer: those of four blocks with an MLP. More would save
-# little
-# (the passes that are left are few) and cost memory (their mixes wait until they are read).
+# little (few passes are left) and cost memory (their mixes wait until they are read).
 READS_AHEAD = 8
 GENERATORS = ("generate", "generate_stream", "hf_generate", "diffusion_generate")
 REFUSED_ARGUMENTS = {
@@ -65,7 +64,7 @@ def masked(
     circuit_or_mask: Any,
     *,
     corrupted: Int[Tensor, "batch pos"] | None = None,
-    ablation: str | Constants | None = None,
+    ablation: Ablation | None = None,
     prompts: Sequence[Tensor] | Int[Tensor, "prompt pos"] | None = None,
     positions: Int[Tensor, "batch read"] | None = None,
     graph: EdgeGraph | None = None,
@@ -144,9 +143,7 @@ def check_mask(mask: Shaped[Tensor, "..."], graph: EdgeGraph) -> None:
         raise ValueError("the mask holds NaN or infinite values; expected numbers in [0, 1].")
 
 
-def _ablation_kind(
-    kind: str | Constants | None, corrupted: Tensor | None, prompts: Any
-) -> str | Constants:
+def _ablation_kind(kind: Ablation | None, corrupted: Tensor | None, prompts: Any) -> Ablation:
     if kind is None:
         kind = "counterfactual"
     check_ablation(kind)
@@ -164,7 +161,7 @@ def _ablation_kind(
     return kind
 
 
-def check_ablation(kind: str | Constants) -> None:
+def check_ablation(kind: Ablation) -> None:
     """Raise ValueError unless `kind` is an ablation's name or constants."""
     if kind == "optimal":
         raise ValueError(
@@ -263,7 +260,7 @@ class MaskedModel:
 
     def reference(
         self,
-        kind: str | Constants,
+        kind: Ablation,
         *,
         corrupted: Int[Tensor, "batch pos"] | None = None,
         prompts: Any = None,

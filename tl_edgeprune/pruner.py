@@ -29,7 +29,8 @@ from tqdm.auto import tqdm
 
 from tl_edgeprune import checkpoints
 from tl_edgeprune.circuit import Circuit, check_budget
-from tl_edgeprune.constants import Constants
+from tl_edgeprune.constants import Ablation
+from tl_edgeprune.ends import edge_ends
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.hooks import find_sites, is_folded
 from tl_edgeprune.masked import MaskedModel
@@ -144,7 +145,7 @@ class EdgePruner:
         lr: float = 0.3,
         batch_size: int = 8,
         accumulate: int = 1,
-        ablation: str | Constants = "counterfactual",
+        ablation: Ablation = "counterfactual",
         objective: str | Objective | None = None,
         controller: Controller | None = None,
         init_scores: str | EdgeScores | Tensor | None = "mask-ig",
@@ -306,9 +307,7 @@ class _Fit:
             self.node_controller.start(self.graph.n_sources, None)
         self.log_alpha = self._first_log_alpha().to(self.device).requires_grad_()
         self.node_log_alpha = self._node_log_alpha()
-        self.source_of_edge = torch.tensor(
-            [source for source, _ in self.graph.pairs], device=self.device
-        )
+        self.source_of_edge = edge_ends(self.graph, self.device)[0]
         self.optimizer, self.multipliers = self._optimizers()
         self._batches = self._endless_batches()
 

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_edgeprune.ends import edge_ends
 from tl_edgeprune.graph import EdgeGraph
 
 
@@ -28,10 +29,10 @@ class Attachment:
 
     def __call__(self, open_share: Float[Tensor, " edge"], graph: EdgeGraph) -> Float[Tensor, ""]:
         """The price of gates that are open with these probabilities; degrees count as constants."""
-        pairs = torch.tensor(graph.pairs, device=open_share.device)
+        ends = edge_ends(graph, open_share.device)
         fixed = open_share.detach()
         price = torch.zeros_like(fixed)
-        for end, count in zip(pairs.T, (graph.n_sources, len(graph.destinations)), strict=True):
+        for end, count in zip(ends, (graph.n_sources, len(graph.destinations)), strict=True):
             degree = fixed.new_zeros(count).index_add_(0, end, fixed)
             price += 0.5 / (1 + degree[end])
         return self.weight * (open_share * price).mean()

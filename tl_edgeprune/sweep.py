@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_edgeprune.constants import Ablation
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.hooks import is_folded
 from tl_edgeprune.masked import MaskedModel
@@ -42,7 +43,7 @@ def sweep(
     task: Task,
     figures: Figures,
     *,
-    ablation: Any = "counterfactual",
+    ablation: Ablation = "counterfactual",
     batch_size: int = 16,
     progress: bool = False,
 ) -> tuple[PairFigures, list[PairFigures]]:
@@ -109,7 +110,7 @@ def ablation_of(metadata: Mapping[str, Any]) -> str:
 
 
 def _lessons(
-    run: MaskedModel, task: Task, ablation: Any, batch_size: int
+    run: MaskedModel, task: Task, ablation: Ablation, batch_size: int
 ) -> Iterator[tuple[Lesson, Tensor | None]]:
     """Each batch with what to compare with, and the logits of no edges where they are known."""
     device = run.sites.attention[0].output.device

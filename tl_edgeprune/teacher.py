@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_edgeprune.ablation import Reference
-from tl_edgeprune.constants import Constants
+from tl_edgeprune.constants import Ablation
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.tasks.task import Batch, Task
 
@@ -42,7 +42,7 @@ class Teacher:
         self,
         run: MaskedModel,
         task: Task,
-        ablation: str | Constants = "counterfactual",
+        ablation: Ablation = "counterfactual",
         *,
         batch_size: int = 16,
         max_bytes: int = MAX_BYTES,

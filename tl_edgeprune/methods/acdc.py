@@ -36,6 +36,7 @@ from tqdm.auto import tqdm
 
 from tl_edgeprune.checkpoints import digest
 from tl_edgeprune.circuit import Circuit
+from tl_edgeprune.constants import Ablation
 from tl_edgeprune.cuts import PartCuts, WholeCuts, find_cuts
 from tl_edgeprune.files import write_whole
 from tl_edgeprune.graph import EdgeGraph
@@ -59,7 +60,7 @@ def acdc(
     objective: str | Objective | None = None,
     search: str = "exact",
     graph: EdgeGraph | None = None,
-    ablation: Any = "counterfactual",
+    ablation: Ablation = "counterfactual",
     batch_size: int = 8,
     progress: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,

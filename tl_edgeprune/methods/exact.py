@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from tl_edgeprune.constants import Ablation
 from tl_edgeprune.cuts import WholeCuts, find_cuts
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.masked import MaskedModel
@@ -29,7 +30,7 @@ def exact(
     *,
     objective: str | Objective | None = None,
     graph: EdgeGraph | None = None,
-    ablation: Any = "counterfactual",
+    ablation: Ablation = "counterfactual",
     batch_size: int = 8,
     edges: Iterable[str] | None = None,
     progress: bool = False,

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_edgeprune.constants import Ablation
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.hooks import is_folded
 from tl_edgeprune.masked import Held, MaskedModel
@@ -52,7 +53,7 @@ def scores_along(
     *,
     metadata: dict[str, Any],
     graph: EdgeGraph | None = None,
-    ablation: Any = "counterfactual",
+    ablation: Ablation = "counterfactual",
     batch_size: int = 8,
     progress: bool = False,
     magnitudes: bool = False,

@@ -16,44 +16,25 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_edgeprune.graph import EdgeGraph
-from tl_edgeprune.masked import MaskedModel
-from tl_edgeprune.methods.gradients import scored
-from tl_edgeprune.methods.output_gram import output_gram
+from tl_edgeprune.methods.output_gram import scores_of_gram
 from tl_edgeprune.scores import EdgeScores
 from tl_edgeprune.tasks.task import Task
-from tl_edgeprune.teacher import Teacher
 
 
-def greedy_output(
-    model: Any,
-    task: Task,
-    *,
-    graph: EdgeGraph | None = None,
-    ablation: Any = "counterfactual",
-    batch_size: int = 8,
-    progress: bool = False,
-) -> EdgeScores:
-    """Scores of at most 1 (at times below 0: late sources can lead away again)."""
+def greedy_output(model: Any, task: Task, **settings: Any) -> EdgeScores:
+    """Scores of at most 1 (at times below 0: late sources can lead away again).
 
-    def scores(run: MaskedModel, teacher: Teacher) -> Float[Tensor, " edge"]:
-        gram = output_gram(run, teacher, batch_size=batch_size, progress=progress)
-        parts = [
-            greedy_gains(gram[: r.n_sources, : r.n_sources]).repeat(r.n_destinations)
-            for r in run.graph.reads
-        ]
-        return torch.cat(parts).float()
+    `settings`: graph, ablation, batch_size, progress.
+    """
+    return scores_of_gram(_edge_gains, "greedy-output", model, task, by_magnitude=False, **settings)
 
-    metadata = {"method": "greedy-output", "objective": "none", "ablation": ablation}
-    return scored(
-        scores,
-        model,
-        task,
-        graph=graph,
-        metadata=metadata,
-        batch_size=batch_size,
-        by_magnitude=False,
-        targets=False,
-    )
+
+def _edge_gains(graph: EdgeGraph, gram: Float[Tensor, "source source"]) -> Float[Tensor, " edge"]:
+    parts = [
+        greedy_gains(gram[: read.n_sources, : read.n_sources]).repeat(read.n_destinations)
+        for read in graph.reads
+    ]
+    return torch.cat(parts)
 
 
 def greedy_gains(gram: Float[Tensor, "source source"]) -> Float[Tensor, " source"]:

@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_edgeprune.constants import Ablation
+from tl_edgeprune.ends import edge_ends
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.methods.eap import whole
@@ -35,7 +37,7 @@ def hisp(
     *,
     objective: str | Objective | None = None,
     graph: EdgeGraph | None = None,
-    ablation: Any = "counterfactual",
+    ablation: Ablation = "counterfactual",
     progress: bool = False,
 ) -> EdgeScores:
     """Edge scores >= 0 from nodes' importance; one gradient a pair. objective: as for EAP."""
@@ -43,7 +45,7 @@ def hisp(
     loss_of = find_objective(objective, task)
 
     def nodes(run: MaskedModel, teacher: Teacher) -> Float[Tensor, " edge"]:
-        source_of = torch.tensor([source for source, _ in run.graph.pairs])
+        source_of, _ = edge_ends(run.graph)
         total = torch.zeros(run.graph.n_sources)
         for lesson in each_lesson(teacher, batch_size=1, progress=progress):
             (point,) = whole(run, lesson)
@@ -70,7 +72,6 @@ def node_to_edge_scores(
         max((float(sources[place[n]]) for n in graph.owner(d)), default=float("inf"))
         for d in graph.destinations
     ]
-    pairs = torch.tensor(graph.pairs)
-    scores = torch.minimum(own[pairs[:, 0]], torch.tensor(into)[pairs[:, 1]])
-    direct = torch.isinf(scores)
-    return torch.where(direct, sources[pairs[:, 0]], scores)
+    source, destination = edge_ends(graph)
+    scores = torch.minimum(own[source], torch.tensor(into)[destination])
+    return torch.where(torch.isinf(scores), sources[source], scores)

@@ -1,14 +1,53 @@
-"""Inner products of the sources' differences, over all prompts and positions of a task."""
+"""Scores from inner products of the sources' outputs: how much they are alike, and how large."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_edgeprune.constants import Ablation
+from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.masked import MaskedModel
-from tl_edgeprune.methods.gradients import each_lesson
+from tl_edgeprune.methods.gradients import each_lesson, scored
+from tl_edgeprune.scores import EdgeScores
+from tl_edgeprune.tasks.task import Task
 from tl_edgeprune.teacher import Teacher
+
+Gram = Float[Tensor, "source source"]
+
+
+def scores_of_gram(
+    score: Callable[[EdgeGraph, Gram], Tensor],
+    method: str,
+    model: Any,
+    task: Task,
+    *,
+    graph: EdgeGraph | None = None,
+    ablation: Ablation = "counterfactual",
+    batch_size: int = 8,
+    progress: bool = False,
+    by_magnitude: bool = True,
+) -> EdgeScores:
+    """The scores that a method makes of the graph and the task's `output_gram`."""
+
+    def scores(run: MaskedModel, teacher: Teacher) -> Float[Tensor, " edge"]:
+        gram = output_gram(run, teacher, batch_size=batch_size, progress=progress)
+        return score(run.graph, gram).float()
+
+    return scored(
+        scores,
+        model,
+        task,
+        graph=graph,
+        metadata={"method": method, "objective": "none", "ablation": ablation},
+        batch_size=batch_size,
+        by_magnitude=by_magnitude,
+        targets=False,
+    )
 
 
 def output_gram(

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from tl_edgeprune.constants import Ablation
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.methods.gradients import origin
 from tl_edgeprune.scores import EdgeScores
@@ -18,7 +19,7 @@ def random_scores(
     *,
     seed: int = 0,
     graph: EdgeGraph | None = None,
-    ablation: Any = "counterfactual",
+    ablation: Ablation = "counterfactual",
 ) -> EdgeScores:
     """Uniform numbers from 0 to 1, the same for one seed; the model is not run."""
     graph = graph or EdgeGraph.from_model(model)

@@ -20,6 +20,7 @@ from tl_edgeprune.methods.greedy_output import greedy_output
 from tl_edgeprune.methods.hisp import hisp
 from tl_edgeprune.methods.ifr import ifr
 from tl_edgeprune.methods.mask_ig import mask_ig
+from tl_edgeprune.methods.output_gram import scores_of_gram
 from tl_edgeprune.methods.random_scores import random_scores
 from tl_edgeprune.methods.relp import relp
 from tl_edgeprune.methods.subnetwork_probing import subnetwork_probing
@@ -48,8 +49,9 @@ METHODS: dict[str, Callable[..., EdgeScores | Circuit]] = {
     "subspace-nodes": subspace_nodes,
     "random": random_scores,
 }
-# Their further settings are EdgePruner's.
+# Their further settings are EdgePruner's, or those of what they call; the others' scores_along's.
 TRAINED = ("edge-pruning", "ugs", "subnetwork-probing")
+_SHARED = dict.fromkeys(("greedy-output", "subspace-nodes"), scores_of_gram)
 
 
 def discover(
@@ -80,8 +82,8 @@ def settings_of(method: str) -> tuple[str, ...]:
     own = inspect.signature(METHODS[method]).parameters
     names = [name for name, p in own.items() if p.kind is not p.VAR_KEYWORD]
     if len(names) < len(own):  # the rest are those of what it calls
-        rest = EdgePruner if method in TRAINED else scores_along
-        skip = ("path", "metadata", "magnitudes")
+        rest = EdgePruner if method in TRAINED else _SHARED.get(method, scores_along)
+        skip = ("path", "score", "method", "metadata", "magnitudes", "by_magnitude")
         names += [n for n in inspect.signature(rest).parameters if n not in (*names, *skip)]
         names += ["resume"] if method in TRAINED and "resume" not in names else []
     return tuple(name for name in names if name not in ("model", "task"))

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tl_edgeprune.constants import Ablation
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.hooks import Hook, attached
 from tl_edgeprune.masked import MaskedModel
@@ -39,7 +40,7 @@ def relp(
     *,
     objective: str | Objective | None = None,
     graph: EdgeGraph | None = None,
-    ablation: Any = "counterfactual",
+    ablation: Ablation = "counterfactual",
     batch_size: int = 8,
     progress: bool = False,
 ) -> EdgeScores:

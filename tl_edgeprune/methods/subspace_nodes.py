@@ -15,40 +15,22 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_edgeprune.graph import EdgeGraph
-from tl_edgeprune.masked import MaskedModel
-from tl_edgeprune.methods.gradients import scored
 from tl_edgeprune.methods.hisp import node_to_edge_scores
-from tl_edgeprune.methods.output_gram import output_gram
+from tl_edgeprune.methods.output_gram import scores_of_gram
 from tl_edgeprune.scores import EdgeScores
 from tl_edgeprune.tasks.task import Task
-from tl_edgeprune.teacher import Teacher
 
 
-def subspace_nodes(
-    model: Any,
-    task: Task,
-    *,
-    graph: EdgeGraph | None = None,
-    ablation: Any = "counterfactual",
-    batch_size: int = 8,
-    progress: bool = False,
-) -> EdgeScores:
-    """Edge scores from 0 to 1: shares of the variance of the less important end."""
+def subspace_nodes(model: Any, task: Task, **settings: Any) -> EdgeScores:
+    """Edge scores from 0 to 1: shares of the variance of the less important end.
 
-    def scores(run: MaskedModel, teacher: Teacher) -> Float[Tensor, " edge"]:
-        gram = output_gram(run, teacher, batch_size=batch_size, progress=progress)
-        return node_to_edge_scores(run.graph, variance_left(gram).float())
+    `settings`: graph, ablation, batch_size, progress.
+    """
+    return scores_of_gram(_edge_shares, "subspace-nodes", model, task, **settings)
 
-    metadata = {"method": "subspace-nodes", "objective": "none", "ablation": ablation}
-    return scored(
-        scores,
-        model,
-        task,
-        graph=graph,
-        metadata=metadata,
-        batch_size=batch_size,
-        targets=False,
-    )
+
+def _edge_shares(graph: EdgeGraph, gram: Float[Tensor, "source source"]) -> Float[Tensor, " edge"]:
+    return node_to_edge_scores(graph, variance_left(gram).float())
 
 
 def variance_left(gram: Float[Tensor, "source source"]) -> Float[Tensor, " source"]:

@@ -14,6 +14,7 @@ from tl_edgeprune.report.figures import FAINT, INK, MUTED, saved_figure
 
 # Okabe and Ito's colours, which stay apart for the colour-blind; with markers, apart in grey too.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c6d31")
+DASHES = ("-", (0, (5, 2)))
 MARKERS = ("o", "s", "^", "D", "v", "<", ">", "*")
 NAMES = {"kl": "KL to the full model (nats)", "mse": "Mean squared error"}
 _DOTTED: dict[str, Any] = {"linewidth": 1.1, "linestyle": ":"}
@@ -51,9 +52,8 @@ def plot_comparison(
         for axes, (x, y) in zip(panels, spots, strict=True):
             _plot(axes, table, x, y)
         handles, names = panels[0].get_legend_handles_labels()
-        figure.legend(
-            handles, names, loc="outside lower center", ncols=min(len(names), 7), fontsize=10
-        )
+        columns = min(len(names), 6 if len(names) <= 6 else 5)
+        figure.legend(handles, names, loc="outside lower center", ncols=columns, fontsize=10)
         if title:
             figure.suptitle(title, x=0.02, ha="left", fontsize=13, fontweight="bold")
         figure.set_layout_engine("constrained", h_pad=0.09, w_pad=0.09)
@@ -83,8 +83,9 @@ def _plot(axes: Axes, table: Any, x: str, y: str) -> None:
     for place, (method, rows) in enumerate(table.groupby("method", sort=False)):
         rows = rows.sort_values("n_edges")
         values = [max(value, floor) for value in rows[y].tolist()]
-        color, marker = COLORS[place % len(COLORS)], MARKERS[place % len(MARKERS)]
-        style: dict[str, Any] = {"color": color, "zorder": 3}
+        again, place = divmod(place, len(COLORS))  # colours used again come with other marks
+        color, marker = COLORS[place], MARKERS[(place + 3 * again) % len(MARKERS)]
+        style: dict[str, Any] = {"color": color, "zorder": 3, "linestyle": DASHES[again % 2]}
         style |= {"linewidth": 1.8} if x == "n_edges" else _DOTTED
         axes.plot(rows[x].tolist(), values, **style)
         edges = rows["n_edges"].tolist()
