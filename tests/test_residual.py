@@ -108,11 +108,8 @@ class Program:
             references[name] = normal(self.rows, self.width, seed=self.seed + 200 + place)
         if not self.ahead or isinstance(stream, NaiveStream):
             return lambda name: stream.read(masks[name], references[name])
-        begun = stream.read_ahead(torch.cat([mask[:, :1] for mask in masks.values()]))
-        parts = dict(zip(masks, begun.split([len(mask) for mask in masks.values()]), strict=True))
-        return lambda name: stream.read_rest(
-            masks[name][:, 1:], references[name], parts[name], first=1
-        )
+        stream.read_ahead(torch.cat([mask[:, :1] for mask in masks.values()]))
+        return lambda name: stream.read_rest(masks[name][:, 1:], references[name])
 
     @property
     def n_sources(self) -> int:
@@ -213,15 +210,19 @@ def test_a_mask_is_contracted_with_given_differences() -> None:
 
 
 def test_buffers_are_taken_again() -> None:
-    pool = BufferPool(keep=1)
-    like = normal(1)
-    buffer = pool.take((2, 3), like)
+    pool, like = BufferPool(), normal(4, 3)
+    pool.start(like)
+    buffer = pool.take(2, like)
     pool.give(buffer, None)
-    assert pool.take((2, 3), like) is buffer
+    assert pool.take(2, like) is buffer
     pool.give(buffer)
-    assert pool.take((3, 2), like) is not buffer
+    assert pool.take(3, like) is not buffer
+    assert pool.take(2, like, apart=5).stride(0) == 4 * 3 + 5
+    pool.start(like)
+    assert pool.take(2, like) is buffer
     pool.give(buffer)
-    assert pool.take((2, 3), like.float()).dtype == torch.float32
+    pool.start(like.float())  # a forward of another kind
+    assert pool.take(2, like.float()).dtype == torch.float32
 
 
 def test_a_forward_without_gradient_frees_its_buffers_at_once() -> None:

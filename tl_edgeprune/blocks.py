@@ -13,14 +13,14 @@ from the run before it and is not in its call would be missed: `cuts.py` checks 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_edgeprune.idle import idle_projections, replaced, resting
 from tl_edgeprune.masked import MaskedModel
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -38,7 +38,7 @@ class Blocks:
         self._blocks = list(run.model.blocks)
         self._calls: dict[tuple[int, int], list[Call]] = {}
         self._idle: list[Any] = []
-        self._projections = [_own_projections(block.attn) for block in self._blocks]
+        self._projections = [idle_projections(block.attn) for block in self._blocks]
 
     def record(self, tokens: Int[Tensor, "batch pos"]) -> None:
         """Learn how the model calls its blocks for this shape of tokens."""
@@ -82,9 +82,8 @@ class Blocks:
 
     def _leave(self, layer: int, x: Tensor, call: Call, half: Any) -> None:
         args, kwargs = call
-        with self.run.handled(half), ExitStack() as undo:
-            for module, width in self._projections[layer] if half.projects else ():
-                undo.enter_context(_replaced(module, _zeros_of(width)))
+        idle = self._projections[layer] if half.projects else ()
+        with self.run.handled(half), resting(idle):
             try:
                 if args:
                     self._blocks[layer](x, *args[1:], **kwargs)
@@ -214,34 +213,4 @@ def _standing_in(attention: Any, output: Any, x: Tensor) -> AbstractContextManag
     """Attention that gives zeros of x's shape, in the form of `output`."""
     zeros = x.new_zeros(1).expand(x.shape)
     given = zeros if output is None else (zeros, *output[1:])
-    return _replaced(attention, lambda *_, **__: given)
-
-
-def _own_projections(attention: Any) -> list[tuple[Any, int]]:
-    """A Bridge's linear maps behind hook_q, hook_k and hook_v, with their widths: what they give is
-    overwritten there, so that they need not run.
-    """
-    parts = [getattr(attention, "_modules", {}).get(name) for name in "qkv"]
-    linear = [getattr(part, "original_component", None) for part in parts]
-    if not all(isinstance(module, torch.nn.Linear) for module in linear):
-        return []
-    return [(module, int(module.out_features)) for module in linear if module is not None]
-
-
-def _zeros_of(width: int) -> Callable[[Tensor], Tensor]:
-    return lambda x: x.new_zeros(1).expand(*x.shape[:-1], width)
-
-
-@contextmanager
-def _replaced(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
-    """The module with another forward, in this context."""
-    own: dict[str, Callable[..., Any]] = module.__dict__
-    before = own.get("forward")
-    own["forward"] = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del own["forward"]
-        else:
-            own["forward"] = before
+    return replaced(attention, "forward", lambda *_, **__: given)

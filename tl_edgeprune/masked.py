@@ -24,14 +24,12 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tl_edgeprune import ablation as ablations
 from tl_edgeprune.ablation import Reference
 from tl_edgeprune.constants import Ablation, Constants
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.hooks import (
-    AttentionSite,
     Hook,
     Sites,
     attached,
@@ -41,6 +39,9 @@ from tl_edgeprune.hooks import (
     refuse_conflicts,
     refuse_hooks,
 )
+from tl_edgeprune.idle import idle_work, resting
+from tl_edgeprune.norms import identity
+from tl_edgeprune.projections import project
 from tl_edgeprune.residual import BufferPool, Stream, WholeStream
 
 # Reads that share one pass over the buffer: those of four blocks with an MLP. More would save
@@ -211,6 +212,13 @@ class MaskedModel:
         self._model_forward: Callable[..., Any] = model.forward
         self._names = list(inspect.signature(self._model_forward).parameters)
         self._points = sites.overwritten(model)
+        self._idle = [
+            stand_in
+            for block, site in zip(model.blocks, sites.attention, strict=True)
+            for stand_in in idle_work(
+                block, norm_precedes=site.norm is not identity, parallel=sites.parallel
+            )
+        ]
 
     @classmethod
     @contextmanager
@@ -364,7 +372,8 @@ class MaskedModel:
         check_mask(inputs.mask, self.graph)
         self._forward = _Forward(self, inputs, tokens)
         try:
-            output = self._model_forward(*args, **kwargs)
+            with resting(self._idle):
+                output = self._model_forward(*args, **kwargs)
             self._forward.finish(output, keep)
             return output
         except BaseException:
@@ -474,7 +483,6 @@ class _Forward:
         self.read_of: dict[tuple[str, int], int] = {
             (read.kind, read.layer): place for place, read in enumerate(self.graph.reads)
         }
-        self.ahead: dict[int, Tensor] = {}
         self.embedding: Tensor | None = None
         self.stream: Stream | None = None
         self.handed: dict[int, Tensor] = {}
@@ -488,9 +496,9 @@ class _Forward:
         if layer == 0:
             self._write_inputs(resid)
         site = self.sites.attention[layer]
-        x = site.norm(self._read("attention", layer))  # [destination, row, d_model]
-        project = _project_split if self.graph.split_qkv else _project_shared
-        self.handed = dict(enumerate(self._by_head(part) for part in project(x, site)))
+        x = self._read("attention", layer)  # [destination, row, d_model]
+        parts = project(x, site, self.graph.split_qkv)
+        self.handed = dict(enumerate(map(self._by_head, parts)))
 
     def projected(self, tensor: Tensor, layer: int, part: int) -> Tensor:
         """At hook_q, hook_k, hook_v: the projections of what the destinations read."""
@@ -613,61 +621,19 @@ class _Forward:
         if place == start:
             self._read_ahead(start)
         first = self.graph.reads[start].n_sources
-        return self._stream.read_rest(mask[:, first:], reference, self.ahead.pop(place), first)
+        return self._stream.read_rest(mask[:, first:], reference)
 
     def _read_ahead(self, start: int) -> None:
         """Mix the sources so far for the reads from `start` on, in one pass over the buffer."""
         first = self.graph.reads[start].n_sources
         places = range(start, min(start + READS_AHEAD, len(self.graph.reads) - 1))
         blocks = [self.blocks[place][:, :first] for place in places]
-        parts = self._stream.read_ahead(torch.cat(blocks)).split([len(block) for block in blocks])
-        self.ahead = dict(zip(places, parts, strict=True))
+        self._stream.read_ahead(torch.cat(blocks))
 
     def _by_head(
         self, x: Float[Tensor, "head row d_head"]
     ) -> Float[Tensor, "batch pos head d_head"]:
         return x.transpose(0, 1).reshape(self.batch, self.pos, x.shape[0], x.shape[2])
-
-
-class _ProjectHeads(torch.autograd.Function):
-    """Each destination's own head of W_Q, W_K or W_V, without a copy of inputs or weights."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-        ctx.weights = weights
-        parts = x.split([w.shape[0] for w in weights])
-        return tuple(torch.bmm(part, w) for part, w in zip(parts, weights, strict=True))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        weights = ctx.weights
-        rows, d_model = grads[0].shape[1], weights[0].shape[1]
-        grad = grads[0].new_empty(sum(w.shape[0] for w in weights), rows, d_model)
-        for part, g, w in zip(
-            grad.split([w.shape[0] for w in weights]), grads, weights, strict=True
-        ):
-            torch.bmm(g, w.transpose(1, 2), out=part)
-        return grad, *[None] * len(weights)
-
-
-def _project_split(
-    x: Float[Tensor, "destination row d_model"], site: AttentionSite
-) -> list[Tensor]:
-    """Queries, keys and values [head, row, d_head], each head's from its own input."""
-    return _with_biases(list(_ProjectHeads.apply(x, *site.weights)), site)
-
-
-def _project_shared(x: Float[Tensor, "head row d_model"], site: AttentionSite) -> list[Tensor]:
-    """Queries, keys and values [head, row, d_head], a head's three from the head's one input."""
-    return _with_biases([torch.bmm(x, weight) for weight in site.weights], site)
-
-
-def _with_biases(parts: list[Tensor], site: AttentionSite) -> list[Tensor]:
-    return [
-        part if bias is None else part + bias[:, None]
-        for part, bias in zip(parts, site.biases, strict=True)
-    ]
 
 
 def fitting(reference: Reference, tokens: Tensor) -> Reference:

@@ -62,7 +62,7 @@ def deterministic_gates(log_alpha: Float[Tensor, " gate"]) -> Float[Tensor, " ga
 
 
 def budget_shift(log_alpha: Float[Tensor, " gate"], budget: float) -> Float[Tensor, ""]:
-    """The number tau for which sum P(z != 0 | log_alpha + tau) = budget, by bisection.
+    """The number tau for which sum P(z != 0 | log_alpha + tau) = budget, by Newton's method.
 
     Differentiable: as the gates' parameters move, tau keeps the sum, so its gradient is
     -p'_i / sum p' (implicit differentiation). Gradients that push all gates alike then cancel.
@@ -77,21 +77,32 @@ def budget_shift(log_alpha: Float[Tensor, " gate"], budget: float) -> Float[Tens
     return _BudgetShift.apply(log_alpha, budget)
 
 
+def _budget_shift(log_alpha: Tensor, budget: float) -> float:
+    """Newton's steps, or half the bracket where they leave it."""
+    low, high = -float(log_alpha.max()) - 60.0, -float(log_alpha.min()) + 60.0
+    tau = (low + high) / 2
+    for _ in range(200):
+        p = open_probability(log_alpha + tau)
+        excess, slope = torch.stack([p.sum() - budget, (p * (1 - p)).sum()]).tolist()
+        if abs(excess) <= 1e-11 * budget:
+            break
+        low, high = (low, tau) if excess > 0 else (tau, high)
+        newton = tau - excess / slope if slope > 0 else low
+        following = newton if low < newton < high else (low + high) / 2
+        if following == tau:
+            break
+        tau = following
+    return tau
+
+
 class _BudgetShift(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, log_alpha: Tensor, budget: float) -> Tensor:
-        exact = log_alpha.double()
-        low, high = -float(exact.max()) - 60.0, -float(exact.min()) + 60.0
-        for _ in range(80):
-            middle = (low + high) / 2
-            if float(open_probability(exact + middle).sum()) < budget:
-                low = middle
-            else:
-                high = middle
-        p = open_probability(exact + high)
+        tau = _budget_shift(log_alpha.double(), budget)
+        p = open_probability(log_alpha.double() + tau)
         slope = p * (1 - p)
         ctx.save_for_backward((slope / slope.sum()).to(log_alpha.dtype))
-        return log_alpha.new_tensor(high)
+        return log_alpha.new_tensor(tau)
 
     @staticmethod
     @once_differentiable

@@ -117,8 +117,16 @@ class RMSNorm:
     float32: bool
 
     def __call__(self, x: Tensor) -> Tensor:
-        compute = torch.float32 if self.float32 or x.dtype in HALF else x.dtype
-        return _RMSNorm.apply(x, self.weight, self.eps, compute)
+        return _RMSNorm.apply(x, self.weight, self.eps, self.compute_dtype(x.dtype))
+
+    def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The precision that a tensor of this dtype is normalised in."""
+        return torch.float32 if self.float32 or dtype in HALF else dtype
+
+    def scale(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... 1"]:
+        """The factor that each row is scaled by, without a copy of x."""
+        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=self.compute_dtype(x.dtype))
+        return torch.rsqrt(size.square() / x.shape[-1] + self.eps)
 
     def frozen(self, x: Tensor) -> Tensor:
         """The same, with the division by the root mean square as a constant for the gradient."""

@@ -6,7 +6,8 @@
 3. Backward adds M.T @ grad into a second buffer of the same shape, in place, and a source's
    gradient is its row of that buffer once every later reader has added to it.
 4. The buffer is read whole only once for several layers: `read_ahead` mixes, for all destinations
-   of the next few layers, the sources that have written so far; each read then adds the few since.
+   of the next few layers, the sources that have written so far; each read then adds the few since,
+   in place, and leaves its gradient beside the others' until one product passes all of them back.
 5. A token passes from each operation to the next, so that autograd runs them backward in exactly
    the reverse order.
 
@@ -20,6 +21,7 @@ definition; tests hold `Stream.read` to it.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,6 +29,9 @@ from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+# Rows of the buffer that are a multiple of a page apart would crowd the same cache lines.
+SOURCES_APART = 64
 
 
 def read_naive(
@@ -42,27 +47,47 @@ def read_naive(
 
 class BufferPool:
     """Buffers of finished forwards, kept for the next ones: a fresh one costs a page fault a
-    page.
+    page. They belong to forwards of one kind (rows, dtype, device); another kind empties the pool.
     """
 
-    def __init__(self, keep: int = 2) -> None:
-        self.keep = keep
+    def __init__(self) -> None:
+        self._kind: tuple[Any, ...] = ()
         self._free: list[Tensor] = []
 
-    def take(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """An uninitialised tensor of this shape with the dtype and device of `like`."""
+    def start(self, like: Float[Tensor, "row d_model"]) -> None:
+        """Begin a forward: buffers of forwards of another kind go."""
+        kind = (tuple(like.shape), like.dtype, like.device)
+        if kind != self._kind:
+            self._kind = kind
+            self._free.clear()
+
+    def take(
+        self, count: int, like: Float[Tensor, "row d_model"], apart: int = 0
+    ) -> Float[Tensor, "count row d_model"]:
+        """An uninitialised tensor of `count` times `like`, its parts `apart` numbers apart."""
+        width = like.numel()
         for place, buffer in enumerate(self._free):
-            same_kind = buffer.dtype == like.dtype and buffer.device == like.device
-            if buffer.shape == shape and same_kind:
+            if len(buffer) == count and buffer.stride(0) == width + apart:
                 return self._free.pop(place)
-        self._free.clear()
-        return torch.empty(shape, dtype=like.dtype, device=like.device)
+        flat = torch.empty(count, width + apart, dtype=like.dtype, device=like.device)
+        return flat[:, :width].view(count, *like.shape)
 
     def give(self, *buffers: Tensor | None) -> None:
         """Take back buffers that nothing will read again."""
         # One made in inference mode could not be written to outside of it.
         self._free.extend(b for b in buffers if b is not None and not b.is_inference())
-        del self._free[: max(0, len(self._free) - self.keep)]
+
+
+@dataclass
+class _Ahead:
+    """What the sources before `first` make up of the next reads, of which `taken` destinations have
+    read; in backward, what those reads' gradients are.
+    """
+
+    first: int
+    values: Tensor  # [destination, row, d_model]
+    taken: int = 0
+    gradients: Tensor | None = None
 
 
 class Stream:
@@ -82,8 +107,11 @@ class Stream:
         self._pool = pool
         self.contract = contract
         self._shape = (n_sources, *like.shape)
-        self.differences: Tensor | None = pool.take(self._shape, like)
+        pool.start(like)
+        self.differences: Tensor | None = pool.take(n_sources, like, SOURCES_APART)
         self._gradients: Tensor | None = None
+        self._ahead: _Ahead | None = None
+        self._mixes: list[Tensor] = []
         self._written = [False] * n_sources
         self._operations = 0
         self._last_backward: int | None = None
@@ -115,42 +143,36 @@ class Stream:
         rows: Int[Tensor, " read"] | None = None,
     ) -> Float[Tensor, "destination read d_model"]:
         """What destinations with these mask rows read, at all rows or only at `rows`."""
-        return self._read(mask, reference, None, 0, rows)
+        self._check_written(0, mask.shape[1])
+        x, self._token = _Read.apply(self._token, mask, reference, self, rows)
+        return x
 
-    def read_ahead(
-        self, mask: Float[Tensor, "destination source"]
-    ) -> Float[Tensor, "destination row d_model"]:
-        """The part of later destinations' reads that the sources so far make up."""
-        return self._read(mask, None, None, 0, None)
+    def read_ahead(self, mask: Float[Tensor, "destination source"]) -> None:
+        """Mix the sources so far for the destinations of the next reads, in their order."""
+        self._check_written(0, mask.shape[1])
+        values = self._take(len(mask))
+        self._mixes.append(values)
+        self._ahead = _Ahead(mask.shape[1], values)
+        self._token = _ReadAhead.apply(self._token, mask, self, self._ahead)
 
     def read_rest(
-        self,
-        mask: Float[Tensor, "destination source"],
-        reference: Float[Tensor, "row d_model"],
-        ahead: Float[Tensor, "destination row d_model"],
-        first: int,
+        self, mask: Float[Tensor, "destination source"], reference: Float[Tensor, "row d_model"]
     ) -> Float[Tensor, "destination row d_model"]:
-        """A read of which `ahead` holds the sources before `first`; `mask` is of those from there
-        on.
-        """
-        return self._read(mask, reference, ahead, first, None)
+        """The next destinations' read: `mask` is of the sources since `read_ahead`."""
+        ahead = self._ahead
+        assert ahead is not None and ahead.taken + len(mask) <= len(ahead.values)
+        self._check_written(ahead.first, mask.shape[1])
+        x, self._token = _ReadRest.apply(self._token, mask, reference, self, ahead, ahead.taken)
+        ahead.taken += len(mask)
+        return x
 
-    def _read(
-        self,
-        mask: Tensor,
-        reference: Tensor | None,
-        ahead: Tensor | None,
-        first: int,
-        rows: Tensor | None,
-    ) -> Tensor:
-        unwritten = self._written[first : first + mask.shape[1]].count(False)
+    def _check_written(self, first: int, count: int) -> None:
+        unwritten = self._written[first : first + count].count(False)
         if unwritten:
             raise RuntimeError(
-                f"{unwritten} of the {mask.shape[1]} sources that a destination reads have not "
+                f"{unwritten} of the {count} sources that a destination reads have not "
                 "written: a hook did not fire, or was removed inside the context."
             )
-        x, self._token = _Read.apply(self._token, mask, reference, ahead, self, first, rows)
-        return x
 
     @property
     def n_rows(self) -> int:
@@ -168,8 +190,20 @@ class Stream:
 
     def release(self) -> None:
         """Give the buffers back; a later backward through this forward raises."""
-        self._pool.give(self.differences, self._gradients)
-        self.differences = self._gradients = None
+        self._pool.give(self.differences, self._gradients, *self._mixes)
+        self.differences = self._gradients = self._ahead = None
+        self._mixes = []
+
+    def take_ahead_gradients(self, ahead: _Ahead) -> Tensor:
+        """Where the gradients of the reads of this pass are collected."""
+        if ahead.gradients is None:
+            ahead.gradients = self._take(len(ahead.values))
+        return ahead.gradients
+
+    def give_ahead_gradients(self, ahead: _Ahead) -> None:
+        """They have been passed back."""
+        self._pool.give(ahead.gradients)
+        ahead.gradients = None
 
     def number(self, ctx: Any) -> None:
         """Number an operation that autograd will run backward; the others need no order."""
@@ -199,24 +233,11 @@ class Stream:
     def wrote(self, first: int, count: int) -> None:
         """Rows `first`, … of the buffer are written now."""
 
-    def mixed(
-        self,
-        mask: Tensor,
-        reference: Tensor | None,
-        ahead: Tensor | None,
-        first: int,
-        rows: Tensor | None,
-    ) -> Tensor:
+    def mixed(self, mask: Tensor, reference: Tensor, rows: Tensor | None) -> Tensor:
         """What a read gives, [destination, row, d_model]."""
-        block = self.block(first, mask.shape[1], rows).flatten(1)  # [source, row*d_model]
-        if reference is None:
-            x = mask @ block
-        elif ahead is None:
-            base = reference if rows is None else reference[rows]
-            x = torch.addmm(base.reshape(1, -1), mask, block)
-        else:
-            x = (ahead + reference).flatten(1)
-            x = x.addmm_(mask, block) if mask.shape[1] else x
+        base = reference if rows is None else reference[rows]
+        block = self.block(0, mask.shape[1], rows).flatten(1)  # [source, row*d_model]
+        x = torch.addmm(base.reshape(1, -1), mask, block)
         return x.view(mask.shape[0], -1, self._shape[-1])
 
     def block(self, first: int, count: int, rows: Tensor | None, contract: bool = False) -> Tensor:
@@ -224,7 +245,7 @@ class Stream:
         differences = self.contract if contract and self.contract is not None else self.differences
         assert differences is not None
         block = differences[first : first + count]
-        return block if rows is None else block.index_select(1, rows)
+        return block if rows is None else block[:, rows]  # index_select would copy the whole
 
     def gradient_of(self, first: int, count: int) -> Float[Tensor, "source row d_model"]:
         """The gradients of some sources, once every later reader has added to them."""
@@ -234,13 +255,18 @@ class Stream:
         """gradients[first : first + n] += mask.T @ grad, at `rows` where given."""
         block = self.gradients()[first : first + mask.shape[1]]
         if rows is not None:
-            block.index_add_(1, rows, torch.einsum("ds,drm->srm", mask, grad))
+            more = torch.einsum("ds,drm->rsm", mask, grad)
+            block.transpose(0, 1).index_put_((rows,), more, accumulate=True)
         else:
             block.flatten(1).addmm_(mask.T, grad.reshape(grad.shape[0], -1))
 
     def _new_gradients(self) -> Tensor:
         assert self.differences is not None
-        return self._pool.take(self._shape, self.differences)
+        return self._pool.take(self._shape[0], self.differences[0], SOURCES_APART)
+
+    def _take(self, count: int) -> Tensor:
+        assert self.differences is not None
+        return self._pool.take(count, self.differences[0])
 
     def _mark(self, first: int, count: int) -> None:
         if any(self._written[first : first + count]):
@@ -261,15 +287,7 @@ class WholeStream(Stream):
         assert self.differences is not None
         self._sum += self.differences[first : first + count].sum(0)
 
-    def mixed(
-        self,
-        mask: Tensor,
-        reference: Tensor | None,
-        ahead: Tensor | None,
-        first: int,
-        rows: Tensor | None,
-    ) -> Tensor:
-        assert reference is not None and ahead is None
+    def mixed(self, mask: Tensor, reference: Tensor, rows: Tensor | None) -> Tensor:
         x = self._sum + reference
         return (x if rows is None else x[rows]).expand(mask.shape[0], -1, -1)
 
@@ -351,28 +369,22 @@ class _Read(torch.autograd.Function):
         ctx: Any,
         token: Tensor,
         mask: Tensor,
-        reference: Tensor | None,
-        ahead: Tensor | None,
+        reference: Tensor,
         stream: Stream,
-        first: int,
         rows: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         stream.number(ctx)
         ctx.save_for_backward(mask)
-        ctx.first, ctx.rows = first, rows
-        return stream.mixed(mask, reference, ahead, first, rows), token.clone()
+        ctx.rows = rows
+        return stream.mixed(mask, reference, rows), token.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_token: Tensor) -> tuple[Tensor | None, ...]:
         ctx.stream.begin_backward(ctx.operation)
         (mask,) = ctx.saved_tensors
-        grad_mask = None
-        if ctx.needs_input_grad[1]:
-            against = ctx.stream.block(ctx.first, mask.shape[1], ctx.rows, contract=True)
-            grad_mask = grad.reshape(grad.shape[0], -1) @ against.flatten(1).T
-        if mask.shape[1]:
-            ctx.stream.add_gradients(mask, grad, ctx.first, ctx.rows)
+        grad_mask = _mask_gradient(ctx, mask, grad, 0, ctx.rows)
+        ctx.stream.add_gradients(mask, grad, 0, ctx.rows)
         grad_reference = None
         if ctx.needs_input_grad[2]:
             grad_reference = grad.sum(0)
@@ -380,12 +392,76 @@ class _Read(torch.autograd.Function):
                 shape = (ctx.stream.n_rows, grad.shape[-1])
                 grad_reference = grad.new_zeros(shape).index_add_(0, ctx.rows, grad_reference)
         ctx.stream.end_backward(ctx.operation)
-        return (
-            grad_token,
-            grad_mask,
-            grad_reference,
-            grad if ctx.needs_input_grad[3] else None,
-            None,
-            None,
-            None,
-        )
+        return grad_token, grad_mask, grad_reference, None, None
+
+
+class _ReadAhead(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, mask: Tensor, stream: Stream, ahead: _Ahead) -> Tensor:
+        stream.number(ctx)
+        ctx.save_for_backward(mask)
+        ctx.ahead = ahead
+        block = stream.block(0, mask.shape[1], None).flatten(1)  # [source, row*d_model]
+        torch.mm(mask, block, out=ahead.values.flatten(1))
+        return token.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_token: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.stream.begin_backward(ctx.operation)
+        (mask,) = ctx.saved_tensors
+        grad_mask = None
+        if ctx.ahead.gradients is not None:
+            grad = ctx.ahead.gradients
+            grad_mask = _mask_gradient(ctx, mask, grad, 0, None)
+            ctx.stream.add_gradients(mask, grad, 0, None)
+            ctx.stream.give_ahead_gradients(ctx.ahead)
+        ctx.stream.end_backward(ctx.operation)
+        return grad_token, grad_mask, None, None
+
+
+class _ReadRest(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        token: Tensor,
+        mask: Tensor,
+        reference: Tensor,
+        stream: Stream,
+        ahead: _Ahead,
+        taken: int,
+    ) -> tuple[Tensor, Tensor]:
+        stream.number(ctx)
+        ctx.save_for_backward(mask)
+        ctx.ahead, ctx.taken = ahead, taken
+        # `.data`: no view in autograd's eyes, since later reads write to its neighbours.
+        x = ahead.values[taken : taken + len(mask)].data.add_(reference)
+        if mask.shape[1]:
+            block = stream.block(ahead.first, mask.shape[1], None)
+            x.flatten(1).addmm_(mask, block.flatten(1))
+        return x, token.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, grad_token: Tensor) -> tuple[Tensor | None, ...]:
+        stream, ahead = ctx.stream, ctx.ahead
+        stream.begin_backward(ctx.operation)
+        (mask,) = ctx.saved_tensors
+        gradients = stream.take_ahead_gradients(ahead)
+        gradients[ctx.taken : ctx.taken + len(mask)].copy_(grad)
+        grad_mask = _mask_gradient(ctx, mask, grad, ahead.first, None)
+        if mask.shape[1]:
+            stream.add_gradients(mask, grad, ahead.first, None)
+        grad_reference = grad.sum(0) if ctx.needs_input_grad[2] else None
+        stream.end_backward(ctx.operation)
+        return grad_token, grad_mask, grad_reference, None, None, None
+
+
+def _mask_gradient(
+    ctx: Any, mask: Tensor, grad: Tensor, first: int, rows: Tensor | None
+) -> Tensor | None:
+    """The gradient of a read's mask, input 1 of its operation."""
+    if not ctx.needs_input_grad[1]:
+        return None
+    against = ctx.stream.block(first, mask.shape[1], rows, contract=True)
+    return grad.reshape(grad.shape[0], -1) @ against.flatten(1).T
