@@ -85,6 +85,13 @@ def read_scores(path: str | os.PathLike[str], graph: EdgeGraph, shared: str = "s
     if shared not in SHARED:
         raise ValueError(f"shared={shared!r}: expected one of {', '.join(SHARED)}.")
     table, origin = _read(path, graph)
+    bad = (real_edges(graph) & ~torch.isfinite(table.scores)).nonzero().tolist()
+    if bad:
+        source, destination = bad[0]
+        name = f"{graph.sources[source]}->{destinations(graph)[destination]}"
+        raise ValueError(
+            f"{path}: the score of {name} is NaN or infinite. Score the edges anew, in float32."
+        )
     return EdgeScores(graph, fold_scores(graph, table.scores, shared), origin)
 
 
