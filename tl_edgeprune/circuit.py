@@ -217,11 +217,13 @@ class Circuit:
         interchange.write_circuit(self, path, d_model)
 
     @classmethod
-    def from_mib(cls, path: str | os.PathLike[str], graph: EdgeGraph) -> Circuit:
+    def from_mib(
+        cls, path: str | os.PathLike[str], graph: EdgeGraph, *, shared: str = "same"
+    ) -> Circuit:
         """Read the circuit of a file of EAP-IG or MIB: see `interchange`."""
         from tl_edgeprune import interchange
 
-        return interchange.read_circuit(path, graph)
+        return interchange.read_circuit(path, graph, shared)
 
     def to_networkx(self) -> Any:
         """The circuit as a networkx DiGraph: see `interchange`."""
@@ -230,12 +232,12 @@ class Circuit:
         return interchange.to_networkx(self)
 
 
-def check_budget(n_edges: int, graph: EdgeGraph) -> None:
-    """Raise ValueError unless 1 <= n_edges <= graph.n_edges."""
-    if isinstance(n_edges, bool) or int(n_edges) != n_edges or not 1 <= n_edges <= graph.n_edges:
+def check_budget(n_edges: int, graph: EdgeGraph, most: int | None = None) -> None:
+    """Raise ValueError unless 1 <= n_edges <= graph.n_edges, or `most` in another count."""
+    most = graph.n_edges if most is None else most
+    if isinstance(n_edges, bool) or int(n_edges) != n_edges or not 1 <= n_edges <= most:
         raise ValueError(
-            f"n_edges={n_edges}: expected a whole number from 1 to {graph.n_edges}, the graph's "
-            "edges."
+            f"n_edges={n_edges}: expected a whole number from 1 to {most}, the graph's edges."
         )
 
 

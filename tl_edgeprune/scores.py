@@ -22,6 +22,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from tl_edgeprune.circuit import Circuit, check_budget, check_scores, versions
+from tl_edgeprune.counts import edge_counts, longest_run
 from tl_edgeprune.files import write_whole
 from tl_edgeprune.graph import EdgeGraph
 
@@ -48,7 +49,14 @@ class EdgeScores:
 
     # ------------------------------------------------------------------------------------ circuits
 
-    def top(self, k: int, *, absolute: bool | None = None, alive: bool = False) -> Circuit:
+    def top(
+        self,
+        k: int,
+        *,
+        absolute: bool | None = None,
+        alive: bool = False,
+        convention: str = "graph",
+    ) -> Circuit:
         """The k edges of highest score; of equal ones, those first in the graph.
 
         Args:
@@ -57,10 +65,18 @@ class EdgeScores:
                 (`by_magnitude`).
             alive: leave out, after the choice, edges on no path from the input to the logits, so
                 that fewer than k may remain.
+            convention: "mib" counts edges as MIB does (see `counts`): at most k of its edges, the
+                longest run of whole ones of ours that fits.
 
         Raises ValueError for a k outside the graph.
         """
-        circuit = Circuit.top(self.graph, self.ranking(absolute), k, **self.metadata)
+        ranking = self.ranking(absolute)
+        if convention == "graph":
+            circuit = Circuit.top(self.graph, ranking, k, **self.metadata)
+        else:
+            counts = edge_counts(self.graph, convention)
+            check_budget(k, self.graph, int(counts.sum()))
+            circuit = Circuit(self.graph, longest_run(ranking, counts, k), dict(self.metadata))
         return circuit.without_dead_edges() if alive else circuit
 
     def threshold(self, t: float, *, absolute: bool | None = None, alive: bool = False) -> Circuit:
