@@ -145,6 +145,7 @@ def test_scores_of_another_graph(no_work: None) -> None:
         evaluate(model, scores.top(5), task)
 
 
+@pytest.mark.filterwarnings("ignore:.*in EAP-IG's and MIB's count:UserWarning")
 @pytest.mark.parametrize("what", [Circuit, EdgeScores])
 def test_a_mib_file_with_unknown_nodes_or_missing_edges(what: Any, tmp_path: Path) -> None:
     path = tmp_path / "circuit.json"
