@@ -14,7 +14,7 @@ import zoo
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tl_edgeprune import models, tasks
+from tl_edgeprune import evaluate, models, tasks
 from tl_edgeprune.circuit import Circuit
 from tl_edgeprune.circuit_tests import (
     binomial,
@@ -182,6 +182,18 @@ def test_random_paths_lead_from_the_input_to_the_logits(seed):
         assert source in GRAPH.owner(destination)
 
 
+def test_each_edge_of_a_random_path_is_drawn_from_all_that_leave_its_node():
+    """The first edge of a path and, after input->m0, the second: as often as any other."""
+    paths = [random_path(GRAPH, random.Random(seed)) for seed in range(6000)]
+    m0 = GRAPH.index("input->m0")
+    for steps in ([path[0] for path in paths], [path[1] for path in paths if path[0] == m0]):
+        source = GRAPH.edges[steps[0]].split("->")[0]
+        leaving = {e for e, name in enumerate(GRAPH.edges) if name.startswith(f"{source}->")}
+        assert set(steps) == leaving
+        expected = len(steps) / len(leaving)
+        assert all(abs(steps.count(e) - expected) < 5 * math.sqrt(expected) for e in leaving)
+
+
 @given(st.integers(0, 500), st.sets(st.integers(0, GRAPH.n_edges - 1), max_size=GRAPH.n_edges - 1))
 def test_an_inflated_circuit_has_a_path_more_and_names_an_edge_of_it(seed, edges):
     circuit = Circuit(GRAPH, torch.tensor([e in edges for e in range(GRAPH.n_edges)]))
@@ -226,6 +238,23 @@ def test_the_known_circuit_is_minimal_and_with_spare_edges_it_is_not(program):
     larger = known | Circuit.from_edges(known.graph, spare, **known.metadata)
     more = minimality_test(model, larger, task, n_random=15, edges=[*spare, known.edges[0]])
     assert set(more.spare()) == set(spare) and more.p_value < 0.01
+
+
+def test_an_edges_effect_is_a_root_mean_square_over_pairs():
+    model = models.load("tracr-xproportion")
+    task = tasks.load("tracr-xproportion", model, 3, seed=1)
+    edges = sorted(models.known_circuit("tracr-xproportion", "zero"))
+    whole, cut = (
+        Circuit.from_edges(EdgeGraph.from_model(model), names, ablation="zero")
+        for names in (edges, edges[1:])
+    )
+    found = minimality_test(model, whole, task, edges=edges[:1], n_random=1)
+    squares = [  # the score is minus the squared error
+        sum(sign * evaluate(model, c, task[i : i + 1]).mse for sign, c in ((1, whole), (-1, cut)))
+        ** 2
+        for i in range(3)
+    ]
+    assert found.effects == (pytest.approx(math.sqrt(sum(squares) / 3)),)
 
 
 def answer_logit(logits, full, batch):

@@ -6,6 +6,7 @@ import copy
 import json
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from test_circuit import GRAPHS, random_circuit, seeds, shares
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 
 from tl_edgeprune import Circuit, EdgeScores, discover
+from tl_edgeprune.counts import edge_counts
 from tl_edgeprune.graph import EdgeGraph
 
 HELD = {
@@ -27,6 +29,10 @@ HELD = {
 GROUPED, PLAIN = HELD["grouped"], HELD["plain"]
 graphs = st.sampled_from(sorted(HELD)).map(HELD.__getitem__)
 endings = st.sampled_from([".json", ".pt"])
+
+
+# A circuit of shared edges has more of them over there, and says so whenever it is written.
+pytestmark = pytest.mark.filterwarnings("ignore:.*in EAP-IG's and MIB's count:UserWarning")
 
 
 def random_scores(graph: EdgeGraph, seed: int) -> EdgeScores:
@@ -154,6 +160,80 @@ def test_methods_note_the_width_that_files_record(tmp_path):
         assert json.loads((tmp_path / "found.json").read_text())["cfg"]["d_model"] == 20
     found = Circuit.from_mib(tmp_path / "found.json", EdgeGraph.from_model(model))
     assert found == scores.top(5)
+
+
+# ----------------------------------------------------------------- budgets that end inside a group
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_edges_count_for_what_the_file_has(name):
+    graph = HELD[name]
+    owners = list(mib_edges(graph).values())
+    expected = [owners.count(edge) for edge in graph.edges]
+    assert edge_counts(graph, "mib").tolist() == expected
+
+
+@given(seed=seeds, budget=st.integers(1, 120), data=st.data(), ending=endings)
+def test_eap_igs_top_edges_of_our_scores(seed, budget, data, ending):
+    """Its top n are n of its edges, any of equal ones; whole, they are our top n in its count."""
+    graph = GROUPED
+    scores = random_scores(graph, seed)
+    path = write(scores, ending)
+    edges = by_name(path)
+    ours = mib_edges(graph)
+    drawn = data.draw(st.permutations(sorted(ours)))
+    chosen = sorted(drawn, key=lambda name: -abs(edges[name][0]))[:budget]
+    put_in_graph(path, set(chosen))
+    kept = {edge: sum(ours[name] == edge for name in chosen) for edge in graph.edges}
+    copies = dict(zip(graph.edges, edge_counts(graph, "mib").tolist(), strict=True))
+    split = [edge for edge in graph.edges if 0 < kept[edge] < copies[edge]]
+    assert len(split) <= 1
+    wanted = scores.top(budget, convention="mib")
+    assert sum(copies[edge] for edge in wanted.edges) == budget - sum(kept[e] for e in split)
+    if not split:
+        assert Circuit.from_mib(path, graph) == wanted
+        return
+    with pytest.raises(ValueError, match=rf"keeps {split[0]} for some .*shared='all'"):
+        Circuit.from_mib(path, graph)
+    for shared, does in (("all", "leaves them out"), ("any", "keeps them whole")):
+        has = sum(copies[e] for e in wanted.edges) + (shared == "any") * copies[split[0]]
+        message = rf"has {budget} edges .*keeps 1 of .*'{shared}' {does}: the circuit has {has} of"
+        with pytest.warns(UserWarning, match=message):
+            found = Circuit.from_mib(path, graph, shared=shared)
+        border = Circuit.from_edges(graph, split if shared == "any" else [])
+        assert found == wanted | border
+
+
+def put_in_graph(path: Path, chosen: set[str]) -> None:
+    """Mark these edges of a file, and no others, as in the graph."""
+    if path.suffix == ".json":
+        document = json.loads(path.read_text())
+        for name, edge in document["edges"].items():
+            edge["in_graph"] = name in chosen
+        path.write_text(json.dumps(document))
+        return
+    document = torch.load(path, weights_only=True)
+    for row, source in enumerate(document["src_nodes"]):
+        for column, destination in enumerate(document["dst_nodes"]):
+            document["edges_in_graph"][row, column] = f"{source}->{destination}" in chosen
+    torch.save(document, path)
+
+
+def test_a_circuit_that_counts_more_over_there_says_so(tmp_path):
+    edges = ["input->a0.kv1<v>", "a0.h3->a1.h0<q>", "m1->logits"]
+    grouped = Circuit.from_edges(GROUPED, edges)
+    with pytest.warns(UserWarning, match=r"c.json: the circuit's 3 edges are 4 in EAP-IG's and"):
+        grouped.to_mib(tmp_path / "c.json", d_model=20)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Circuit.from_edges(GROUPED, edges[1:]).to_mib(tmp_path / "c.json", d_model=20)
+    with pytest.raises(ValueError, match="shared='sum': expected one of same, all, any"):
+        Circuit.from_mib(tmp_path / "c.json", GROUPED, shared="sum")
+    scores = random_scores(GROUPED, 0)
+    most = int(edge_counts(GROUPED, "mib").sum())
+    assert scores.top(most, convention="mib").n_edges == GROUPED.n_edges
+    with pytest.raises(ValueError, match=f"n_edges={most + 1}: expected a whole number from 1 to"):
+        scores.top(most + 1, convention="mib")
 
 
 # -------------------------------------------------------------------------------- files of others

@@ -71,6 +71,29 @@ def test_a_method_takes_grouped_heads_parallel_blocks_and_both_classes(method: s
         assert scores.tensor.shape == (EdgeGraph.from_model(model).n_edges,)
 
 
+@pytest.mark.parametrize("method", SCORING)
+def test_a_method_in_bfloat16_ranks_much_as_in_float32(method: str) -> None:
+    single, half = zoo.load(MODEL), zoo.load(MODEL, torch.bfloat16)
+    task = zoo.pairs(single, 2)
+    wanted, found = (discover(model, task, method, **settings(method)) for model in (single, half))
+    assert found.tensor.shape == (found.graph.n_edges,) and found.tensor.dtype == torch.float32
+    assert bool(torch.isfinite(found.tensor).all())
+    assert rank_correlation(wanted.ranking(), found.ranking()) > 0.9
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("search", ["exact", "bisect"])
+def test_acdc_in_bfloat16_keeps_much_the_same_edges(search: str) -> None:
+    single, half = zoo.load(MODEL), zoo.load(MODEL, torch.bfloat16)
+    task = zoo.pairs(single, 2)
+    wanted, found = (
+        discover(model, task, "acdc", threshold=0.05, search=search) for model in (single, half)
+    )
+    assert abs(found.n_edges - wanted.n_edges) < 0.2 * wanted.n_edges
+    assert found.iou(wanted) > 0.5  # chance: 0.15
+    assert found.metadata["objective_at_end"] < 10
+
+
 def test_an_unknown_method_is_told_the_known_ones() -> None:
     model = zoo.load(MODEL)
     with pytest.raises(ValueError, match=r"unknown method 'magic'.*eap-ig.*ugs"):

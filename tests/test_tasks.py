@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+import zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, pre_tokenizers
@@ -13,7 +14,7 @@ from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from tl_edgeprune import models, tasks
+from tl_edgeprune import Circuit, EdgeGraph, discover, evaluate, models, tasks
 from tl_edgeprune.models import smollm2, tracr
 from tl_edgeprune.tasks import Task, ioi
 
@@ -256,6 +257,7 @@ def test_ioi_says_how_many_pairs_there_are(model):
 
 # ------------------------------------------------------------------------------------------- JSONL
 
+SETS = {"clean": "Mary met", "corrupted": "Anna met", "right": [" John"], "wrong": [" Eva"]}
 WORDS = "<unk> <s> ▁Mary ▁John ▁Anna ▁Paul ▁Eva ▁Luke ▁met ▁thanked ▁thank ▁New ▁York ▁Los ▁Angeles"
 
 
@@ -307,6 +309,38 @@ def test_longer_answers_are_teacher_forced(tmp_path):
     assert rows(task.distractors) == [ids("Los Angeles"), ()]
 
 
+def test_sets_of_right_and_wrong_answers(tmp_path):
+    """With tags and without; the sets' tokens are those that follow the prompt."""
+    pair = {
+        "clean": "Mary met John thanked ",
+        "corrupted": "Anna met Paul thanked",
+        "right": [" Mary", " Anna"],
+        "wrong": [" John", " Paul", " Eva"],
+    }
+    marked = pair | {"clean": "Mary met John thanked <predict>Luke</predict>"}
+    plain = {"clean": "Mary met<predict> John</predict>", "corrupted": "Anna met"}
+    task = tasks.from_jsonl(write(tmp_path, pair, marked, plain), Texts(), prepend_bos=True)
+    assert rows(task.clean[:2]) == [(1, *ids("Mary met John thanked"))] * 2
+    assert rows(task.positions) == [(4,), (4,), (2,)]
+    assert rows(task.right) == [ids("Mary Anna")] * 2 + [()]
+    assert rows(task.wrong) == [ids("John Paul Eva")] * 2 + [()]
+    assert rows(task.answers) == [(), ids("Luke"), ids("John")]
+
+
+def test_a_file_with_sets_is_judged_by_probabilities_and_accuracy_among_them(tmp_path):
+    pair = {"clean": "Mary met", "corrupted": "Anna met", "right": [" John"], "wrong": [" Eva"]}
+    task = tasks.from_jsonl(write(tmp_path, pair), Texts())
+    model = zoo.load("bridge-gpt2")
+    graph = EdgeGraph.from_model(model)
+    report = evaluate(model, Circuit(graph, torch.ones(graph.n_edges, dtype=torch.bool)), task)
+    with torch.no_grad():
+        probabilities = model(task.clean[0][None])[0, -1].softmax(-1)
+    john, eva = (float(probabilities[ids(name)[0]]) for name in ("John", "Eva"))
+    assert report.prob_diff == pytest.approx(john - eva, abs=1e-5)
+    assert report.accuracy == float(john > eva)
+    assert bool(discover(model, task, "eap", objective="prob-diff").tensor.abs().sum() > 0)
+
+
 def test_lines_without_a_split_serve_every_split(tmp_path):
     line = {"clean": "Mary met<predict> John</predict>", "corrupted": "Anna met"}
     path = write(tmp_path, line | {"split": "train"}, line, line | {"split": "validation"})
@@ -331,6 +365,18 @@ def test_separator_characters_inside_a_text_do_not_end_the_line(tmp_path):
         ("[1]", "a JSON list, expected an object"),
         ({"clean": "Mary"}, '"corrupted" is None, expected a text'),
         ({"clean": "Mary met", "corrupted": "Anna met"}, "marks no answer"),
+        ({**SETS, "wrong": "Eva"}, "\"wrong\" is 'Eva', expected a list of one or more texts"),
+        ({**SETS, "right": []}, r'"right" is \[\], expected a list of one or more texts'),
+        ({**SETS, "right": [3]}, r'"right" is \[3\], expected a list of one or more texts'),
+        ({**SETS, "wrong": None}, 'Give both "right" and "wrong", or neither'),
+        ({**SETS, "right": [" New York"]}, r'"right" has \' New York\', which is 2 tokens'),
+        ({**SETS, "wrong": [" John"]}, 'whose token 3 is in "right" already'),
+        ({**SETS, "right": ["ed"]}, "does not tokenise as prompt"),
+        ({**SETS, "clean": "Mary met<predict> Eva</predict>"}, "answer ' Eva' is in \"wrong\""),
+        (
+            {**SETS, "clean": "Mary met<predict> New York</predict>"},
+            "has 2 tokens, and .right. and .wrong. are for one read position",
+        ),
         ({"clean": "a<predict>b<predict>c</predict></predict>", "corrupted": "x"}, "nested"),
         ({"clean": "a</predict>b<predict>", "corrupted": "x"}, "expected one <predict>"),
         ({"clean": "a<predict> </predict>", "corrupted": "x"}, "must not be empty"),

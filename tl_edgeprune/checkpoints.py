@@ -62,7 +62,7 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], States, dict[
     for name, tensor in flat.items():
         label, _, rest = name.partition("/")
         states.setdefault(label, {})[rest] = tensor
-    return tensors, {"optimizer": {}, "multipliers": {}} | states, document["note"]
+    return tensors, {"optimizer": {}, "multipliers": {}, "constants": {}} | states, document["note"]
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, flat: dict[str, Tensor]) -> None:

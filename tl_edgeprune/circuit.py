@@ -58,8 +58,12 @@ class Circuit:
     def top(
         cls, graph: EdgeGraph, scores: Float[Tensor, " edge"], n_edges: int, **metadata: Any
     ) -> Circuit:
-        """The `n_edges` edges of highest score; of equal ones, those first in the graph."""
+        """The `n_edges` edges of highest score; of equal ones, those first in the graph.
+
+        Raises ValueError for a size outside the graph, and for scores of another length or NaN.
+        """
         check_budget(n_edges, graph)
+        check_scores(scores, graph)
         order = torch.argsort(scores.detach().cpu().double(), descending=True, stable=True)
         mask = torch.zeros(graph.n_edges, dtype=torch.bool)
         mask[order[:n_edges]] = True
@@ -213,11 +217,13 @@ class Circuit:
         interchange.write_circuit(self, path, d_model)
 
     @classmethod
-    def from_mib(cls, path: str | os.PathLike[str], graph: EdgeGraph) -> Circuit:
+    def from_mib(
+        cls, path: str | os.PathLike[str], graph: EdgeGraph, *, shared: str = "same"
+    ) -> Circuit:
         """Read the circuit of a file of EAP-IG or MIB: see `interchange`."""
         from tl_edgeprune import interchange
 
-        return interchange.read_circuit(path, graph)
+        return interchange.read_circuit(path, graph, shared)
 
     def to_networkx(self) -> Any:
         """The circuit as a networkx DiGraph: see `interchange`."""
@@ -226,12 +232,28 @@ class Circuit:
         return interchange.to_networkx(self)
 
 
-def check_budget(n_edges: int, graph: EdgeGraph) -> None:
-    """Raise ValueError unless 1 <= n_edges <= graph.n_edges."""
-    if isinstance(n_edges, bool) or int(n_edges) != n_edges or not 1 <= n_edges <= graph.n_edges:
+def check_budget(n_edges: int, graph: EdgeGraph, most: int | None = None) -> None:
+    """Raise ValueError unless 1 <= n_edges <= graph.n_edges, or `most` in another count."""
+    most = graph.n_edges if most is None else most
+    if isinstance(n_edges, bool) or int(n_edges) != n_edges or not 1 <= n_edges <= most:
         raise ValueError(
-            f"n_edges={n_edges}: expected a whole number from 1 to {graph.n_edges}, the graph's "
-            "edges."
+            f"n_edges={n_edges}: expected a whole number from 1 to {most}, the graph's edges."
+        )
+
+
+def check_scores(scores: Tensor, graph: EdgeGraph) -> None:
+    """Raise ValueError unless there is one number for each edge of the graph."""
+    if scores.shape != (graph.n_edges,):
+        raise ValueError(
+            f"scores of shape {tuple(scores.shape)} for {graph.n_edges} edges: expected "
+            f"({graph.n_edges},), one number for each edge of {graph}, in the order of graph.edges."
+        )
+    bad = (~torch.isfinite(scores)).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(
+            f"scores hold NaN or infinite values for {len(bad)} of {graph.n_edges} edges (first "
+            f"{graph.edges[bad[0]]}: {float(scores[bad[0]])}), which cannot be ranked. Look for "
+            "NaN in the model's logits and gradients, and score the edges anew."
         )
 
 

@@ -5,17 +5,31 @@ default the logit difference. In each test the null hypothesis is that the circu
 claims to be; a small p-value says that it is not. A large one proves nothing: a test on few pairs
 rejects nothing.
 
-1. Equivalence: neither does better than the other on clearly more than half of the pairs,
-   |P(s(C) > s(M)) - 1/2| <= epsilon. A sign test.
-2. Independence: without the circuit's edges, what the model scores says nothing about what it
-   scores with them; s(complement) and s(M) are independent. A permutation test of HSIC.
-3. Minimality: removing any edge changes the circuit's score more than removing a spare edge does.
-   For every edge, a binomial test against edges of random paths that were added to the circuit.
+1. Equivalence (`sign_test`). H0: |P(s(C) > s(M)) - 1/2| <= epsilon, neither does better than the
+   other on clearly more than half of the pairs. Two-sided.
+2. Independence (`hsic_test`). H0: s(complement) and s(M) are independent: without the circuit's
+   edges, what the model scores says nothing about what it scores with them. One-sided, by
+   permutations.
+3. Minimality (`minimality_test`). H0, for each edge: its removal changes the circuit's score more
+   than that of an edge on a random path added to it does, in at least a share `quantile` of the
+   random paths. One-sided, binomial.
 
-Shi et al. 2024, "Hypothesis Testing the Circuit Hypothesis in LLMs" (arXiv 2410.13032), sections 3
-and 4. What differs here: ties (see `sign_test`), p-values of permutations count the data itself and
-so are never 0, and minimality's are corrected by Holm's method in place of Bonferroni's (it rejects
-all that Bonferroni's does).
+Shi et al. 2024, "Hypothesis Testing the Circuit Hypothesis in LLMs" (arXiv 2410.13032), the three
+idealised tests; what is said here to be theirs was checked against their code (`circuitry`). Theirs
+are the hypotheses, the statistics, epsilon = 0.1, quantile = 0.9, 1,000 permutations, 100 random
+paths and how a path is drawn. Ours are:
+
+- ties in the sign test (they leave scores that are equal on every pair out of its scope), and its
+  share of pairs: their code puts the mean difference of scores where its description has that
+  share;
+- a kernel width for each of the two scores, where they share one, the median of all |x_i - y_j|,
+  which grows with the distance between the two scores' means;
+- p-values of permutations that count the data itself, and so are never 0;
+- effects as root mean squares, in the scores' unit (theirs are their squares, and compare alike);
+- Holm's correction for the number of edges in place of Bonferroni's (it rejects all that
+  Bonferroni's does).
+
+Their two flexible tests, which compare a circuit with random ones, are not here.
 """
 
 from __future__ import annotations
@@ -71,8 +85,9 @@ class IndependenceTest:
 class MinimalityTest:
     """For each edge, the p-value of the hypothesis that it matters more than spare edges do.
 
-    effects: mean over pairs of |s(C) - s(C without the edge)|. spare_effects: the same of random
-    added edges, from circuits with a path more. p_values: corrected for the number of edges (Holm).
+    effects: root mean square over pairs of s(C) - s(C without the edge). spare_effects: the same of
+    random added edges, from circuits with a path more. p_values: corrected for the number of edges
+    (Holm).
     """
 
     edges: tuple[str, ...]
@@ -154,7 +169,7 @@ def minimality_test(
     task: Task,
     *,
     edges: Sequence[str] | None = None,
-    n_random: int = 50,
+    n_random: int = 100,
     quantile: float = 0.9,
     tie: float = TIE,
     measure: str | Objective | None = None,
@@ -164,7 +179,7 @@ def minimality_test(
 ) -> MinimalityTest:
     """Whether each of the circuit's edges matters more than edges that were added at random.
 
-    1. An edge's effect is the mean over pairs of |s(C) - s(C without it)|.
+    1. An edge's effect is the root mean square over pairs of s(C) - s(C without it).
     2. A spare effect: add a random path from the input to the logits that is not all in the
        circuit, and remove one random edge of those it added.
     3. An edge matters if its effect exceeds at least the share `quantile` of spare effects; the
@@ -194,9 +209,9 @@ def minimality_test(
     masks += [cut_edge(mask, edge) for mask, edge in inflated]
     whole, *rest = _measured(model, circuit, masks, task, measure, ablation, batch_size).circuits
     own, larger = rest[: len(cut)], rest[len(cut) : len(cut) + n_random]
-    effects = [float((whole - values).abs().mean()) for values in own]
+    effects = [_root_mean_square(whole - values) for values in own]
     spare = [
-        float((before - after).abs().mean())
+        _root_mean_square(before - after)
         for before, after in zip(larger, rest[len(cut) + n_random :], strict=True)
     ]
     p_values = holm([exceedance_test(effect - tie, spare, quantile) for effect in effects])
@@ -211,9 +226,10 @@ def sign_test(
 ) -> EquivalenceTest:
     """Whether the share of positive differences is within epsilon of 1/2.
 
-    The statistic is its distance from 1/2; the p-value is the chance of one at least as large if
-    the share were 1/2 + epsilon, the worst case that the hypothesis allows. A tie (at most `tie`
-    apart) is half a pair on each side, so a circuit that equals the model always passes.
+    Shi et al.'s equivalence test. The statistic is its distance from 1/2; the p-value is the chance
+    of one at least as large if the share were 1/2 + epsilon, the worst case that the hypothesis
+    allows. Ours: a tie (at most `tie` apart) is half a pair on each side, so a circuit that equals
+    the model always passes.
     """
     if not 0 <= epsilon < 0.5:
         raise ValueError(f"epsilon={epsilon}: expected a number from 0 to below 0.5.")
@@ -236,9 +252,10 @@ def hsic_test(
 ) -> IndependenceTest:
     """Whether two scores are independent: HSIC against its values under permutations.
 
-    Gaussian kernels, each of the median distance's width; HSIC = trace(K H L H) / n² with H the
-    centring matrix. Gretton et al. 2007, "A kernel statistical test of independence". The p-value
-    is the share of permutations with as large a value, the data itself among them. A score that
+    HSIC = trace(K H L H) / n² with Gaussian kernels and H the centring matrix (Gretton et al. 2007,
+    "A kernel statistical test of independence"). The p-value is the share of permutations with as
+    large a value. Ours: the data itself is among them, and each kernel has the width of its own
+    score's median distance, so that the test sees neither scores' scale nor mean. A score that
     spreads over no more than `tie` is constant, and so independent of anything.
     """
     n = len(x)
@@ -255,7 +272,9 @@ def hsic_test(
 
 
 def exceedance_test(effect: float, others: Sequence[float], quantile: float) -> float:
-    """p-value of: an effect exceeds others with probability at least `quantile` (binomial)."""
+    """p-value of: an effect exceeds others with probability at least `quantile` (binomial, one
+    side: few excesses speak against it).
+    """
     exceeded = sum(effect > other for other in others)
     return min(1.0, float(binomial(len(others), quantile)[: exceeded + 1].sum()))
 
@@ -298,25 +317,19 @@ def inflate(circuit: Circuit, generator: random.Random) -> tuple[Bool[Tensor, " 
 
 
 def random_path(graph: EdgeGraph, generator: random.Random) -> list[int]:
-    """Edges of a path, drawn backward from the logits: each time one of the edges that lead to the
-    node.
+    """Edges of a path from an input to the logits, each drawn from all that leave the node (Shi et
+    al.'s walk); a key or value that several heads share leads to one of them.
     """
-    into = _edges_into(graph)
-    node, path = "logits", []
-    while node not in graph.sources[: graph.n_inputs]:
-        edge = generator.choice(into[node])
-        path.append(edge)
-        node = graph.sources[graph.pairs[edge][0]]
-    return path[::-1]
-
-
-def _edges_into(graph: EdgeGraph) -> dict[str, list[int]]:
-    into: dict[str, list[int]] = {"logits": []}
-    owners = [graph.owner(name) or ("logits",) for name in graph.destinations]
-    for edge, (_, destination) in enumerate(graph.pairs):
-        for node in owners[destination]:
-            into.setdefault(node, []).append(edge)
-    return into
+    leaving: dict[str, list[int]] = {name: [] for name in graph.sources}
+    for edge, (source, _) in enumerate(graph.pairs):
+        leaving[graph.sources[source]].append(edge)
+    node, path = generator.choice(graph.sources[: graph.n_inputs]), []
+    while True:
+        path.append(generator.choice(leaving[node]))
+        destination = graph.destinations[graph.pairs[path[-1]][1]]
+        if destination == "logits":
+            return path
+        node = generator.choice(graph.owner(destination))
 
 
 def _measured(
@@ -334,6 +347,10 @@ def _measured(
     return measure_circuits(
         model, circuit.graph, masks, task, objective, ablation=kind, batch_size=batch_size
     )
+
+
+def _root_mean_square(values: Float[Tensor, " pair"]) -> float:
+    return float(values.square().mean().sqrt())
 
 
 def _spread(values: Float[Tensor, " pair"]) -> float:

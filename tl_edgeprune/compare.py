@@ -25,6 +25,7 @@ from tl_edgeprune.comparison_folder import Folder, Found, Run
 from tl_edgeprune.cost import Cost, measured
 from tl_edgeprune.evaluate import Evaluation, evaluate_all
 from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.masked import check_ablation
 from tl_edgeprune.methods import registry
 from tl_edgeprune.scores import EdgeScores
 from tl_edgeprune.tasks.task import Batch, Task
@@ -135,6 +136,7 @@ def _check(
 ) -> None:
     """Raise for all that can be known to fail before any long work."""
     _check_names(methods, settings, runs)
+    check_ablation(plan.ablation)
     graph = EdgeGraph.from_model(model)
     for size in plan.sizes:
         check_budget(size, graph)
@@ -172,6 +174,17 @@ def _check_names(
             raise ValueError(
                 f"compare: settings for {name!r}, which is not among the methods "
                 f"({', '.join(methods)})."
+            )
+        if "threshold" in own and name not in GIVE_CIRCUITS:
+            raise ValueError(
+                f"compare: a threshold in the settings of {name!r}, which ranks all edges. "
+                "Thresholds are for acdc; how many edges to take of a ranking is compare(…, "
+                "sizes=[…])."
+            )
+        if own.get("threshold") in ([], ()):
+            raise ValueError(
+                f"compare: no threshold in the settings of {name!r}: expected a number, or a list "
+                "of one or more, for a run each."
             )
         if "ablation" in own:
             raise ValueError(

@@ -23,6 +23,8 @@ from tl_edgeprune.hooks import Sites
 FORMAT = 1
 KIND = "tl_edgeprune constants"
 NAMES = ("inputs", "z", "mlp")
+OPTIMAL = "optimal"
+"""The ablation of what was found under constants; to EdgePruner, that it shall learn them."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -81,7 +83,7 @@ class Constants:
         return replace(self, **{name: getattr(self, name).detach() for name in NAMES})
 
     def __str__(self) -> str:
-        return "optimal"
+        return OPTIMAL
 
     def __repr__(self) -> str:
         return f"Constants({self.graph.n_sources} sources, {self.metadata.get('task', '')})"

@@ -24,8 +24,7 @@ from torch import Tensor
 
 from tl_edgeprune.circuit import Circuit
 from tl_edgeprune.constants import Ablation
-from tl_edgeprune.ends import edge_ends
-from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.counts import edge_counts, longest_run
 from tl_edgeprune.measures import find_measure
 from tl_edgeprune.objectives import Objective
 from tl_edgeprune.scores import EdgeScores
@@ -96,8 +95,9 @@ def faithfulness_curve(
         measure: an objective whose negative is measured; by default the logit difference where the
             task has one, else the probability difference, else the task's own objective.
         convention: "graph" counts this graph's edges. "mib" counts an edge into a key or value
-            that several query heads share once for each of them, as MIB does, and takes the longest
-            run of top edges whose count fits. The two differ under grouped-query attention alone.
+            that several query heads share once for each of them, as MIB does (and one into a head
+            of a graph with split_qkv=False three times), and takes the longest run of top edges
+            whose count fits.
         ablation: the scores' own by default.
 
     Raises ValueError for shares that do not rise within (0, 1], scores of another graph, and a
@@ -150,16 +150,6 @@ def mib_faithfulness(
     return MibFaithfulness(signed.cpr, absolute.cmd, signed, absolute)
 
 
-def edge_counts(graph: EdgeGraph, convention: str) -> Int[Tensor, " edge"]:
-    """How many edges each edge counts for: 1, or (MIB) one for each query head that it reaches."""
-    if convention not in ("graph", "mib"):
-        raise ValueError(f"unknown convention {convention!r}: expected 'graph' or 'mib'.")
-    if convention == "graph":
-        return torch.ones(graph.n_edges, dtype=torch.long)
-    heads = torch.tensor([max(1, len(graph.owner(name))) for name in graph.destinations])
-    return heads[edge_ends(graph)[1]]
-
-
 def top_masks(
     ranked: Tensor, counts: Int[Tensor, " edge"], shares: Sequence[float]
 ) -> list[Bool[Tensor, " edge"]]:
@@ -167,14 +157,8 @@ def top_masks(
 
     Of equal scores, those first in the graph come first.
     """
-    order = torch.argsort(ranked.detach().cpu().double(), descending=True, stable=True)
-    reached = counts[order].cumsum(0)
-    masks = []
-    for share in shares:
-        mask = torch.zeros(len(counts), dtype=torch.bool)
-        mask[order[reached <= int(share * int(counts.sum()))]] = True
-        masks.append(mask)
-    return masks
+    whole = int(counts.sum())
+    return [longest_run(ranked, counts, int(share * whole)) for share in shares]
 
 
 def check_shares(shares: Sequence[float]) -> None:

@@ -10,8 +10,14 @@ head. Its files hold a score and a place in the circuit for each edge:
   values alone.
 
 Where heads share keys and values, MIB counts an edge for each query head. Writing gives each head
-its group's edge; reading folds the heads' edges back into one, which must agree. So do the q, k and
-v edges where a graph has one input a head (split_qkv=False).
+its group's edge, and warns how many edges a circuit then has over there; reading folds the heads'
+edges back into one, which must agree. So do the q, k and v edges where a graph has one input a head
+(split_qkv=False).
+
+A budget of n edges over there can end inside a group: EAP-IG's top n of our scores is exactly n
+edges, with any of the equal ones at the border. Such a circuit cannot be run here.
+`Circuit.from_mib(shared="all")` reads it without the edges that are not whole, which is
+`scores.top(n, convention="mib")` to the edge, and `shared="any"` with them; both say how many.
 
 Hanna, Pezzelle and Belinkov 2024 (EAP-IG); Mueller et al. 2025, "MIB: A Mechanistic
 Interpretability Benchmark".
@@ -22,6 +28,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import warnings
 from collections.abc import Iterable
 from io import BytesIO
 from pathlib import Path
@@ -37,6 +44,7 @@ from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.scores import EdgeScores
 
 SHARED = ("same", "sum", "mean")
+FOLDED = ("same", "all", "any")
 SHOWN = 3  # names that an error lists
 
 
@@ -65,11 +73,20 @@ def write_scores(scores: EdgeScores, path: str | os.PathLike[str], d_model: int 
 
 def write_circuit(circuit: Circuit, path: str | os.PathLike[str], d_model: int | None) -> None:
     """Write a circuit as `write_scores` does scores: its edges in the graph, with score 1, others
-    with 0.
+    with 0. Warns where EAP-IG counts more of them, with its number.
     """
     check_graph(circuit.graph)
     table = spread(circuit.graph, circuit.mask.float())
     _write(path, circuit.graph, Table(table, table > 0), circuit, d_model)
+    theirs = int((table > 0).sum())
+    if theirs != circuit.n_edges:
+        warnings.warn(
+            f"{path}: the circuit's {circuit.n_edges:,} edges are {theirs:,} in EAP-IG's and MIB's "
+            "count, which has one for every query head where heads share an input. For a circuit "
+            f"of at most {circuit.n_edges:,} there, take scores.top({circuit.n_edges}, "
+            "convention='mib').",
+            stacklevel=3,
+        )
 
 
 def read_scores(path: str | os.PathLike[str], graph: EdgeGraph, shared: str = "same") -> EdgeScores:
@@ -85,18 +102,41 @@ def read_scores(path: str | os.PathLike[str], graph: EdgeGraph, shared: str = "s
     if shared not in SHARED:
         raise ValueError(f"shared={shared!r}: expected one of {', '.join(SHARED)}.")
     table, origin = _read(path, graph)
+    bad = (real_edges(graph) & ~torch.isfinite(table.scores)).nonzero().tolist()
+    if bad:
+        source, destination = bad[0]
+        name = f"{graph.sources[source]}->{destinations(graph)[destination]}"
+        raise ValueError(
+            f"{path}: the score of {name} is NaN or infinite. Score the edges anew, in float32."
+        )
     return EdgeScores(graph, fold_scores(graph, table.scores, shared), origin)
 
 
-def read_circuit(path: str | os.PathLike[str], graph: EdgeGraph) -> Circuit:
+def read_circuit(path: str | os.PathLike[str], graph: EdgeGraph, shared: str = "same") -> Circuit:
     """The edges that are in the graph of a .json or .pt file of EAP-IG's, as a circuit of `graph`.
 
-    Raises as `read_scores` does; ValueError too where heads of a group disagree on an edge, and for
-    a file without any edge in the graph, which holds scores alone.
+    shared: an edge that the file has several times, for each head of a group, and keeps for some of
+    them alone: "same" refuses it; "all" leaves it out, "any" keeps it, and both warn how many edges
+    there are of either kind.
+
+    Raises as `read_scores` does; ValueError too where heads of a group disagree on an edge under
+    "same", and for a file without any edge in the graph, which holds scores alone.
     """
+    if shared not in FOLDED:
+        raise ValueError(f"shared={shared!r}: expected one of {', '.join(FOLDED)}.")
     table, origin = _read(path, graph)
-    mask = fold_mask(graph, table.kept)
-    if not bool(mask.any()):
+    mask = fold_mask(graph, table.kept, shared)
+    touched, whole = (fold_mask(graph, table.kept, kind) for kind in ("any", "all"))
+    split = int((touched & ~whole).sum())
+    if split:
+        warnings.warn(
+            f"{path} has {int(table.kept.sum()):,} edges in the graph, and keeps {split:,} of this "
+            f"graph's edges for some of their heads alone. shared={shared!r} "
+            f"{'leaves them out' if shared == 'all' else 'keeps them whole'}: the circuit has "
+            f"{int((spread(graph, mask.float()) > 0).sum()):,} of the file's kind of edges.",
+            stacklevel=3,
+        )
+    if not bool(table.kept.any()):
         raise ValueError(
             f"{path} has no edge in the graph: it holds scores alone. Use "
             "EdgeScores.from_mib(path, graph).top(k)."
@@ -218,20 +258,23 @@ def fold_scores(
     return flat
 
 
-def fold_mask(graph: EdgeGraph, table: Bool[Tensor, "source destination"]) -> Bool[Tensor, " edge"]:
-    """EAP-IG's table of kept edges as our mask. Raises ValueError where copies disagree."""
+def fold_mask(
+    graph: EdgeGraph, table: Bool[Tensor, "source destination"], shared: str = "same"
+) -> Bool[Tensor, " edge"]:
+    """EAP-IG's table of kept edges as our mask; `shared` as for `read_circuit`."""
     mask = torch.zeros(graph.n_edges, dtype=torch.bool)
     for edges, destination, copies in _copies(graph, table):
         differ = copies.any(1) & ~copies.all(1)
-        if bool(differ.any()):
+        if shared == "same" and bool(differ.any()):
             source = graph.sources[int(differ.nonzero()[0])]
             raise ValueError(
                 f"the file keeps {source}->{destination} for some of its {copies.shape[1]} copies "
                 f"and not for others, but it is one edge in {graph}, so such a circuit cannot be "
-                "run here. Read the file's scores in its place, EdgeScores.from_mib(path, graph, "
-                "shared='sum'), and choose the edges anew."
+                "run here. Leave such edges out (shared='all'), keep them whole (shared='any'), or "
+                "read the file's scores, EdgeScores.from_mib(path, graph, shared='sum'), and "
+                "choose the edges anew."
             )
-        mask[edges] = copies[:, 0]
+        mask[edges] = copies.any(1) if shared == "any" else copies.all(1)
     return mask
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from tl_edgeprune import ablation as ablations
 from tl_edgeprune.ablation import Reference
-from tl_edgeprune.constants import Ablation, Constants
+from tl_edgeprune.constants import OPTIMAL, Ablation, Constants
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.hooks import (
     Hook,
@@ -164,10 +164,11 @@ def _ablation_kind(kind: Ablation | None, corrupted: Tensor | None, prompts: Any
 
 def check_ablation(kind: Ablation) -> None:
     """Raise ValueError unless `kind` is an ablation's name or constants."""
-    if kind == "optimal":
+    if kind == OPTIMAL:
         raise ValueError(
             "ablation='optimal' needs the constants that were learned: give ablation=constants, "
-            "from optimal_constants(model, task, circuit) or Constants.load(path)."
+            "from optimal_constants(model, task, circuit), from EdgePruner(ablation='optimal'), as "
+            "result.constants, or from Constants.load(path)."
         )
     if isinstance(kind, str) and kind not in ablations.ABLATIONS:
         raise ValueError(

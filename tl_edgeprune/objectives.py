@@ -62,7 +62,7 @@ def negative_log_prob(
 
 
 def negative_prob_diff(
-    logits: Float[Tensor, "batch read vocab"], full: Float[Tensor, "batch read vocab"], batch: Batch
+    logits: Float[Tensor, "batch read vocab"], full: Tensor, batch: Batch
 ) -> Float[Tensor, " batch"]:
     """Minus the probability of the right tokens less that of the wrong ones (Hanna et al. 2023)."""
     return -prob_diff(logits, batch)

@@ -7,6 +7,7 @@ replacement wrongly tells in their place. The constants that minimise the loss l
 2. A step runs the circuit (or a random one) with the constants in place of removed edges, and moves
    them down the objective's gradient.
 
+`EdgePruner(ablation="optimal")` learns them together with the circuit instead.
 Li and Janson 2024, "Optimal Ablation for Interpretability", section 2.
 """
 
@@ -20,8 +21,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_edgeprune.circuit import Circuit
-from tl_edgeprune.constants import NAMES, Constants
+from tl_edgeprune.constants import Constants
 from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.learned_constants import LearnedConstants
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.objectives import Objective, find_objective
 from tl_edgeprune.tasks.task import Batch, Task
@@ -61,50 +63,22 @@ def optimal_constants(
     generator = torch.Generator().manual_seed(seed)
     with MaskedModel.attach(model, graph if circuit is None else circuit.graph) as run:
         teacher = Teacher(run, task, "mean", batch_size=batch_size, max_bytes=0)
-        learned = _Learned(run, task)
-        optimizer = torch.optim.Adam(learned.moves, lr=lr)
+        learned = LearnedConstants(run, task.clean, lr)
         batches = _endless(task, batch_size, seed)
         bar = tqdm(range(steps), "learning constants", disable=not progress)
         for step in bar:
             lesson = teacher.lesson(next(batches))
             mask = _kept(circuit, run.graph, generator).to(teacher.device)
-            reference = learned.constants().reference(run.sites, run.graph)
-            logits = run(lesson.batch.clean, mask, reference, lesson.batch.positions)
+            logits = run(lesson.batch.clean, mask, learned.reference(), lesson.batch.positions)
             loss = loss_of(logits, lesson.full, lesson.batch).mean()
             if not bool(torch.isfinite(loss)):
                 raise ValueError(f"the objective is {float(loss)} at step {step}: try a lower lr.")
-            optimizer.zero_grad()
             loss.backward()
-            optimizer.step()
+            learned.step()
             bar.set_postfix_str(f"objective {float(loss.detach()):.3f}")
         note = {"model": getattr(model.cfg, "model_name", ""), "task": task.name, "seed": seed}
         note |= {"n_pairs": len(task), "steps": steps, "lr": lr, "loss": float(loss.detach())}
         return learned.constants(note).detached()
-
-
-class _Learned:
-    """Constants as the means plus moves in units of their size."""
-
-    def __init__(self, run: MaskedModel, task: Task) -> None:
-        means = run.reference("mean", prompts=task.clean)
-        self.graph = run.graph
-        self.start = [getattr(means, name)[:, 0, 0].clone() for name in NAMES]
-        self.units = [
-            t.float().square().mean().sqrt().clamp(min=1e-3) if t.numel() else t.float().sum()
-            for t in self.start
-        ]
-        self.moves = [
-            torch.zeros_like(t, dtype=torch.float32, requires_grad=True) for t in self.start
-        ]
-
-    def constants(self, metadata: dict[str, Any] | None = None) -> Constants:
-        parts: dict[str, Tensor] = {
-            name: start + (unit * move).to(start.dtype)
-            for name, start, unit, move in zip(
-                NAMES, self.start, self.units, self.moves, strict=True
-            )
-        }
-        return Constants(self.graph, **parts, metadata=metadata or {})
 
 
 def _endless(task: Task, batch_size: int, seed: int) -> Iterator[Batch]:

@@ -29,11 +29,12 @@ from tqdm.auto import tqdm
 
 from tl_edgeprune import checkpoints
 from tl_edgeprune.circuit import Circuit, check_budget
-from tl_edgeprune.constants import Ablation
+from tl_edgeprune.constants import OPTIMAL, Ablation, Constants
 from tl_edgeprune.ends import edge_ends
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.hooks import find_sites, is_folded
-from tl_edgeprune.masked import MaskedModel
+from tl_edgeprune.learned_constants import LearnedConstants
+from tl_edgeprune.masked import MaskedModel, check_ablation
 from tl_edgeprune.masks import (
     Controller,
     ExactBudget,
@@ -57,7 +58,11 @@ WARM_STEPS, WARM_PAIRS = 5, 32
 
 @dataclass(frozen=True)
 class Optimizer:
-    """How log alphas are learned. `warmup` steps of rising rate; `decay` to 0 linearly after."""
+    """How log alphas are learned. `warmup` steps of rising rate; `decay` to 0 linearly after.
+
+    `controller_lr`: of a Lagrangian's multipliers. `constants_lr`: of the constants of
+    ablation="optimal", in units of their sources' root mean square.
+    """
 
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.0
@@ -65,6 +70,7 @@ class Optimizer:
     warmup: int = 0
     decay: bool = False
     controller_lr: float = 0.3
+    constants_lr: float = 0.05
 
     def rate(self, step: int, steps: int) -> float:
         """The factor on the learning rate at this step."""
@@ -77,7 +83,11 @@ class Optimizer:
 
 @dataclass(frozen=True, repr=False)
 class PruneResult:
-    """What a run found. `log_alpha` ranks every edge; `circuit` has the size asked for."""
+    """What a run found. `log_alpha` ranks every edge; `circuit` has the size asked for.
+
+    `constants`: what removed edges carried, under ablation="optimal" or Constants: the `ablation`
+    to evaluate the circuit with.
+    """
 
     graph: EdgeGraph
     log_alpha: Float[Tensor, " edge"]
@@ -85,6 +95,7 @@ class PruneResult:
     n_edges: int | None
     metadata: dict[str, Any]
     finished: bool = True
+    constants: Constants | None = None
 
     @property
     def circuit(self) -> Circuit:
@@ -116,7 +127,8 @@ class EdgePruner:
         n_edges: edges to keep; None (with a sampled budget) for a ranking of all edges.
         steps, lr, batch_size: of the training; a step sees `batch_size * accumulate` pairs.
         ablation: "counterfactual", "zero", "mean" or "mean-positional" (means over the task's
-            corrupted prompts), or Constants (optimal ablation).
+            corrupted prompts), Constants (optimal ablation), or "optimal": constants learned
+            together with the masks, from the means on, which come back as `result.constants`.
         objective: a name of `objectives.OBJECTIVES`, a function, or None for the task's own.
         controller: ExactBudget() by default, or Lagrangian().
         init_scores: where log alphas start: "mask-ig" (five gradients, the default), EdgeScores
@@ -234,7 +246,13 @@ class EdgePruner:
                 fit.restore(resume)
             finished = fit.train()
         return PruneResult(
-            graph, fit.ranking(), fit.history, fit.final_size(), fit.metadata(), finished
+            graph,
+            fit.ranking(),
+            fit.history,
+            fit.final_size(),
+            fit.metadata(),
+            finished,
+            fit.final_constants(),
         )
 
     def scores(
@@ -242,8 +260,10 @@ class EdgePruner:
     ) -> EdgeScores:
         """`fit`, as scores by that method's name.
 
-        Those of a run that Ctrl-C ended early say so in their metadata ("finished": False).
+        Those of a run that Ctrl-C ended early say so in their metadata ("finished": False). Raises
+        ValueError for ablation="optimal", whose constants scores cannot hold.
         """
+        check_ablation(self.ablation)
         result = self.fit(model, task, resume=resume)
         early = {} if result.finished else {"finished": False}
         scores = result.scores
@@ -263,6 +283,8 @@ class EdgePruner:
         for name in ("steps", "batch_size", "accumulate", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected 1 or more.")
+        if self.ablation != OPTIMAL:
+            check_ablation(self.ablation)
         if not self.lr > 0:
             raise ValueError(f"lr={self.lr}: expected a number above 0.")
         if not 0 <= self.hard_share <= 1:
@@ -291,10 +313,13 @@ class _Fit:
         self.started = time.monotonic()
         self.history: History = []
         self.seconds_before = 0.0
+        self.constants = None
+        if pruner.ablation == OPTIMAL:
+            self.constants = LearnedConstants(run, task.corrupted, pruner.optimizer.constants_lr)
         self.teacher = Teacher(
             run,
             task,
-            pruner.ablation,
+            pruner.ablation if self.constants is None else self.constants.constants().detached(),
             batch_size=pruner.batch_size,
             bias_in_heads=pruner.bias_in_heads,
             progress=pruner.progress,
@@ -344,12 +369,15 @@ class _Fit:
         for _ in range(self.pruner.accumulate):
             lesson = self.teacher.lesson(next(self._batches))
             mask, penalty = self._draw(target, progress, generator)
-            logits = self.run(lesson.batch.clean, mask, lesson.reference, lesson.batch.positions)
+            reference = lesson.reference if self.constants is None else self.constants.reference()
+            logits = self.run(lesson.batch.clean, mask, reference, lesson.batch.positions)
             loss = self.loss_of(logits, lesson.full, lesson.batch).mean()
             self._check_loss(loss, step)
             ((loss + penalty) / self.pruner.accumulate).backward()
             losses.append(float(loss.detach()))
         self._update()
+        if self.constants is not None:
+            self.constants.step(self.pruner.optimizer.rate(step, self.pruner.steps))
         self._note(step, sum(losses) / len(losses), target)
 
     def _draw(
@@ -481,6 +509,12 @@ class _Fit:
             return self.pruner.n_edges
         return max(1, round(float(torch.sigmoid(self.ranking()).sum())))
 
+    def final_constants(self) -> Constants | None:
+        """What removed edges carry, where it is constants."""
+        if self.constants is None:
+            return self.pruner.ablation if isinstance(self.pruner.ablation, Constants) else None
+        return self.constants.constants(self.metadata()).detached()
+
     def metadata(self) -> dict[str, Any]:
         cfg = self.run.model.cfg
         return {
@@ -501,6 +535,9 @@ class _Fit:
         if self.node_log_alpha is not None:
             tensors["node_log_alpha"] = self.node_log_alpha.detach()
         optimizers = {"optimizer": self.optimizer, "multipliers": self.multipliers}
+        if self.constants is not None:
+            tensors |= self.constants.tensors()
+            optimizers["constants"] = self.constants.optimizer
         seconds = self.seconds_before + time.monotonic() - self.started
         note = {"history": self.history, "seconds": seconds, **self._identity()}
         checkpoints.save(path, tensors, optimizers, note)
@@ -523,6 +560,8 @@ class _Fit:
         checkpoints.load_optimizer(self.optimizer, states["optimizer"])
         if self.multipliers is not None:
             checkpoints.load_optimizer(self.multipliers, states["multipliers"])
+        if self.constants is not None:
+            self.constants.restore(tensors, states["constants"])
         self._batches = self._endless_batches()
 
     def _identity(self) -> dict[str, Any]:

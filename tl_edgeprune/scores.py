@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import heapq
 import json
+import math
 import os
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from tl_edgeprune.circuit import Circuit, check_budget, versions
+from tl_edgeprune.circuit import Circuit, check_budget, check_scores, versions
+from tl_edgeprune.counts import edge_counts, longest_run
 from tl_edgeprune.files import write_whole
 from tl_edgeprune.graph import EdgeGraph
 
@@ -42,16 +45,18 @@ class EdgeScores:
     by_magnitude: bool = True
 
     def __post_init__(self) -> None:
-        if self.tensor.shape != (self.graph.n_edges,):
-            raise ValueError(
-                f"scores of shape {tuple(self.tensor.shape)} for {self.graph.n_edges} edges."
-            )
-        if not bool(torch.isfinite(self.tensor).all()):
-            raise ValueError("scores hold NaN or infinite values.")
+        check_scores(self.tensor, self.graph)
 
     # ------------------------------------------------------------------------------------ circuits
 
-    def top(self, k: int, *, absolute: bool | None = None, alive: bool = False) -> Circuit:
+    def top(
+        self,
+        k: int,
+        *,
+        absolute: bool | None = None,
+        alive: bool = False,
+        convention: str = "graph",
+    ) -> Circuit:
         """The k edges of highest score; of equal ones, those first in the graph.
 
         Args:
@@ -60,15 +65,36 @@ class EdgeScores:
                 (`by_magnitude`).
             alive: leave out, after the choice, edges on no path from the input to the logits, so
                 that fewer than k may remain.
+            convention: "mib" counts edges as MIB does (see `counts`): at most k of its edges, the
+                longest run of whole ones of ours that fits.
 
         Raises ValueError for a k outside the graph.
         """
-        circuit = Circuit.top(self.graph, self.ranking(absolute), k, **self.metadata)
+        ranking = self.ranking(absolute)
+        if convention == "graph":
+            circuit = Circuit.top(self.graph, ranking, k, **self.metadata)
+        else:
+            counts = edge_counts(self.graph, convention)
+            check_budget(k, self.graph, int(counts.sum()))
+            circuit = Circuit(self.graph, longest_run(ranking, counts, k), dict(self.metadata))
         return circuit.without_dead_edges() if alive else circuit
 
     def threshold(self, t: float, *, absolute: bool | None = None, alive: bool = False) -> Circuit:
-        """The edges whose score is at least t; `absolute` and `alive` as for `top`."""
-        mask = self.ranking(absolute) >= t
+        """The edges whose score is at least t; `absolute` and `alive` as for `top`.
+
+        Warns where it keeps no edge or every edge. Raises ValueError for NaN.
+        """
+        if math.isnan(t):
+            raise ValueError("threshold(nan): expected a number, the lowest score to keep.")
+        ranking = self.ranking(absolute)
+        mask = ranking >= t
+        if bool(mask.all()) or not bool(mask.any()):
+            warnings.warn(
+                f"threshold({t:g}) keeps {'every' if mask.any() else 'no'} edge: the scores go "
+                f"from {float(ranking.min()):.3g} to {float(ranking.max()):.3g}. Choose a "
+                "threshold between, or a size with top(k).",
+                stacklevel=2,
+            )
         circuit = Circuit(self.graph, mask, dict(self.metadata))
         return circuit.without_dead_edges() if alive else circuit
 

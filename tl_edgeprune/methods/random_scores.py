@@ -8,6 +8,7 @@ import torch
 
 from tl_edgeprune.constants import Ablation
 from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.masked import check_ablation
 from tl_edgeprune.methods.gradients import origin
 from tl_edgeprune.scores import EdgeScores
 from tl_edgeprune.tasks.task import Task
@@ -22,6 +23,7 @@ def random_scores(
     ablation: Ablation = "counterfactual",
 ) -> EdgeScores:
     """Uniform numbers from 0 to 1, the same for one seed; the model is not run."""
+    check_ablation(ablation)
     graph = graph or EdgeGraph.from_model(model)
     generator = torch.Generator().manual_seed(seed)
     scores = torch.rand(graph.n_edges, generator=generator)

@@ -63,14 +63,22 @@ def discover(
         method: a name in `METHODS`.
         settings: the method's own.
 
-    Raises ValueError for an unknown method or a setting that it does not take, and what the method
-    raises.
+    Raises ValueError for an unknown method, a setting that it does not take or one that it needs
+    and did not get, and what the method raises.
     """
     known = settings_of(method)
     unknown = [name for name in settings if name not in known]
     if unknown:
         raise ValueError(
             f"{method} takes no {' and no '.join(unknown)}: expected some of {', '.join(known)}."
+        )
+    own = inspect.signature(METHODS[method]).parameters.values()
+    needed = [p.name for p in own if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
+    missing = [name for name in needed if name not in settings]
+    if missing:
+        raise ValueError(
+            f"{method} needs {' and '.join(missing)}: give discover(…, {method!r}, "
+            f"{', '.join(f'{name}=…' for name in missing)})."
         )
     return METHODS[method](model, task, **settings)
 

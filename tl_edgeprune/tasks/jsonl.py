@@ -10,7 +10,10 @@
 2. The corrupted text may mark an answer too: it gives the distractors where it has as many tokens.
    Without tags the corrupted text is what precedes the answer, and the clean answer follows it.
 3. Both texts must have the same number of tokens before the answer.
-4. A line with "split" belongs to that split; a line without serves every split.
+4. Where many answers are right, "right" and "wrong" list them, each as it follows the prompt and of
+   one token: {"clean": "The war lasted from 1742 to 17", …, "right": ["43"], "wrong": ["01", "02"]}
+   Such a line needs no tags (both texts then end where the answer begins), and may have them.
+5. A line with "split" belongs to that split; a line without serves every split.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from tl_edgeprune.tasks.task import Task
+from tl_edgeprune.tasks.task import SET_FIELDS, Task
 from tl_edgeprune.tasks.tokens import (
     answer_in_context,
     encode,
@@ -59,7 +62,8 @@ def from_jsonl(
 
     Raises:
         ValueError: with the file and the line: no JSON object, a missing key, no answer or more
-            than one, an answer that merges with the prompt, or texts of two lengths.
+            than one, an answer that merges with the prompt, texts of two lengths, or sets of right
+            and wrong texts that are not of one token each, repeat or overlap.
     """
     path = Path(path)
     tokenizer, prepend_bos = tokenizer_of(model), resolve_prepend_bos(model, prepend_bos)
@@ -98,21 +102,70 @@ def _pair(
     record: dict[str, Any], tokenizer: PreTrainedTokenizerBase, prepend_bos: bool
 ) -> dict[str, torch.Tensor]:
     text = cut(record["clean"])
-    if text.answer is None:
-        raise ValueError(f'"clean" marks no answer: put it between {OPEN} and {CLOSE}.')
+    sets = _sets(record, tokenizer, text.prompt)
+    if text.answer is None and not sets["right"]:
+        raise ValueError(
+            f'"clean" marks no answer: put it between {OPEN} and {CLOSE}, or list "right" and '
+            '"wrong" ones.'
+        )
     clean = _encoded(tokenizer, text, prepend_bos)
     corrupted = _encoded(tokenizer, cut(record["corrupted"]), prepend_bos)
     _check_lengths(clean, corrupted)
-    forced = len(clean.answer) - 1
+    if sets["right"]:
+        _check_marked(clean.answer, text.answer, sets)
+    forced = max(0, len(clean.answer) - 1)
     positions = torch.arange(len(clean.prompt) - 1, len(clean.prompt) + forced)
     same_count = len(corrupted.answer) == len(clean.answer)
     return {
         "clean": torch.tensor(clean.prompt + clean.answer[:forced]),
         "corrupted": torch.tensor(corrupted.prompt + (corrupted.answer or clean.answer)[:forced]),
         "positions": positions,
-        "answers": torch.tensor(clean.answer),
+        "answers": torch.tensor(clean.answer, dtype=torch.long),
         "distractors": torch.tensor(corrupted.answer if same_count else [], dtype=torch.long),
+        **{name: torch.tensor(tokens, dtype=torch.long) for name, tokens in sets.items()},
     }
+
+
+def _sets(
+    record: dict[str, Any], tokenizer: PreTrainedTokenizerBase, prompt: str
+) -> dict[str, list[int]]:
+    """The tokens of "right" and "wrong" after the prompt; none where the line has neither."""
+    if not any(name in record for name in SET_FIELDS):
+        return {name: [] for name in SET_FIELDS}
+    owner: dict[int, str] = {}
+    for name in SET_FIELDS:
+        texts = record.get(name)
+        if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
+            raise ValueError(
+                f'"{name}" is {texts!r}, expected a list of one or more texts. Give both "right" '
+                'and "wrong", or neither.'
+            )
+        for text in texts:
+            tokens = answer_in_context(tokenizer, prompt, text)
+            if len(tokens) > 1:
+                pieces = [tokenizer.decode([token]) for token in tokens]
+                raise ValueError(
+                    f'"{name}" has {text!r}, which is {len(tokens)} tokens after the prompt '
+                    f"({pieces}), expected one: give its first token's text, or leave it out."
+                )
+            if tokens[0] in owner:
+                raise ValueError(
+                    f'"{name}" has {text!r}, whose token {tokens[0]} is in "{owner[tokens[0]]}" '
+                    "already: give each token once, as right or as wrong."
+                )
+            owner[tokens[0]] = name
+    return {name: [token for token, its in owner.items() if its == name] for name in SET_FIELDS}
+
+
+def _check_marked(answer: list[int], text: str | None, sets: dict[str, list[int]]) -> None:
+    """Raise ValueError for a marked answer that cannot stand beside sets of tokens."""
+    if len(answer) > 1:
+        raise ValueError(
+            f'the answer {text!r} has {len(answer)} tokens, and "right" and "wrong" are for one '
+            "read position: mark one token, or none."
+        )
+    if answer and answer[0] in sets["wrong"]:
+        raise ValueError(f'the marked answer {text!r} is in "wrong": it should be right.')
 
 
 def cut(text: str) -> Text:

@@ -1,0 +1,164 @@
+"""What methods, scores and comparisons refuse or warn of, before any long work."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import zoo
+
+from tl_edgeprune import Circuit, EdgeGraph, EdgePruner, EdgeScores, compare, discover, evaluate
+from tl_edgeprune.ablation import ABLATIONS
+from tl_edgeprune.masked import MaskedModel
+from tl_edgeprune.methods.registry import METHODS
+
+MODEL, OTHER = "bridge-gpt2", "bridge-llama-gqa"
+GRAPH = EdgeGraph(n_layers=2, n_heads=2, n_kv_heads=1)
+
+
+def refused(message: str, error: type[Exception] = ValueError) -> Any:
+    """A message given as plain text, `…` for what may stand between."""
+    return pytest.raises(error, match=".*".join(map(re.escape, message.split("…"))))
+
+
+@pytest.fixture
+def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A masked forward, but for the model's first look, is a failure."""
+    for name in (MODEL, OTHER):
+        with MaskedModel.attach(zoo.load(name)):
+            pass
+    monkeypatch.setattr(MaskedModel, "__call__", lambda *_, **__: pytest.fail("the model ran"))
+
+
+# ---------------------------------------------------------------------------------------- methods
+
+
+def test_an_unknown_method_is_told_the_known_ones(no_work: None) -> None:
+    model = zoo.load(MODEL)
+    task = zoo.pairs(model, 2)
+    with refused("unknown method 'eap-gi': expected one of edge-pruning, eap, eap-ig, …random."):
+        discover(model, task, "eap-gi")
+    with refused("unknown methods 'eap-gi': expected some of edge-pruning, eap, eap-ig, …random."):
+        compare(model, task, task, ["eap-gi"], [5], progress=False)
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_an_ablation_that_a_method_cannot_use(method: str, no_work: None) -> None:
+    model = zoo.load(MODEL)
+    task = zoo.pairs(model, 2)
+    settings = {"threshold": 0.1} if method == "acdc" else {}
+    message = f"unknown ablation 'resample': expected one of {', '.join(ABLATIONS)}, or Constants."
+    if method == "ifr":  # it removes nothing
+        message = "ifr takes no ablation: expected some of graph, batch_size, progress."
+    with refused(message):
+        discover(model, task, method, ablation="resample", **settings)
+
+
+@pytest.mark.parametrize("method", ["ifr", "random", "mask-ig"])
+def test_an_ablation_that_a_comparison_cannot_use(method: str, no_work: None) -> None:
+    model = zoo.load(MODEL)
+    task = zoo.pairs(model, 2)
+    with refused("unknown ablation 'resample': expected one of counterfactual, zero, mean"):
+        compare(model, task, task, [method], [5], ablation="resample", progress=False)
+
+
+def test_settings_that_a_method_does_not_take_or_needs(no_work: None) -> None:
+    model = zoo.load(MODEL)
+    task = zoo.pairs(model, 2)
+    with refused("eap-ig takes no stepz and no seed: expected some of …steps, …batch_size, pro"):
+        discover(model, task, "eap-ig", stepz=3, seed=1)
+    with refused("acdc needs threshold: give discover(…, 'acdc', threshold=…)."):
+        discover(model, task, "acdc")
+    with refused("compare: method 'acdc': acdc needs threshold"):
+        compare(model, task, task, ["acdc"], progress=False)
+    with refused("compare: method 'eap': eap takes no stepz: expected some of"):
+        compare(model, task, task, ["eap"], [5], settings={"eap": {"stepz": 3}}, progress=False)
+
+
+@pytest.mark.parametrize("threshold", [0.1, [0.1, 0.2]], ids=str)
+def test_thresholds_are_for_acdc_alone(threshold: Any, no_work: None) -> None:
+    model = zoo.load(MODEL)
+    task = zoo.pairs(model, 2)
+    for method in ("eap", "edge-pruning"):
+        with refused(f"compare: a threshold in the settings of {method!r}, which ranks all edges"):
+            settings = {method: {"threshold": threshold}}
+            compare(model, task, task, [method], [5], settings=settings, progress=False)
+    with refused("compare: no threshold in the settings of 'acdc': expected a number, or a list"):
+        compare(model, task, task, ["acdc"], settings={"acdc": {"threshold": []}}, progress=False)
+
+
+# ----------------------------------------------------------------------------------------- scores
+
+
+@pytest.mark.parametrize(
+    ("threshold", "message"),
+    [(0.0, "threshold(0) keeps every edge: the scores go from 1 to "), (1e3, "keeps no edge: the")],
+)
+def test_a_threshold_that_keeps_all_or_nothing_warns(threshold: float, message: str) -> None:
+    scores = EdgeScores(GRAPH, torch.arange(1.0, GRAPH.n_edges + 1))
+    with pytest.warns(UserWarning, match=re.escape(message)):
+        scores.threshold(threshold)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert scores.threshold(2.0).n_edges == GRAPH.n_edges - 1
+    with refused("threshold(nan): expected a number"):
+        scores.threshold(float("nan"))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
+def test_scores_that_are_no_numbers(bad: float, tmp_path: Path, no_work: None) -> None:
+    values = torch.zeros(GRAPH.n_edges)
+    values[3:5] = bad
+    message = (
+        f"scores hold NaN or infinite values for 2 of {GRAPH.n_edges} edges (first "
+        f"{GRAPH.edges[3]}: {bad}), which cannot be ranked"
+    )
+    with refused(message):
+        EdgeScores(GRAPH, values)
+    with refused(message):
+        Circuit.top(GRAPH, values, 5)
+    path = tmp_path / "scores.json"
+    good = EdgeScores(GRAPH, torch.arange(1.0, GRAPH.n_edges + 1))
+    good.to_mib(path, d_model=8)
+    path.write_text(path.read_text().replace('"score": 1.0,', f'"score": {json.dumps(bad)},'))
+    with refused("scores.json: the score of input->a0.h0<q> is NaN or infinite. Score the edges"):
+        EdgeScores.from_mib(path, GRAPH)
+
+
+def test_scores_of_another_graph(no_work: None) -> None:
+    model = zoo.load(MODEL)
+    task = zoo.pairs(model, 2)
+    n = EdgeGraph.from_model(model).n_edges
+    scores = EdgeScores(GRAPH, torch.rand(GRAPH.n_edges))
+    with refused(f"scores of shape ({n},) for {GRAPH.n_edges} edges: expected ({GRAPH.n_edges},)"):
+        EdgeScores(GRAPH, torch.rand(n))
+    with refused(f"scores of shape ({n},) for {GRAPH.n_edges} edges: expected ({GRAPH.n_edges},)"):
+        Circuit.top(GRAPH, torch.rand(n), 5)
+    with refused("init_scores are of another graph: EdgeGraph(n_layers=2…this run's is EdgeGraph"):
+        EdgePruner(5, init_scores=scores, progress=False).fit(model, task)
+    with refused("the circuit is for another model: its graph is EdgeGraph(n_layers=2"):
+        evaluate(model, scores.top(5), task)
+
+
+@pytest.mark.filterwarnings("ignore:.*in EAP-IG's and MIB's count:UserWarning")
+@pytest.mark.parametrize("what", [Circuit, EdgeScores])
+def test_a_mib_file_with_unknown_nodes_or_missing_edges(what: Any, tmp_path: Path) -> None:
+    path = tmp_path / "circuit.json"
+    scores = EdgeScores(GRAPH, torch.rand(GRAPH.n_edges))
+    (scores if what is EdgeScores else scores.top(5)).to_mib(path, d_model=8)
+    text = path.read_text()
+    path.write_text(text.replace('"m1": {', '"m7": {'))
+    with refused("circuit.json: nodes that this graph has not: 'm7'. Give the graph of the model"):
+        what.from_mib(path, GRAPH)
+    path.write_text(text.replace('"m0->m1": {', '"m0->m1": {}, "gone": {'))
+    with refused("circuit.json: edges that this graph has not: 'gone'"):
+        what.from_mib(path, GRAPH)
+    start = text.index('"m0->m1"')
+    path.write_text(text[:start] + text[text.index('"', text.index("}", start)) :])
+    with refused("circuit.json: edges missing: 'm0->m1'. Every edge of the graph must be in"):
+        what.from_mib(path, GRAPH)

@@ -1,0 +1,77 @@
+"""Constants in place of removed edges, while they are learned: their start, their optimiser.
+
+A source's constant is a mean over prompts and positions plus a move, in units of the root mean
+square of its kind (inputs, heads, MLPs), so that one learning rate fits all. What is learned is
+the moves, in float32 whatever the model's dtype.
+
+Li and Janson 2024, "Optimal Ablation for Interpretability", section 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tl_edgeprune import checkpoints
+from tl_edgeprune.ablation import Reference
+from tl_edgeprune.constants import NAMES, Constants
+from tl_edgeprune.masked import MaskedModel
+
+
+class LearnedConstants:
+    """The constants of a model's sources, from the means over `prompts` onwards, under Adam.
+
+    lr: in units of each kind's root mean square.
+    """
+
+    def __init__(self, run: MaskedModel, prompts: Sequence[Tensor], lr: float) -> None:
+        means = run.reference("mean", prompts=prompts)
+        self.run, self.lr = run, lr
+        self.start = [getattr(means, name)[:, 0, 0].clone() for name in NAMES]
+        self.units = [
+            t.float().square().mean().sqrt().clamp(min=1e-3) if t.numel() else t.float().sum()
+            for t in self.start
+        ]
+        self.moves = [
+            torch.zeros_like(t, dtype=torch.float32, requires_grad=True) for t in self.start
+        ]
+        self.optimizer = torch.optim.Adam(self.moves, lr=lr)
+
+    def reference(self) -> Reference:
+        """What removed edges carry now; gradients flow into the moves."""
+        return self.constants().reference(self.run.sites, self.run.graph)
+
+    def constants(self, metadata: dict[str, Any] | None = None) -> Constants:
+        """The constants as they are now, differentiable in the moves."""
+        parts: dict[str, Tensor] = {
+            name: start + unit * move
+            for name, start, unit, move in zip(
+                NAMES, self.start, self.units, self.moves, strict=True
+            )
+        }
+        return Constants(self.run.graph, **parts, metadata=metadata or {})
+
+    def step(self, rate: float = 1.0) -> None:
+        """Move down the gradients gathered since the last step, at a share of the learning rate."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    # ------------------------------------------------------------------------------------ on disk
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps, beside the optimiser's state."""
+        return {
+            f"constants.{name}": move.detach() for name, move in zip(NAMES, self.moves, strict=True)
+        }
+
+    def restore(self, tensors: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+        """Go on from `tensors` and the optimiser's state, as `checkpoints.load` gives them."""
+        with torch.no_grad():
+            for name, move in zip(NAMES, self.moves, strict=True):
+                move.copy_(tensors[f"constants.{name}"])
+        checkpoints.load_optimizer(self.optimizer, state)
