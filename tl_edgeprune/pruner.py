@@ -138,7 +138,8 @@ class EdgePruner:
             makes those sparse.
         sampler: draws a mask from log alphas; hard-concrete gates.
         attachment: a price on edges between badly connected nodes (regularisers.py).
-        hard_share: the last part of the run whose forward pass keeps exactly the top edges.
+        hard_share: the last part of the run whose forward pass keeps exactly the top edges; None
+            for 0.4, or for 0 without n_edges.
         split_qkv, split_embeddings: of the graph.
         bias_in_heads: under zero ablation, remove each head's share of the output bias with it.
         dtype, device: the run's; None for the model's own (the weights are put back after it).
@@ -167,7 +168,7 @@ class EdgePruner:
         optimizer: Optimizer | None = None,
         sampler: Sampler = sample_gates,
         attachment: Attachment | None = None,
-        hard_share: float = 0.4,
+        hard_share: float | None = None,
         split_qkv: bool = True,
         split_embeddings: bool = False,
         bias_in_heads: bool = False,
@@ -188,7 +189,9 @@ class EdgePruner:
         self.node_masks, self.node_controller = node_masks, node_controller
         self.optimizer = optimizer or Optimizer()
         self.sampler, self.attachment = sampler, attachment
-        self.hard_share = hard_share if n_edges is not None else 0.0
+        if hard_share is None:
+            hard_share = 0.0 if n_edges is None else 0.4
+        self.hard_share = hard_share
         self.split_qkv, self.split_embeddings = split_qkv, split_embeddings
         self.bias_in_heads = bias_in_heads
         self.dtype, self.device = dtype, device

@@ -1,0 +1,121 @@
+"""Edge Pruning's settings, each changed by itself: what a circuit of SmolLM2-135M is worth then.
+
+    python benchmarks/settings.py [--variants default lr-0.1 …] [--seeds 0 1 2 3 4] [--out …]
+
+Indirect object identification, half of the pairs to train on, half held out. Every run is a row of
+runs.csv in the folder: the held-out KL and exact match at --n-edges, the KL of its ranking at other
+sizes, and, in history/, the KL of the training steps as it fell. Rows that are there are not run
+again, so a run that was killed goes on; give several processes different variants.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tl_edgeprune import EdgePruner
+from tl_edgeprune.masks import ExactBudget
+from tl_edgeprune.pruner import Optimizer
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "lr-0.1": {"lr": 0.1},
+    "lr-0.2": {"lr": 0.2},
+    "lr-0.5": {"lr": 0.5},
+    "betas-0.8-0.95": {"optimizer": Optimizer((0.8, 0.95))},
+    "betas-0.9-0.999": {"optimizer": Optimizer((0.9, 0.999))},
+    "decay": {"optimizer": Optimizer(decay=True)},
+    "init-none": {"init_scores": None},
+    "init-wide": {"init_log_alpha": (0.0, 2.0)},
+    "hard-0": {"hard_share": 0.0},
+    "hard-0.2": {"hard_share": 0.2},
+    "hard-0.6": {"hard_share": 0.6},
+    "anneal-0.4": {"controller": ExactBudget(anneal=0.4)},
+    "anneal-0.8": {"controller": ExactBudget(anneal=0.8), "hard_share": 0.2},
+    "start-0.1": {"controller": ExactBudget(start_share=0.1)},
+    "any-size": {"n_edges": None},
+    "any-size-lr-0.1": {"n_edges": None, "lr": 0.1},
+    "any-size-hard": {"n_edges": None, "hard_share": 0.4},
+    "any-size-hard-lr-0.1": {"n_edges": None, "hard_share": 0.4, "lr": 0.1},
+    "fixed": {"controller": ExactBudget("fixed")},
+    "batch-16": {"batch_size": 16},
+    "two-masks": {"accumulate": 2},
+}
+SIZES = (200, 500, 1000, 2300, 10_000)
+FIELDS = ("variant", "seed", "steps", "n_edges", "kl", "exact_match", "alive", "seconds")
+FIELDS += tuple(f"kl_{size}" for size in SIZES)
+
+
+def done(path: Path) -> set[tuple[str, int, int]]:
+    """Variant, seed and steps of the rows that are there."""
+    if not path.exists():
+        return set()
+    with path.open(newline="") as file:
+        return {(r["variant"], int(r["seed"]), int(r["steps"])) for r in csv.DictReader(file)}
+
+
+def add(path: Path, row: dict[str, Any]) -> None:
+    """One more row, in one write."""
+    fresh = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        if fresh:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def main() -> None:
+    from tl_edgeprune import models, tasks
+    from tl_edgeprune.evaluate import evaluate_all
+
+    options = parser().parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    model = models.load("smollm2-135m")
+    train, held_out = tasks.load(options.task, model, options.pairs, 0).split(0.5, 0)
+    out = options.out or Path("runs") / f"settings-{options.task}"
+    (out / "history").mkdir(parents=True, exist_ok=True)
+    for seed in options.seeds:
+        for name in options.variants:
+            if (name, seed, options.steps) in done(out / "runs.csv"):
+                continue
+            settings = {"n_edges": options.n_edges, "steps": options.steps, "seed": seed}
+            started = time.monotonic()
+            result = EdgePruner(progress=False, **settings | VARIANTS[name]).fit(model, train)
+            seconds = time.monotonic() - started
+            sizes = [options.n_edges, *SIZES]
+            found, *sized = evaluate_all(model, [result.top(k) for k in sizes], held_out)
+            row = [name, seed, options.steps, options.n_edges, found.kl, found.exact_match]
+            row += [found.n_alive, round(seconds), *(round(other.kl, 4) for other in sized)]
+            row = dict(zip(FIELDS, row, strict=True))
+            history = [[round(step["loss"], 4), round(step["edges"])] for step in result.history]
+            (out / "history" / f"{name}-{seed}-{options.steps}.json").write_text(
+                json.dumps({"columns": ["loss", "edges"], "steps": history})
+            )
+            result.scores.save(out / f"{name}-{seed}-{options.steps}.safetensors")
+            add(out / "runs.csv", row)
+            print(row, flush=True)
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_option = found.add_argument
+    add_option("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    add_option("--seeds", nargs="+", type=int, default=[0])
+    add_option("--task", default="ioi-t1", choices=["ioi-t1", "ioi"])
+    add_option("--pairs", type=int, default=256, help="half to train on (default: 256)")
+    add_option("--n-edges", type=int, default=1000)
+    add_option("--steps", type=int, default=200)
+    add_option("--threads", type=int, default=None, help="default: torch's")
+    add_option("--out", type=Path, default=None, help="default: runs/settings-{task}")
+    return found
+
+
+if __name__ == "__main__":
+    main()
