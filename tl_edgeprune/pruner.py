@@ -17,8 +17,9 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, is_dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from tl_edgeprune import checkpoints
 from tl_edgeprune.circuit import Circuit, check_budget
 from tl_edgeprune.constants import Ablation
 from tl_edgeprune.ends import edge_ends
+from tl_edgeprune.feed import Feed
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.hooks import find_sites, is_folded
 from tl_edgeprune.masked import MaskedModel
@@ -47,12 +49,14 @@ from tl_edgeprune.objectives import Objective, find_objective
 from tl_edgeprune.placement import placed
 from tl_edgeprune.regularisers import Attachment
 from tl_edgeprune.scores import EdgeScores
-from tl_edgeprune.tasks.task import Batch, Task
+from tl_edgeprune.tasks.stream import AnyTask, checked, identity, sample
+from tl_edgeprune.tasks.task import Task
 from tl_edgeprune.teacher import Teacher, check_vocabulary
 
 Sampler = Callable[[Tensor, torch.Generator], Tensor]
 History = list[dict[str, float | int]]
 WARM_STEPS, WARM_PAIRS = 5, 32
+EPOCHS = 10_000_000  # epochs' seeds lie beyond those of steps
 
 
 @dataclass(frozen=True)
@@ -214,15 +218,15 @@ class EdgePruner:
 
     # --------------------------------------------------------------------------------------- fit
 
-    def fit(self, model: Any, task: Task, *, resume: str | Path | None = None) -> PruneResult:
-        """Train the masks on the task's pairs.
+    def fit(self, model: Any, task: AnyTask, *, resume: str | Path | None = None) -> PruneResult:
+        """Train the masks on the pairs of a Task or a TaskStream.
 
         Ctrl-C ends the run with what it has found so far (`finished` is then False). `resume`
         continues from a checkpoint, to the same bits (on a CPU) as a run that was never stopped;
         its settings, task and graph must be those of the checkpoint (ValueError).
         """
-        loss_of = find_objective(self.objective, task)
-        check_vocabulary(task, int(model.cfg.d_vocab))
+        task = checked(task, self._check_pairs(int(model.cfg.d_vocab)))
+        loss_of = find_objective(self.objective, sample(task))
         graph = EdgeGraph.from_model(
             model, split_qkv=self.split_qkv, split_embeddings=self._has_two_embeddings(model)
         )
@@ -238,7 +242,7 @@ class EdgePruner:
         )
 
     def scores(
-        self, model: Any, task: Task, method: str, *, resume: str | Path | None = None
+        self, model: Any, task: AnyTask, method: str, *, resume: str | Path | None = None
     ) -> EdgeScores:
         """`fit`, as scores by that method's name.
 
@@ -275,6 +279,13 @@ class EdgePruner:
         if self.node_controller is not None and not self.node_masks:
             raise ValueError("node_controller needs node_masks=True.")
 
+    def _check_pairs(self, vocab: int) -> Callable[[Task], None]:
+        def check(pairs: Task) -> None:
+            find_objective(self.objective, pairs)
+            check_vocabulary(pairs, vocab)
+
+        return check
+
     def _has_two_embeddings(self, model: Any) -> bool:
         # The published graph has two embedding sources where the model has two embeddings.
         return self.split_embeddings and find_sites(model).has_positions
@@ -284,7 +295,7 @@ class _Fit:
     """One run of an EdgePruner: its parameters, its optimisers, its history."""
 
     def __init__(
-        self, pruner: EdgePruner, run: MaskedModel, task: Task, loss_of: Objective
+        self, pruner: EdgePruner, run: MaskedModel, task: AnyTask, loss_of: Objective
     ) -> None:
         self.pruner, self.run, self.task, self.loss_of = pruner, run, task, loss_of
         self.graph = run.graph
@@ -298,6 +309,7 @@ class _Fit:
             batch_size=pruner.batch_size,
             bias_in_heads=pruner.bias_in_heads,
             progress=pruner.progress,
+            visits=pruner.steps * pruner.accumulate * pruner.batch_size,
         )
         self.device = self.teacher.device
         self.controller = copy.deepcopy(pruner.controller)
@@ -309,7 +321,8 @@ class _Fit:
         self.node_log_alpha = self._node_log_alpha()
         self.source_of_edge = edge_ends(self.graph, self.device)[0]
         self.optimizer, self.multipliers = self._optimizers()
-        self._batches = self._endless_batches()
+        self.feed = Feed(task, pruner.batch_size, lambda epoch: _mixed(pruner.seed, EPOCHS + epoch))
+        self.place = self.feed.place
 
     # -------------------------------------------------------------------------------- the loop
 
@@ -342,7 +355,7 @@ class _Fit:
         self._zero_grad()
         losses = []
         for _ in range(self.pruner.accumulate):
-            lesson = self.teacher.lesson(next(self._batches))
+            lesson = self.teacher.lesson(next(self.feed))
             mask, penalty = self._draw(target, progress, generator)
             logits = self.run(lesson.batch.clean, mask, lesson.reference, lesson.batch.positions)
             loss = self.loss_of(logits, lesson.full, lesson.batch).mean()
@@ -351,6 +364,7 @@ class _Fit:
             losses.append(float(loss.detach()))
         self._update()
         self._note(step, sum(losses) / len(losses), target)
+        self.place = self.feed.place
 
     def _draw(
         self, target: float, progress: float, generator: torch.Generator
@@ -452,18 +466,6 @@ class _Fit:
             learned |= {f"node_{k}": v for k, v in self.node_controller.learned().items()}
         return learned
 
-    def _endless_batches(self) -> Iterator[Batch]:
-        """Batches of the whole task, shuffled anew each time round, from the present step on."""
-        per_epoch = sum(1 for _ in self.task.batches(self.pruner.batch_size))
-        seen = len(self.history) * self.pruner.accumulate
-        epoch, skip = divmod(seen, per_epoch)
-        while True:
-            seed = _mixed(self.pruner.seed, 10_000_000 + epoch)
-            for place, batch in enumerate(self.task.batches(self.pruner.batch_size, True, seed)):
-                if place >= skip:
-                    yield batch
-            epoch, skip = epoch + 1, 0
-
     # ------------------------------------------------------------------------------- finishing
 
     def ranking(self) -> Float[Tensor, " edge"]:
@@ -502,12 +504,12 @@ class _Fit:
             tensors["node_log_alpha"] = self.node_log_alpha.detach()
         optimizers = {"optimizer": self.optimizer, "multipliers": self.multipliers}
         seconds = self.seconds_before + time.monotonic() - self.started
-        note = {"history": self.history, "seconds": seconds, **self._identity()}
+        note = {"history": self.history, "seconds": seconds, "place": self.place, **self.identity}
         checkpoints.save(path, tensors, optimizers, note)
 
     def restore(self, path: str | Path) -> None:
         tensors, states, note = checkpoints.load(path)
-        for key, value in self._identity().items():
+        for key, value in self.identity.items():
             if note[key] != value:
                 raise ValueError(
                     f"checkpoint {path} is of another run: its {key} is {note[key]}, this run's "
@@ -523,16 +525,16 @@ class _Fit:
         checkpoints.load_optimizer(self.optimizer, states["optimizer"])
         if self.multipliers is not None:
             checkpoints.load_optimizer(self.multipliers, states["multipliers"])
-        self._batches = self._endless_batches()
+        self.place = tuple(note["place"])
+        self.feed.go_to(self.place)
 
-    def _identity(self) -> dict[str, Any]:
-        prompts = [
-            [t.tolist() for t in tokens] for tokens in (self.task.clean, self.task.corrupted)
-        ]
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint and the run that it resumes have in common."""
         return {
             "settings": json.loads(json.dumps(self.pruner.settings())),
             "graph": self.graph.to_dict(),
-            "task": checkpoints.digest(prompts),
+            "task": checkpoints.digest(identity(self.task)),
         }
 
     # --------------------------------------------------------------------------------- details
