@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, is_dataclass, replace
@@ -31,6 +32,7 @@ from tqdm.auto import tqdm
 from tl_edgeprune import checkpoints
 from tl_edgeprune.circuit import Circuit, check_budget
 from tl_edgeprune.constants import Ablation
+from tl_edgeprune.distributed import LostProcess, Ranks
 from tl_edgeprune.ends import edge_ends
 from tl_edgeprune.feed import Feed
 from tl_edgeprune.graph import EdgeGraph
@@ -224,6 +226,9 @@ class EdgePruner:
         Ctrl-C ends the run with what it has found so far (`finished` is then False). `resume`
         continues from a checkpoint, to the same bits (on a CPU) as a run that was never stopped;
         its settings, task and graph must be those of the checkpoint (ValueError).
+
+        Inside a process group (distributed.py) the processes share out each batch's pairs, and all
+        get the same result; LostProcess where one of them ends or hangs.
         """
         task = checked(task, self._check_pairs(int(model.cfg.d_vocab)))
         loss_of = find_objective(self.objective, sample(task))
@@ -236,6 +241,7 @@ class EdgePruner:
             fit = _Fit(self, run, task, loss_of)
             if resume is not None:
                 fit.restore(resume)
+            fit.meet()
             finished = fit.train()
         return PruneResult(
             graph, fit.ranking(), fit.history, fit.final_size(), fit.metadata(), finished
@@ -297,7 +303,9 @@ class _Fit:
     def __init__(
         self, pruner: EdgePruner, run: MaskedModel, task: AnyTask, loss_of: Objective
     ) -> None:
-        self.pruner, self.run, self.task, self.loss_of = pruner, run, task, loss_of
+        self.ranks = Ranks.current()
+        self.pruner, self.run = self.ranks.own(pruner), run
+        self.task, self.loss_of = task, loss_of
         self.graph = run.graph
         self.started = time.monotonic()
         self.history: History = []
@@ -308,8 +316,8 @@ class _Fit:
             pruner.ablation,
             batch_size=pruner.batch_size,
             bias_in_heads=pruner.bias_in_heads,
-            progress=pruner.progress,
-            visits=pruner.steps * pruner.accumulate * pruner.batch_size,
+            progress=self.pruner.progress,
+            visits=pruner.steps * pruner.accumulate * self.ranks.most(pruner.batch_size),
         )
         self.device = self.teacher.device
         self.controller = copy.deepcopy(pruner.controller)
@@ -341,6 +349,8 @@ class _Fit:
             finished = True
         except KeyboardInterrupt:
             finished = False
+        except LostProcess as error:
+            raise LostProcess(f"{error} {self._left_behind()}") from error
         finally:
             bar.close()
         if self.pruner.checkpoint and self.history:
@@ -355,15 +365,18 @@ class _Fit:
         self._zero_grad()
         losses = []
         for _ in range(self.pruner.accumulate):
-            lesson = self.teacher.lesson(next(self.feed))
+            batch, share = self.ranks.part(next(self.feed))
+            lesson = self.teacher.lesson(batch)
             mask, penalty = self._draw(target, progress, generator)
             logits = self.run(lesson.batch.clean, mask, lesson.reference, lesson.batch.positions)
-            loss = self.loss_of(logits, lesson.full, lesson.batch).mean()
-            self._check_loss(loss, step)
-            ((loss + penalty) / self.pruner.accumulate).backward()
+            loss = self.loss_of(logits, lesson.full, lesson.batch).mean() * share
+            ((loss + penalty / self.ranks.size) / self.pruner.accumulate).backward()
             losses.append(float(loss.detach()))
+        mean = self.ranks.add_up(self._parameters(), sum(losses) / len(losses))
+        self._check_loss(mean, step)
         self._update()
-        self._note(step, sum(losses) / len(losses), target)
+        self.ranks.hand_out(self._parameters())
+        self._note(step, mean, target)
         self.place = self.feed.place
 
     def _draw(
@@ -394,16 +407,24 @@ class _Fit:
 
     def _update(self) -> None:
         settings = self.pruner.optimizer
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        if self.multipliers is not None:
-            parameters += [p for group in self.multipliers.param_groups for p in group["params"]]
         if settings.clip is not None:
-            torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
+            torch.nn.utils.clip_grad_norm_(self._parameters(), settings.clip)
         self.optimizer.step()
         if self.multipliers is not None:
             self.multipliers.step()
 
+    def _parameters(self) -> list[Tensor]:
+        """Everything that a step changes."""
+        optimizers = [o for o in (self.optimizer, self.multipliers) if o is not None]
+        return [p for o in optimizers for group in o.param_groups for p in group["params"]]
+
     # -------------------------------------------------------------------------------- starting
+
+    def meet(self) -> None:
+        """With other processes: see that all do the same run, from the same masks."""
+        done = checkpoints.digest([self.identity, len(self.history)])
+        self.ranks.check_same(done, self.device)
+        self.ranks.hand_out(self._parameters())
 
     def _first_log_alpha(self) -> Float[Tensor, " edge"]:
         mean, std = self.pruner.init_log_alpha
@@ -499,6 +520,8 @@ class _Fit:
         }
 
     def save(self, path: str | Path) -> None:
+        if not self.ranks.first:
+            return
         tensors = {"log_alpha": self.log_alpha.detach(), **self._multipliers()}
         if self.node_log_alpha is not None:
             tensors["node_log_alpha"] = self.node_log_alpha.detach()
@@ -506,6 +529,14 @@ class _Fit:
         seconds = self.seconds_before + time.monotonic() - self.started
         note = {"history": self.history, "seconds": seconds, "place": self.place, **self.identity}
         checkpoints.save(path, tensors, optimizers, note)
+
+    def _left_behind(self) -> str:
+        """Save what there is, and say how the run goes on."""
+        path, step = self.pruner.checkpoint, len(self.history)
+        if not path or not step:
+            return f"The run ends after {step} steps, without a checkpoint."
+        self.save(path)
+        return f"The run ends after {step} steps; it goes on by fit(…, resume={str(path)!r})."
 
     def restore(self, path: str | Path) -> None:
         tensors, states, note = checkpoints.load(path)
@@ -555,10 +586,10 @@ class _Fit:
         if self.multipliers is not None:
             self.multipliers.zero_grad()
 
-    def _check_loss(self, loss: Tensor, step: int) -> None:
-        if not bool(torch.isfinite(loss)):
+    def _check_loss(self, loss: float, step: int) -> None:
+        if not math.isfinite(loss):
             raise ValueError(
-                f"the objective is {float(loss.detach())} at step {step}: the model gives NaN or "
+                f"the objective is {loss} at step {step}: the model gives NaN or "
                 "infinite logits under masks. Try float32, or a lower learning rate."
             )
 
