@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -123,6 +124,7 @@ def work(rank: int, size: int, job: str, folder: str) -> None:
 
 def start(job: str, folder: Path, size: int = 2) -> list[int | None]:
     """Run a job in so many processes; their exit codes."""
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # the server's own is bare
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["two_processes"])
     processes = [
