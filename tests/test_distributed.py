@@ -70,6 +70,27 @@ def test_processes_with_different_settings_are_refused(tmp_path):
     assert "process 1 of 2 has other settings, pairs, graph or steps" in message
 
 
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards")
+    assert two_processes.start("shards", folder) == [0, 0]
+    return folder
+
+
+@pytest.mark.parametrize("name", two_processes.ARCHITECTURES)
+def test_shared_out_weights_find_the_same_masks(shards, name):
+    (first, note), (second, _) = (
+        torch.load(shards / f"{name}-{rank}", weights_only=True) for rank in (0, 1)
+    )
+    left, most, same = note.tolist()
+    assert left == 0 and same  # let go after each step, whole again after the context
+    assert most <= 2
+    model = zoo.load(name)
+    alone = pruner().fit(model, zoo.pairs(model))
+    assert first.equal(second)
+    torch.testing.assert_close(first, alone.log_alpha, atol=1e-3, rtol=0)
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 def test_every_pair_goes_to_one_process(size):
     batch = next(zoo.pairs(zoo.load("bridge-gpt2")).batches(4))

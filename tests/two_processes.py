@@ -18,9 +18,10 @@ import torch
 import torch.distributed as dist
 import zoo
 
-from tl_edgeprune import EdgePruner, ExactBudget, Lagrangian
+from tl_edgeprune import EdgePruner, ExactBudget, Lagrangian, sharding
 from tl_edgeprune.distributed import LostProcess, Ranks
 from tl_edgeprune.objectives import kl
+from tl_edgeprune.sharding import sharded
 
 MODEL = "bridge-gpt2"
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -75,6 +76,33 @@ def fits(rank: int, folder: Path) -> None:
         torch.save((result.log_alpha, losses), folder / f"{name}-{rank}")
 
 
+ARCHITECTURES = [
+    name
+    for name in zoo.ARCHITECTURES
+    if name.split("-", 1)[1] in ("gpt2", "pythia", "llama-gqa", "gemma2", "attn-only", "mixtral")
+]
+
+
+def shards(rank: int, folder: Path) -> None:
+    for name in ARCHITECTURES:
+        model = zoo.build(name)
+        task = zoo.pairs(model)
+        whole = [p.clone() for p in model.parameters()]
+        with sharded(model):
+            parts = sharding._sharded[model]
+            result = pruner().fit(model, task)
+            last = len(model.blocks) - 1
+            left = sum(
+                p.untyped_storage().nbytes()
+                for b in parts.blocks[:last]
+                for p in [part.parameter.data for part in b]
+            )
+            most = parts.most_whole
+        same = all(p.equal(q) for p, q in zip(model.parameters(), whole, strict=True))
+        alone = torch.tensor([left, most, int(same)])
+        torch.save((result.log_alpha, alone), folder / f"{name}-{rank}")
+
+
 def _broken(rank: int, folder: Path, act: Callable[[], Any]) -> None:
     model, task = model_and_task()
     run = pruner(
@@ -102,7 +130,7 @@ def unlike(rank: int, folder: Path) -> None:
         (folder / f"error-{rank}").write_text(str(error), encoding="utf-8")
 
 
-JOBS = {job.__name__: job for job in (fits, killed, stalled, unlike)}
+JOBS = {job.__name__: job for job in (fits, killed, shards, stalled, unlike)}
 
 
 # -------------------------------------------------------------------------------- starting them

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tl_edgeprune.hooks import all_modules, all_parameters
+from tl_edgeprune.sharding import is_sharded
 
 # Rotary frequencies: transformers keeps them in float32 whatever the weights' dtype.
 KEPT_BUFFERS = ("inv_freq", "original_inv_freq")
@@ -34,6 +35,10 @@ def placed(
     if dtype == weight.dtype and device.type == weight.device.type:
         yield model
         return
+    if is_sharded(model):
+        raise ValueError(
+            "a sharded model cannot change its dtype or device: do that before `sharded(model)`."
+        )
     with ExitStack() as undo:
         for parameter in all_parameters(model):
             undo.callback(setattr, parameter, "data", parameter.data)
