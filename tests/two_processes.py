@@ -79,13 +79,13 @@ def fits(rank: int, folder: Path) -> None:
 ARCHITECTURES = [
     name
     for name in zoo.ARCHITECTURES
-    if name.split("-", 1)[1] in ("gpt2", "pythia", "llama-gqa", "gemma2", "attn-only", "mixtral")
+    if name.split("-", 1)[1] in ("gpt2", "pythia", "llama-gqa", "gemma2", "attn-only")
 ]
 
 
 def shards(rank: int, folder: Path) -> None:
     for name in ARCHITECTURES:
-        model = zoo.build(name)
+        model = zoo.build(name, torch.float64)
         task = zoo.pairs(model)
         whole = [p.clone() for p in model.parameters()]
         with sharded(model):

@@ -221,8 +221,8 @@ def _refuse_unsupported(model: Any) -> None:
             raise NotImplementedError(f"{name}: gated attention ({label}) is not supported.")
     if getattr(cfg, "n_devices", 1) > 1:
         raise NotImplementedError(
-            f"{name}: models spread over {cfg.n_devices} devices are not supported. Load it on one "
-            "device (the CPU, where no other holds it) and shard it: tl_edgeprune.sharding."
+            f"{name}: models spread over {cfg.n_devices} devices are not supported. Load it on "
+            "the CPU and share it out: tl_edgeprune.sharding.sharded(model, device)."
         )
     if getattr(cfg, "positional_embedding_type", None) == "shortformer":
         raise NotImplementedError(f"{name}: shortformer position embeddings are not supported.")

@@ -31,18 +31,27 @@ _sharded: weakref.WeakKeyDictionary[Any, Shards] = weakref.WeakKeyDictionary()
 
 @dataclass
 class Part:
-    """One matrix: the parameter, and this process's part of its numbers (the last one padded)."""
+    """One matrix: the parameter, and this process's part of its numbers (the last one padded).
+
+    `before` is the matrix as it was, where it was on another device.
+    """
 
     parameter: nn.Parameter
     mine: Tensor
+    before: Tensor | None
 
     @staticmethod
-    def of(parameter: nn.Parameter, ranks: Ranks) -> Part:
-        whole = parameter.data.clone(memory_format=torch.contiguous_format)  # a storage of its own
-        length = -(-whole.numel() // ranks.size)
-        padded = nn.functional.pad(whole.flatten(), (0, length * ranks.size - whole.numel()))
-        parameter.data = whole
-        return Part(parameter, padded[ranks.rank * length :][:length].clone())
+    def of(parameter: nn.Parameter, ranks: Ranks, device: torch.device) -> Part:
+        before = parameter.data
+        length = -(-before.numel() // ranks.size)
+        flat = before.flatten()[ranks.rank * length :][:length]
+        mine = flat.new_zeros(length, device=device)
+        mine[: len(flat)] = flat.to(device)
+        # A storage of its own, which can be let go.
+        parameter.data = torch.empty(before.shape, dtype=before.dtype, device=device)
+        part = Part(parameter, mine, None if before.device == device else before)
+        part.let_go()
+        return part
 
     def fetch(self, size: int) -> None:
         data = self.parameter.data
@@ -54,16 +63,22 @@ class Part:
     def let_go(self) -> None:
         self.parameter.data.untyped_storage().resize_(0)
 
+    def restore(self, size: int) -> None:
+        if self.before is None:
+            self.fetch(size)
+        else:
+            self.parameter.data = self.before
+
 
 class Shards:
     """The parts of every block of a model, and which blocks are whole."""
 
-    def __init__(self, model: Any, ranks: Ranks) -> None:
+    def __init__(self, model: Any, ranks: Ranks, device: torch.device) -> None:
         self.ranks = ranks
         self.blocks = [
-            [Part.of(p, ranks) for p in _matrices(block, model)] for block in model.blocks
+            [Part.of(p, ranks, device) for p in _matrices(block)] for block in model.blocks
         ]
-        self.whole = set(range(len(self.blocks)))
+        self.whole: set[int] = set()
         self.most_whole = 0  # blocks that were whole at once
 
     def fetch(self, layer: int) -> None:
@@ -97,34 +112,51 @@ class Shards:
 
 
 @contextmanager
-def sharded(model: Any) -> Iterator[Any]:
+def sharded(model: Any, device: torch.device | str | None = None) -> Iterator[Any]:
     """The model, each process with its part of the weights, for `EdgePruner.fit` inside.
 
     Everything inside has to be done by all processes alike (also `evaluate`, and whatever else
     runs the model or looks at its weights): what one does alone waits for the others in vain.
-    On leaving, the weights are whole again. With one process it does nothing.
+    On leaving, the weights are as they were. With one process they stay whole.
+
+    Args:
+        model: whole, with equal weights in all processes; on the CPU where no GPU can hold it.
+        device: where it is to run; the model's own by default.
 
     Raises ValueError for a model that is sharded already.
     """
+    from tl_edgeprune.placement import placed  # it imports this module
+
     ranks = Ranks.current()
     if model in _sharded:
         raise ValueError("the model is sharded already: leave that context first.")
     if ranks.size == 1:
-        yield model
+        with placed(model, device=device):
+            yield model
         return
-    shards = Shards(model, ranks)
+    before = next(model.parameters()).device
+    to = torch.empty(0, device=device or before).device  # "cuda" is the current GPU
     with ExitStack() as undo:
+        shards = Shards(model, ranks, to)
+        undo.callback(_restore, shards)
+        parts = {id(part.parameter) for block in shards.blocks for part in block}
+        undo.enter_context(placed(model, device=to, leave=parts))
         for layer, block in enumerate(model.blocks):
-            shards.let_go(layer)
             undo.callback(block.register_forward_pre_hook(_fetcher(shards, layer)).remove)
             undo.callback(block.register_forward_hook(_releaser(shards, layer)).remove)
         _sharded[model] = shards
         undo.callback(_sharded.pop, model)
-        try:
-            yield model
-        finally:
-            for layer in range(len(shards.blocks)):
-                shards.fetch(layer)
+        yield model
+
+
+def _restore(shards: Shards) -> None:
+    for block in shards.blocks:
+        for part in block:
+            part.restore(shards.ranks.size)
+
+
+def is_sharded(model: Any) -> bool:
+    return model in _sharded
 
 
 def found(model: Any, layer: int, find: Callable[[Any, int], Any]) -> Any:
@@ -147,10 +179,6 @@ def found(model: Any, layer: int, find: Callable[[Any, int], Any]) -> Any:
     return replace(site, norm=norm)
 
 
-def is_sharded(model: Any) -> bool:
-    return model in _sharded
-
-
 def _fetcher(shards: Shards, layer: int) -> Callable[..., None]:
     return lambda *_: shards.fetch(layer)
 
@@ -159,7 +187,7 @@ def _releaser(shards: Shards, layer: int) -> Callable[..., None]:
     return lambda *_: shards.after_forward(layer)
 
 
-def _matrices(block: nn.Module, model: Any) -> list[nn.Parameter]:
+def _matrices(block: nn.Module) -> list[nn.Parameter]:
     """A block's parameters of two or more dimensions, each once, also those behind a bridge."""
     modules = dict.fromkeys(block.modules())
     for module in list(modules):
