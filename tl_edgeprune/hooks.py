@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_edgeprune import sharding
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.norms import Norm, identity, inverse_rms, norm_function, weight_is_offset
 
@@ -147,7 +148,8 @@ def find_sites(model: Any) -> Sites:
     with_mlp = [layer for layer, block in enumerate(blocks) if hasattr(block, "mlp")]
     if with_mlp and len(with_mlp) != len(blocks):
         raise NotImplementedError("some blocks have an MLP and some have none: not supported.")
-    attention = tuple(find_attention(model, layer) for layer in range(len(blocks)))
+    layers = range(len(blocks))
+    attention = tuple(sharding.found(model, layer, find_attention) for layer in layers)
     names = tuple(f"blocks.{layer}" for layer in range(len(blocks)))
     sites = Sites(
         blocks=names,
@@ -190,6 +192,12 @@ def is_folded(model: Any) -> bool:
 def _refuse_unsupported(model: Any) -> None:
     cfg = model.cfg
     name = getattr(cfg, "model_name", type(model).__name__)
+    if any(hasattr(parameter, "placements") for parameter in model.parameters()):
+        raise NotImplementedError(
+            f"{name}: its weights are DTensors (fully_shard or a tensor parallel plan). They "
+            "would not be gathered for the backward pass under masks: load the model whole and use "
+            "tl_edgeprune.sharding.sharded(model)."
+        )
     if getattr(cfg, "is_encoder_decoder", False) or not hasattr(model, "blocks"):
         raise NotImplementedError(
             f"{name}: not a decoder-only transformer, so it has no such graph."
@@ -213,7 +221,8 @@ def _refuse_unsupported(model: Any) -> None:
             raise NotImplementedError(f"{name}: gated attention ({label}) is not supported.")
     if getattr(cfg, "n_devices", 1) > 1:
         raise NotImplementedError(
-            f"{name}: models spread over {cfg.n_devices} devices are not supported."
+            f"{name}: models spread over {cfg.n_devices} devices are not supported. Load it on "
+            "the CPU and share it out: tl_edgeprune.sharding.sharded(model, device)."
         )
     if getattr(cfg, "positional_embedding_type", None) == "shortformer":
         raise NotImplementedError(f"{name}: shortformer position embeddings are not supported.")

@@ -6,7 +6,7 @@ closures over themselves, and a deep copy would then run half in the copy and ha
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tl_edgeprune.hooks import all_modules, all_parameters
+from tl_edgeprune.sharding import is_sharded
 
 # Rotary frequencies: transformers keeps them in float32 whatever the weights' dtype.
 KEPT_BUFFERS = ("inv_freq", "original_inv_freq")
@@ -21,21 +22,33 @@ KEPT_BUFFERS = ("inv_freq", "original_inv_freq")
 
 @contextmanager
 def placed(
-    model: Any, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    model: Any,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    *,
+    leave: Container[int] = (),
 ) -> Iterator[Any]:
     """The model with weights of this dtype on this device; None leaves either as it is.
 
     On leaving, also by an exception, parameters, buffers and configuration are the former ones,
-    the same tensors and not conversions back.
+    the same tensors and not conversions back. `leave`: ids of parameters to leave alone. Raises
+    ValueError where a sharded model would have to change.
     """
-    weight = next(model.parameters())
+    weight = next(p for p in all_parameters(model) if id(p) not in leave)
     dtype = dtype or weight.dtype
     device = torch.device(device or weight.device)
     if dtype == weight.dtype and device.type == weight.device.type:
         yield model
         return
+    if is_sharded(model):
+        raise ValueError(
+            "a sharded model cannot change its dtype or device: cast it before, and give the "
+            "device to sharded(model, device)."
+        )
     with ExitStack() as undo:
         for parameter in all_parameters(model):
+            if id(parameter) in leave:
+                continue
             undo.callback(setattr, parameter, "data", parameter.data)
             parameter.data = _converted(parameter.data, dtype, device)
         for module in all_modules(model):

@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, is_dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,9 @@ from tqdm.auto import tqdm
 from tl_edgeprune import checkpoints
 from tl_edgeprune.circuit import Circuit, check_budget
 from tl_edgeprune.constants import OPTIMAL, Ablation, Constants
+from tl_edgeprune.distributed import LostProcess, Ranks
 from tl_edgeprune.ends import edge_ends
+from tl_edgeprune.feed import Feed
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.hooks import find_sites, is_folded
 from tl_edgeprune.learned_constants import LearnedConstants
@@ -48,12 +52,14 @@ from tl_edgeprune.objectives import Objective, find_objective
 from tl_edgeprune.placement import placed
 from tl_edgeprune.regularisers import Attachment
 from tl_edgeprune.scores import EdgeScores
-from tl_edgeprune.tasks.task import Batch, Task
+from tl_edgeprune.tasks.stream import AnyTask, checked, identity, sample
+from tl_edgeprune.tasks.task import Task
 from tl_edgeprune.teacher import Teacher, check_vocabulary
 
 Sampler = Callable[[Tensor, torch.Generator], Tensor]
 History = list[dict[str, float | int]]
 WARM_STEPS, WARM_PAIRS = 5, 32
+EPOCHS = 10_000_000  # epochs' seeds lie beyond those of steps
 
 
 @dataclass(frozen=True)
@@ -229,15 +235,18 @@ class EdgePruner:
 
     # --------------------------------------------------------------------------------------- fit
 
-    def fit(self, model: Any, task: Task, *, resume: str | Path | None = None) -> PruneResult:
-        """Train the masks on the task's pairs.
+    def fit(self, model: Any, task: AnyTask, *, resume: str | Path | None = None) -> PruneResult:
+        """Train the masks on the pairs of a Task or a TaskStream.
 
         Ctrl-C ends the run with what it has found so far (`finished` is then False). `resume`
         continues from a checkpoint, to the same bits (on a CPU) as a run that was never stopped;
         its settings, task and graph must be those of the checkpoint (ValueError).
+
+        Inside a process group (distributed.py) the processes share out each batch's pairs, and all
+        get the same result; LostProcess where one of them ends or hangs.
         """
-        loss_of = find_objective(self.objective, task)
-        check_vocabulary(task, int(model.cfg.d_vocab))
+        task = checked(task, self._check_pairs(int(model.cfg.d_vocab)))
+        loss_of = find_objective(self.objective, sample(task))
         graph = EdgeGraph.from_model(
             model, split_qkv=self.split_qkv, split_embeddings=self._has_two_embeddings(model)
         )
@@ -247,6 +256,7 @@ class EdgePruner:
             fit = _Fit(self, run, task, loss_of)
             if resume is not None:
                 fit.restore(resume)
+            fit.meet()
             finished = fit.train()
         return PruneResult(
             graph,
@@ -259,7 +269,7 @@ class EdgePruner:
         )
 
     def scores(
-        self, model: Any, task: Task, method: str, *, resume: str | Path | None = None
+        self, model: Any, task: AnyTask, method: str, *, resume: str | Path | None = None
     ) -> EdgeScores:
         """`fit`, as scores by that method's name.
 
@@ -300,6 +310,13 @@ class EdgePruner:
         if self.node_controller is not None and not self.node_masks:
             raise ValueError("node_controller needs node_masks=True.")
 
+    def _check_pairs(self, vocab: int) -> Callable[[Task], None]:
+        def check(pairs: Task) -> None:
+            find_objective(self.objective, pairs)
+            check_vocabulary(pairs, vocab)
+
+        return check
+
     def _has_two_embeddings(self, model: Any) -> bool:
         # The published graph has two embedding sources where the model has two embeddings.
         return self.split_embeddings and find_sites(model).has_positions
@@ -309,23 +326,28 @@ class _Fit:
     """One run of an EdgePruner: its parameters, its optimisers, its history."""
 
     def __init__(
-        self, pruner: EdgePruner, run: MaskedModel, task: Task, loss_of: Objective
+        self, pruner: EdgePruner, run: MaskedModel, task: AnyTask, loss_of: Objective
     ) -> None:
-        self.pruner, self.run, self.task, self.loss_of = pruner, run, task, loss_of
+        self.ranks = Ranks.current()
+        self.pruner, self.run = self.ranks.own(pruner), run
+        self.task, self.loss_of = task, loss_of
         self.graph = run.graph
         self.started = time.monotonic()
         self.history: History = []
         self.seconds_before = 0.0
         self.constants = None
         if pruner.ablation == OPTIMAL:
-            self.constants = LearnedConstants(run, task.corrupted, pruner.optimizer.constants_lr)
+            self.constants = LearnedConstants(
+                run, sample(task).corrupted, pruner.optimizer.constants_lr
+            )
         self.teacher = Teacher(
             run,
             task,
             pruner.ablation if self.constants is None else self.constants.constants().detached(),
             batch_size=pruner.batch_size,
             bias_in_heads=pruner.bias_in_heads,
-            progress=pruner.progress,
+            progress=self.pruner.progress,
+            visits=pruner.steps * pruner.accumulate * self.ranks.most(pruner.batch_size),
         )
         self.device = self.teacher.device
         self.controller = copy.deepcopy(pruner.controller)
@@ -337,7 +359,8 @@ class _Fit:
         self.node_log_alpha = self._node_log_alpha()
         self.source_of_edge = edge_ends(self.graph, self.device)[0]
         self.optimizer, self.multipliers = self._optimizers()
-        self._batches = self._endless_batches()
+        self.feed = Feed(task, pruner.batch_size, lambda epoch: _mixed(pruner.seed, EPOCHS + epoch))
+        self.place = self.feed.place
 
     # -------------------------------------------------------------------------------- the loop
 
@@ -356,6 +379,8 @@ class _Fit:
             finished = True
         except KeyboardInterrupt:
             finished = False
+        except LostProcess as error:
+            raise LostProcess(f"{error} {self._left_behind()}") from error
         finally:
             bar.close()
         if self.pruner.checkpoint and self.history:
@@ -370,18 +395,22 @@ class _Fit:
         self._zero_grad()
         losses = []
         for _ in range(self.pruner.accumulate):
-            lesson = self.teacher.lesson(next(self._batches))
+            batch, share = self.ranks.part(next(self.feed))
+            lesson = self.teacher.lesson(batch)
             mask, penalty = self._draw(target, progress, generator)
             reference = lesson.reference if self.constants is None else self.constants.reference()
             logits = self.run(lesson.batch.clean, mask, reference, lesson.batch.positions)
-            loss = self.loss_of(logits, lesson.full, lesson.batch).mean()
-            self._check_loss(loss, step)
-            ((loss + penalty) / self.pruner.accumulate).backward()
+            loss = self.loss_of(logits, lesson.full, lesson.batch).mean() * share
+            ((loss + penalty / self.ranks.size) / self.pruner.accumulate).backward()
             losses.append(float(loss.detach()))
+        mean = self.ranks.add_up(self._learned(), sum(losses) / len(losses))
+        self._check_loss(mean, step)
         self._update()
         if self.constants is not None:
             self.constants.step(self.pruner.optimizer.rate(step, self.pruner.steps))
-        self._note(step, sum(losses) / len(losses), target)
+        self.ranks.hand_out(self._learned())
+        self._note(step, mean, target)
+        self.place = self.feed.place
 
     def _draw(
         self, target: float, progress: float, generator: torch.Generator
@@ -411,16 +440,28 @@ class _Fit:
 
     def _update(self) -> None:
         settings = self.pruner.optimizer
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        if self.multipliers is not None:
-            parameters += [p for group in self.multipliers.param_groups for p in group["params"]]
         if settings.clip is not None:
-            torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
+            torch.nn.utils.clip_grad_norm_(self._parameters(), settings.clip)
         self.optimizer.step()
         if self.multipliers is not None:
             self.multipliers.step()
 
+    def _parameters(self) -> list[Tensor]:
+        """What the masks are made of, and the multipliers."""
+        optimizers = [o for o in (self.optimizer, self.multipliers) if o is not None]
+        return [p for o in optimizers for group in o.param_groups for p in group["params"]]
+
+    def _learned(self) -> list[Tensor]:
+        """Everything that a step changes."""
+        return self._parameters() + ([] if self.constants is None else self.constants.moves)
+
     # -------------------------------------------------------------------------------- starting
+
+    def meet(self) -> None:
+        """With other processes: see that all do the same run, from the same masks."""
+        done = checkpoints.digest([self.identity, len(self.history)])
+        self.ranks.check_same(done, self.device)
+        self.ranks.hand_out(self._learned())
 
     def _first_log_alpha(self) -> Float[Tensor, " edge"]:
         mean, std = self.pruner.init_log_alpha
@@ -483,18 +524,6 @@ class _Fit:
             learned |= {f"node_{k}": v for k, v in self.node_controller.learned().items()}
         return learned
 
-    def _endless_batches(self) -> Iterator[Batch]:
-        """Batches of the whole task, shuffled anew each time round, from the present step on."""
-        per_epoch = sum(1 for _ in self.task.batches(self.pruner.batch_size))
-        seen = len(self.history) * self.pruner.accumulate
-        epoch, skip = divmod(seen, per_epoch)
-        while True:
-            seed = _mixed(self.pruner.seed, 10_000_000 + epoch)
-            for place, batch in enumerate(self.task.batches(self.pruner.batch_size, True, seed)):
-                if place >= skip:
-                    yield batch
-            epoch, skip = epoch + 1, 0
-
     # ------------------------------------------------------------------------------- finishing
 
     def ranking(self) -> Float[Tensor, " edge"]:
@@ -534,6 +563,8 @@ class _Fit:
         }
 
     def save(self, path: str | Path) -> None:
+        if not self.ranks.first:
+            return
         tensors = {"log_alpha": self.log_alpha.detach(), **self._multipliers()}
         if self.node_log_alpha is not None:
             tensors["node_log_alpha"] = self.node_log_alpha.detach()
@@ -542,12 +573,20 @@ class _Fit:
             tensors |= self.constants.tensors()
             optimizers["constants"] = self.constants.optimizer
         seconds = self.seconds_before + time.monotonic() - self.started
-        note = {"history": self.history, "seconds": seconds, **self._identity()}
+        note = {"history": self.history, "seconds": seconds, "place": self.place, **self.identity}
         checkpoints.save(path, tensors, optimizers, note)
+
+    def _left_behind(self) -> str:
+        """Save what there is, and say how the run goes on."""
+        path, step = self.pruner.checkpoint, len(self.history)
+        if not path or not step:
+            return f"The run ends after {step} steps, without a checkpoint."
+        self.save(path)
+        return f"The run ends after {step} steps; it goes on by fit(…, resume={str(path)!r})."
 
     def restore(self, path: str | Path) -> None:
         tensors, states, note = checkpoints.load(path)
-        for key, value in self._identity().items():
+        for key, value in self.identity.items():
             if note[key] != value:
                 raise ValueError(
                     f"checkpoint {path} is of another run: its {key} is {note[key]}, this run's "
@@ -565,16 +604,16 @@ class _Fit:
             checkpoints.load_optimizer(self.multipliers, states["multipliers"])
         if self.constants is not None:
             self.constants.restore(tensors, states["constants"])
-        self._batches = self._endless_batches()
+        self.place = tuple(note["place"])
+        self.feed.go_to(self.place)
 
-    def _identity(self) -> dict[str, Any]:
-        prompts = [
-            [t.tolist() for t in tokens] for tokens in (self.task.clean, self.task.corrupted)
-        ]
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint and the run that it resumes have in common."""
         return {
             "settings": json.loads(json.dumps(self.pruner.settings())),
             "graph": self.graph.to_dict(),
-            "task": checkpoints.digest(prompts),
+            "task": checkpoints.digest(identity(self.task)),
         }
 
     # --------------------------------------------------------------------------------- details
@@ -595,10 +634,10 @@ class _Fit:
         if self.multipliers is not None:
             self.multipliers.zero_grad()
 
-    def _check_loss(self, loss: Tensor, step: int) -> None:
-        if not bool(torch.isfinite(loss)):
+    def _check_loss(self, loss: float, step: int) -> None:
+        if not math.isfinite(loss):
             raise ValueError(
-                f"the objective is {float(loss.detach())} at step {step}: the model gives NaN or "
+                f"the objective is {loss} at step {step}: the model gives NaN or "
                 "infinite logits under masks. Try float32, or a lower learning rate."
             )
 

@@ -1,13 +1,15 @@
-"""The full model's answers and the corrupted runs' activations, computed once per example.
+"""The full model's answers and the corrupted runs' activations, for any batch of a task's pairs.
 
-A training run visits each example many times. Its target logits never change, nor (under
-counterfactual ablation) its reference activations, so both are kept, batch by batch put together
-from the examples that it wants. Activations are dropped where they would take more than
-`max_bytes`; they are then recorded anew for each batch.
+A training run on few pairs visits each many times. Its target logits never change, nor (under
+counterfactual ablation) its reference activations, so both are computed once per pair and kept.
+Where they would take more than `max_bytes`, or the run visits fewer pairs than the task has, they
+are computed anew for each batch: nothing is then kept, and a step costs the same for any number of
+pairs. What is kept is settled before the first step, so that a resumed run does as the first did.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +20,7 @@ from tqdm.auto import tqdm
 from tl_edgeprune.ablation import Reference
 from tl_edgeprune.constants import Ablation
 from tl_edgeprune.masked import MaskedModel
+from tl_edgeprune.tasks.stream import AnyTask, sample
 from tl_edgeprune.tasks.task import Batch, Task
 
 MAX_BYTES = 4 * 2**30
@@ -41,7 +44,7 @@ class Teacher:
     def __init__(
         self,
         run: MaskedModel,
-        task: Task,
+        task: AnyTask,
         ablation: Ablation = "counterfactual",
         *,
         batch_size: int = 16,
@@ -49,45 +52,68 @@ class Teacher:
         bias_in_heads: bool = False,
         targets: bool = True,
         progress: bool = False,
+        visits: int | None = None,
     ) -> None:
-        """`targets`: whether the full model's answers are wanted at all."""
+        """`targets`: whether the full model's answers are wanted at all. `visits`: how many pairs
+        will be asked for, repeated ones counted again; None keeps the targets whatever they take.
+
+        Means are taken over the corrupted prompts of the task, or of a stream's first chunk.
+        """
         self.run, self.task, self.ablation = run, task, ablation
         self.device = run.sites.attention[0].output.device
-        self._full: dict[int, Tensor] = {}
         self._targeted = targets
-        self._references: dict[int, Reference] | None = {} if max_bytes > 0 else None
         self._fixed: Reference | None = None
         if ablation != "counterfactual":
-            self._fixed = run.reference(
-                ablation, prompts=task.corrupted, bias_in_heads=bias_in_heads
-            )
-        if targets or (self._fixed is None and self._references is not None):
+            prompts = sample(task).corrupted
+            self._fixed = run.reference(ablation, prompts=prompts, bias_in_heads=bias_in_heads)
+        self._full: dict[int, Tensor] | None = {} if targets else None
+        self._references: dict[int, Reference] | None = (
+            {} if self._fixed is None and max_bytes > 0 else None
+        )
+        if visits is not None:
+            self._drop_what_does_not_pay(visits, max_bytes)
+        if self._full is not None or self._references is not None:
             self._precompute(batch_size, max_bytes, progress)
 
     def lesson(self, batch: Batch) -> Lesson:
         """The batch on the model's device, with its targets and its reference."""
         batch = batch.to(self.device)
-        indices = batch.indices.tolist()
-        full = batch.positions.new_empty((*batch.positions.shape, 0), dtype=torch.float32)
-        if self._targeted:
-            full = torch.stack([self._full[i] for i in indices])
-        return Lesson(batch, full, self._reference(batch, indices))
+        return Lesson(batch, self._targets(batch), self._reference(batch))
 
-    def _reference(self, batch: Batch, indices: list[int]) -> Reference:
+    def _targets(self, batch: Batch) -> Float[Tensor, "batch read vocab"]:
+        if not self._targeted:
+            return batch.positions.new_empty((*batch.positions.shape, 0), dtype=torch.float32)
+        if self._full is None:
+            return full_logits(self.run, self.task, batch)
+        return torch.stack([self._full[i] for i in batch.indices.tolist()])
+
+    def _reference(self, batch: Batch) -> Reference:
         if self._fixed is not None:
             return self._fixed
         if self._references is None:
             return self.run.reference("counterfactual", corrupted=batch.corrupted)
-        return Reference.cat([self._references[i] for i in indices])
+        return Reference.cat([self._references[i] for i in batch.indices.tolist()])
+
+    def _drop_what_does_not_pay(self, visits: int, max_bytes: int) -> None:
+        """Keep targets and references only where each pair is visited, and in max_bytes."""
+        if visits < len(self.task):
+            self._full = self._references = None
+            return
+        targets, references = sizes(self.run, self.task)
+        if self._full is not None and targets > max_bytes:
+            self._full = None
+        kept = targets if self._full is not None else 0
+        if self._references is not None and kept + references > max_bytes:
+            self._references = None
 
     def _precompute(self, batch_size: int, max_bytes: int, progress: bool) -> None:
-        kept, batches = 0, list(self.task.batches(batch_size))
-        for batch in tqdm(batches, "full model", disable=not progress, leave=False):
+        kept, batches = 0, self.task.batches(batch_size)
+        for batch in shown(batches, "full model", len(self.task), progress):
             batch = batch.to(self.device)
-            if self._targeted:
+            if self._full is not None:
                 targets = full_logits(self.run, self.task, batch)
                 self._full |= zip(batch.indices.tolist(), targets, strict=True)
-            if self._fixed is None and self._references is not None:
+            if self._references is not None:
                 reference = self.run.reference("counterfactual", corrupted=batch.corrupted)
                 kept += reference.n_bytes
                 if kept > max_bytes:
@@ -98,7 +124,28 @@ class Teacher:
                     self._references[index] = reference.select(row)
 
 
-def full_logits(run: MaskedModel, task: Task, batch: Batch) -> Float[Tensor, "batch read vocab"]:
+def shown(batches: Iterable[Batch], label: str, pairs: int, progress: bool) -> Iterator[Batch]:
+    """The batches, under a progress bar that counts pairs."""
+    with tqdm(total=pairs, desc=label, unit="pair", disable=not progress, leave=False) as bar:
+        for batch in batches:
+            yield batch
+            bar.update(len(batch))
+
+
+def sizes(run: MaskedModel, task: AnyTask) -> tuple[int, int]:
+    """Bytes of all pairs' targets, and of all their references (a stream's by its first chunk)."""
+    cfg, graph, weight = run.model.cfg, run.graph, run.sites.attention[0].output
+    heads, d_head, d_model = weight.shape
+    streams = graph.n_inputs + len(run.sites.mlp) + len(graph.reads)
+    per_position = streams * d_model + graph.n_layers * heads * d_head
+    vocab = int(getattr(cfg, "d_vocab_out", None) or cfg.d_vocab)
+    pairs = sample(task)
+    share = len(task) / len(pairs) * weight.element_size()
+    read, positions = sum(map(len, pairs.positions)), sum(map(len, pairs.clean))
+    return round(share * read * vocab), round(share * positions * per_position)
+
+
+def full_logits(run: MaskedModel, task: AnyTask, batch: Batch) -> Float[Tensor, "batch read vocab"]:
     """The full model's logits at the batch's read positions. Raises ValueError for NaN."""
     _, full = run.record(batch.clean, batch.positions)
     if not bool(torch.isfinite(full).all()):

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from tl_edgeprune.constants import Ablation
 from tl_edgeprune.graph import EdgeGraph
@@ -31,7 +31,7 @@ from tl_edgeprune.objectives import (
 )
 from tl_edgeprune.scores import EdgeScores
 from tl_edgeprune.tasks.task import Task
-from tl_edgeprune.teacher import Lesson, Teacher, check_vocabulary
+from tl_edgeprune.teacher import Lesson, Teacher, check_vocabulary, shown
 
 
 class Point(NamedTuple):
@@ -106,7 +106,7 @@ def scored(
     check_vocabulary(task, int(model.cfg.d_vocab))
     with MaskedModel.attach(model, graph) as run:
         kind = metadata.get("ablation", "counterfactual")
-        teacher = Teacher(run, task, kind, batch_size=batch_size, max_bytes=0, targets=targets)
+        teacher = Teacher(run, task, kind, batch_size=batch_size, targets=targets, visits=0)
         scores = score(run, teacher)
     if not bool(torch.isfinite(scores).all()):
         raise ValueError(
@@ -118,8 +118,8 @@ def scored(
 
 def each_lesson(teacher: Teacher, *, batch_size: int, progress: bool = False) -> Iterator[Lesson]:
     """Every pair once, batch by batch, with targets and references."""
-    batches = list(teacher.task.batches(batch_size))
-    for batch in tqdm(batches, "scoring edges", disable=not progress, leave=False):
+    batches = teacher.task.batches(batch_size)
+    for batch in shown(batches, "scoring edges", len(teacher.task), progress):
         yield teacher.lesson(batch)
 
 
@@ -139,10 +139,10 @@ def path_scores(
     `max_pairs`: look at no more than about so many pairs.
     """
     total, pairs = torch.zeros(run.graph.n_edges, device=teacher.device), 0
-    batches = list(teacher.task.batches(batch_size, shuffle=max_pairs is not None))
-    if max_pairs is not None:
-        batches = batches[: math.ceil(max_pairs / batch_size)]
-    for batch in tqdm(batches, "scoring edges", disable=not progress, leave=False):
+    most = None if max_pairs is None else math.ceil(max_pairs / batch_size)
+    batches = islice(teacher.task.batches(batch_size, shuffle=most is not None), most)
+    wanted = min(len(teacher.task), max_pairs or len(teacher.task))
+    for batch in shown(batches, "scoring edges", wanted, progress):
         pairs += len(batch)
         lesson = teacher.lesson(batch)
         parts = [-edge_gradient(run, lesson, point, loss_of) for point in path(run, lesson)]

@@ -2,6 +2,8 @@
 
 tasks.load("ioi", model, n=256)              # built for the model's own tokenizer
 tasks.from_jsonl("pairs.jsonl", model)       # your own pairs, as text
+tasks.stream("ioi", model, n=100_000)        # made, or read, a chunk at a time
+tasks.stream_jsonl("pairs.jsonl", model)
 Task(name, clean, corrupted, positions)      # your own pairs, as token ids
 """
 
@@ -11,10 +13,23 @@ from torch import nn
 
 from tl_edgeprune.tasks import ioi, tracr  # noqa: F401  (they register themselves)
 from tl_edgeprune.tasks.jsonl import from_jsonl
-from tl_edgeprune.tasks.registry import BUILDERS, register
+from tl_edgeprune.tasks.jsonl_stream import stream_jsonl
+from tl_edgeprune.tasks.registry import BUILDERS, STREAMS, register, register_stream
+from tl_edgeprune.tasks.stream import TaskStream
 from tl_edgeprune.tasks.task import Batch, Task
 
-__all__ = ["Batch", "Task", "from_jsonl", "list", "load", "register"]
+__all__ = [
+    "Batch",
+    "Task",
+    "TaskStream",
+    "from_jsonl",
+    "list",
+    "load",
+    "register",
+    "register_stream",
+    "stream",
+    "stream_jsonl",
+]
 
 
 def list() -> tuple[str, ...]:
@@ -43,3 +58,19 @@ def load(
     if n < 1:
         raise ValueError(f"tasks.load({name!r}, n={n}): a task needs at least one pair.")
     return BUILDERS[name](model, n, seed, prepend_bos)
+
+
+def stream(
+    name: str, model: nn.Module, n: int, seed: int = 0, *, prepend_bos: bool | None = None
+) -> TaskStream:
+    """`n` prompt pairs made a chunk at a time, the same for the same seed: for any number of them.
+
+    Takes what `load` takes; its pairs are others than those of `load`. Raises ValueError as
+    `load` does, and for a task that makes no stream.
+    """
+    if name not in STREAMS:
+        known = ", ".join(sorted(STREAMS))
+        raise ValueError(f"tasks.stream({name!r}): no such stream; there are {known}.")
+    if n < 1:
+        raise ValueError(f"tasks.stream({name!r}, n={n}): a stream needs at least one pair.")
+    return STREAMS[name](model, n, seed, prepend_bos)

@@ -22,7 +22,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from tl_edgeprune.tasks.registry import register
+from tl_edgeprune.tasks.order import Order
+from tl_edgeprune.tasks.registry import register, register_stream
+from tl_edgeprune.tasks.stream import TaskStream
 from tl_edgeprune.tasks.task import Task
 from tl_edgeprune.tasks.tokens import (
     answer_in_context,
@@ -106,6 +108,16 @@ def load_ioi_t1(model: nn.Module, n: int, seed: int, prepend_bos: bool | None) -
     return build("ioi-t1", TEMPLATES[:1], model, n, seed, prepend_bos)
 
 
+@register_stream("ioi")
+def stream_ioi(model: nn.Module, n: int, seed: int, prepend_bos: bool | None) -> TaskStream:
+    return build_stream("ioi", TEMPLATES, model, n, seed, prepend_bos)
+
+
+@register_stream("ioi-t1")
+def stream_ioi_t1(model: nn.Module, n: int, seed: int, prepend_bos: bool | None) -> TaskStream:
+    return build_stream("ioi-t1", TEMPLATES[:1], model, n, seed, prepend_bos)
+
+
 def build(
     name: str,
     templates: tuple[Template, ...],
@@ -125,6 +137,42 @@ def build(
     generator = random.Random(seed)
     choices = draw(name, templates, names, n, generator)
     rows = [_tokens(tokenizer, choice, names, generator, prepend_bos) for choice in choices]
+    return _task(name, choices, rows, prepend_bos)
+
+
+def build_stream(
+    name: str,
+    templates: tuple[Template, ...],
+    model: nn.Module,
+    n: int,
+    seed: int,
+    prepend_bos: bool | None,
+) -> TaskStream:
+    """IOI pairs made on demand: each from the seed and its place, clean prompts all different.
+
+    Raises ValueError as `build` does.
+    """
+    tokenizer, prepend_bos = tokenizer_of(model), resolve_prepend_bos(model, prepend_bos)
+    names = single_token_names(tokenizer)
+    sizes = _sizes(templates, names)
+    _check_possible(f"tasks.stream({name!r}, n={n})", n, sizes, names)
+    numbers = Order(math.prod(sizes), seed)
+
+    def read(places: range) -> Task:
+        choices = [_choice(numbers[place], sizes, templates, names) for place in places]
+        rows = [
+            _tokens(tokenizer, choice, names, random.Random(f"{seed} {place}"), prepend_bos)
+            for place, choice in zip(places, choices, strict=True)
+        ]
+        return _task(name, choices, rows, prepend_bos)
+
+    about = (name, n, seed, prepend_bos, names, [t.label for t in templates], len(tokenizer))
+    return TaskStream(name, n, read, identity=repr(about), prepend_bos=prepend_bos)
+
+
+def _task(
+    name: str, choices: list[Choice], rows: list[tuple[torch.Tensor, ...]], prepend_bos: bool
+) -> Task:
     clean, corrupted, answers, distractors = zip(*rows, strict=True)
     return Task(
         name,
@@ -163,15 +211,24 @@ def draw(
     generator: random.Random,
 ) -> list[Choice]:
     """n different clean prompts: numbers drawn without repetition, each read in mixed radix."""
-    sizes = (len(templates), len(names), len(names) - 1, len(PLACES), len(OBJECTS))
+    sizes = _sizes(templates, names)
+    _check_possible(f"tasks.load({name!r}, n={n})", n, sizes, names)
+    numbers = generator.sample(range(math.prod(sizes)), n)
+    return [_choice(number, sizes, templates, names) for number in numbers]
+
+
+def _sizes(templates: tuple[Template, ...], names: tuple[str, ...]) -> tuple[int, ...]:
+    """How many there are to choose from, for each part of a prompt."""
+    return len(templates), len(names), len(names) - 1, len(PLACES), len(OBJECTS)
+
+
+def _check_possible(call: str, n: int, sizes: tuple[int, ...], names: tuple[str, ...]) -> None:
     possible = math.prod(sizes)
     if n > possible:
         raise ValueError(
-            f"tasks.load({name!r}, n={n}): only {possible:,} different prompts can be made "
+            f"{call}: only {possible:,} different prompts can be made "
             f"({len(names)} names are one token each): ask for at most that many."
         )
-    numbers = generator.sample(range(possible), n)
-    return [_choice(number, sizes, templates, names) for number in numbers]
 
 
 def _choice(

@@ -72,20 +72,26 @@ def from_jsonl(
         if not line.strip():
             continue
         try:
-            record = _record(line)
+            record = record_of(line)
             splits.add(record.get("split"))
             if split is None or record.get("split") in (None, split):
-                pairs.append(_pair(record, tokenizer, prepend_bos))
+                pairs.append(encode_pair(record, tokenizer, prepend_bos))
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from error
     if not pairs:
         found = ", ".join(sorted(map(str, splits))) or "none"
         raise ValueError(f"{path}: no prompt pairs for split={split!r}; splits found: {found}.")
-    fields: dict[str, Any] = {name: [pair[name] for pair in pairs] for name in pairs[0]}
-    return Task(path.stem, **fields, prepend_bos=prepend_bos)
+    return task_of(path.stem, pairs, prepend_bos)
 
 
-def _record(line: str) -> dict[str, Any]:
+def task_of(name: str, pairs: list[dict[str, torch.Tensor]], prepend_bos: bool) -> Task:
+    """Encoded pairs as a task."""
+    fields: dict[str, Any] = {field: [pair[field] for pair in pairs] for field in pairs[0]}
+    return Task(name, **fields, prepend_bos=prepend_bos)
+
+
+def record_of(line: str) -> dict[str, Any]:
+    """A line's object; ValueError where it is none, or lacks a text."""
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
@@ -98,9 +104,10 @@ def _record(line: str) -> dict[str, Any]:
     return record
 
 
-def _pair(
+def encode_pair(
     record: dict[str, Any], tokenizer: PreTrainedTokenizerBase, prepend_bos: bool
 ) -> dict[str, torch.Tensor]:
+    """A record's token ids, by a Task's fields; ValueError for texts that make no pair."""
     text = cut(record["clean"])
     sets = _sets(record, tokenizer, text.prompt)
     if text.answer is None and not sets["right"]:

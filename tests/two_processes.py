@@ -1,0 +1,167 @@
+"""What the processes of test_distributed.py do, and how they are started.
+
+They are forked from a server that has imported everything, and meet over a file.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import zoo
+
+from tl_edgeprune import EdgePruner, ExactBudget, Lagrangian, sharding
+from tl_edgeprune.distributed import LostProcess, Ranks
+from tl_edgeprune.objectives import kl
+from tl_edgeprune.sharding import sharded
+
+MODEL = "bridge-gpt2"
+SETTINGS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "uneven": {"batch_size": 3},
+    "more-processes-than-pairs": {"batch_size": 1},
+    "accumulated": {"accumulate": 2, "init_scores": None},
+    "nodes-lagrangian": {
+        "controller": Lagrangian(),
+        "node_masks": True,
+        "node_controller": Lagrangian(target_sparsity=0.3),
+        "init_scores": None,
+    },
+    "sampled": {"controller": ExactBudget("sampled"), "n_edges": None},
+}
+STEPS, DIES_AT = 6, 4
+
+
+def pruner(**changes: Any) -> EdgePruner:
+    settings = {"n_edges": 20, "steps": STEPS, "batch_size": 4, "progress": False} | changes
+    return EdgePruner(**settings)
+
+
+def model_and_task() -> tuple[Any, Any]:
+    model = zoo.build(MODEL, torch.float64)
+    return model, zoo.pairs(model)
+
+
+class Until:
+    """The KL, until the step at which process 1 does something else."""
+
+    __name__ = "kl"
+
+    def __init__(self, act: Callable[[], Any]) -> None:
+        self.act, self.calls = act, 0
+
+    def __call__(self, logits: Any, full: Any, batch: Any) -> Any:
+        self.calls += 1
+        if self.calls > DIES_AT and dist.get_rank() == 1:
+            self.act()
+        return kl(logits, full, batch)
+
+
+# --------------------------------------------------------------------------------------- the jobs
+
+
+def fits(rank: int, folder: Path) -> None:
+    model, task = model_and_task()
+    for name, settings in SETTINGS.items():
+        result = pruner(**settings).fit(model, task)
+        losses = torch.tensor([entry["loss"] for entry in result.history], dtype=torch.float64)
+        torch.save((result.log_alpha, losses), folder / f"{name}-{rank}")
+
+
+ARCHITECTURES = [
+    name
+    for name in zoo.ARCHITECTURES
+    if name.split("-", 1)[1] in ("gpt2", "pythia", "llama-gqa", "gemma2", "attn-only")
+]
+
+
+def shards(rank: int, folder: Path) -> None:
+    for name in ARCHITECTURES:
+        model = zoo.build(name, torch.float64)
+        task = zoo.pairs(model)
+        whole = [p.clone() for p in model.parameters()]
+        with sharded(model):
+            parts = sharding._sharded[model]
+            result = pruner().fit(model, task)
+            last = len(model.blocks) - 1
+            left = sum(
+                p.untyped_storage().nbytes()
+                for b in parts.blocks[:last]
+                for p in [part.parameter.data for part in b]
+            )
+            most = parts.most_whole
+        same = all(p.equal(q) for p, q in zip(model.parameters(), whole, strict=True))
+        alone = torch.tensor([left, most, int(same)])
+        torch.save((result.log_alpha, alone), folder / f"{name}-{rank}")
+
+
+def _broken(rank: int, folder: Path, act: Callable[[], Any]) -> None:
+    model, task = model_and_task()
+    run = pruner(
+        objective=Until(act), init_scores=None, checkpoint=folder / "state", checkpoint_every=3
+    )
+    try:
+        run.fit(model, task)
+    except LostProcess as error:
+        (folder / f"error-{rank}").write_text(str(error), encoding="utf-8")
+
+
+def killed(rank: int, folder: Path) -> None:
+    _broken(rank, folder, lambda: os._exit(1))
+
+
+def stalled(rank: int, folder: Path) -> None:
+    _broken(rank, folder, lambda: (time.sleep(8), os._exit(1)))
+
+
+def unlike(rank: int, folder: Path) -> None:
+    model, task = model_and_task()
+    try:
+        pruner(seed=rank, init_scores=None).fit(model, task)
+    except ValueError as error:
+        (folder / f"error-{rank}").write_text(str(error), encoding="utf-8")
+
+
+JOBS = {job.__name__: job for job in (fits, killed, shards, stalled, unlike)}
+
+
+# -------------------------------------------------------------------------------- starting them
+
+
+def work(rank: int, size: int, job: str, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/meet-{job}",
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=4 if job == "stalled" else 60),
+    )
+    assert Ranks.current() == Ranks(rank, size)
+    JOBS[job](rank, Path(folder))
+    dist.destroy_process_group()
+
+
+def start(job: str, folder: Path, size: int = 2) -> list[int | None]:
+    """Run a job in so many processes; their exit codes."""
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # the server's own is bare
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["two_processes"])
+    processes = [
+        context.Process(target=work, args=(rank, size, job, str(folder))) for rank in range(size)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        if process.is_alive():
+            process.kill()
+    return [process.exitcode for process in processes]

@@ -1,0 +1,141 @@
+"""Prompt pairs streamed from a JSON-lines file of any size (the format is told in jsonl.py).
+
+1. Opening reads the file once, line by line: each line's JSON and split are checked, and where each
+   chunk begins is noted (one number a chunk is all that is kept).
+2. A chunk seeks to its beginning, and reads and encodes its lines.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from tl_edgeprune.tasks.jsonl import encode_pair, record_of, task_of
+from tl_edgeprune.tasks.stream import CHUNK_SIZE, TaskStream
+from tl_edgeprune.tasks.task import Task
+from tl_edgeprune.tasks.tokens import resolve_prepend_bos, tokenizer_of
+
+
+class Mark(NamedTuple):
+    """Where a chunk begins: its first byte, and the number of its first line."""
+
+    byte: int
+    line: int
+
+
+class Index(NamedTuple):
+    """What one pass over a file finds."""
+
+    marks: list[Mark]
+    n_pairs: int
+    digest: str
+
+
+def stream_jsonl(
+    path: str | Path,
+    model: nn.Module,
+    *,
+    prepend_bos: bool | None = None,
+    split: str | None = None,
+    chunk_size: int = CHUNK_SIZE,
+) -> TaskStream:
+    """A stream of the pairs in a file, in chunks of so many lines.
+
+    Takes what `from_jsonl` takes. That the texts make pairs is seen when their chunk is read:
+    `stream.check()` reads all of them.
+
+    Raises:
+        ValueError: with the file and the line, for no JSON object or a missing key; no pairs of
+            this split; and later, a file that has changed, or lines as `from_jsonl` refuses them.
+    """
+    path = Path(path)
+    tokenizer, prepend_bos = tokenizer_of(model), resolve_prepend_bos(model, prepend_bos)
+    opened = _stamp(path)
+    index = _index(path, split, chunk_size)
+
+    def read(places: range) -> Task:
+        if _stamp(path) != opened:
+            raise ValueError(f"{path} has changed since it was opened: open the stream again.")
+        mark = index.marks[places.start // chunk_size]
+        with path.open("rb") as file:
+            file.seek(mark.byte)
+            pairs = []
+            for number, record in islice(_records(path, file, split, mark), len(places)):
+                with _at(path, number):
+                    pairs.append(encode_pair(record, tokenizer, prepend_bos))
+        return task_of(path.stem, pairs, prepend_bos)
+
+    identity = repr((index.digest, split, prepend_bos, len(tokenizer)))
+    return TaskStream(
+        path.stem,
+        index.n_pairs,
+        read,
+        identity=identity,
+        prepend_bos=prepend_bos,
+        chunk_size=chunk_size,
+    )
+
+
+def _index(path: Path, split: str | None, chunk_size: int) -> Index:
+    marks: list[Mark] = []
+    splits: set[Any] = set()
+    digest, n_pairs = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        for mark, record in _all_records(path, file, Mark(0, 1), digest):
+            splits.add(record.get("split"))
+            if _wanted(record, split):
+                if n_pairs % chunk_size == 0:
+                    marks.append(mark)
+                n_pairs += 1
+    if not n_pairs:
+        found = ", ".join(sorted(map(str, splits))) or "none"
+        raise ValueError(f"{path}: no prompt pairs for split={split!r}; splits found: {found}.")
+    return Index(marks, n_pairs, digest.hexdigest()[:16])
+
+
+def _records(
+    path: Path, file: Any, split: str | None, start: Mark
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The split's records from a mark on, with the numbers of their lines."""
+    for mark, record in _all_records(path, file, start):
+        if _wanted(record, split):
+            yield mark.line, record
+
+
+def _all_records(
+    path: Path, file: Any, start: Mark, digest: Any = None
+) -> Iterator[tuple[Mark, dict[str, Any]]]:
+    byte = start.byte
+    for number, line in enumerate(file, start=start.line):
+        if digest is not None:
+            digest.update(line)
+        if line.strip():
+            with _at(path, number):
+                record = record_of(line.decode("utf-8"))
+            yield Mark(byte, number), record
+        byte += len(line)
+
+
+def _wanted(record: dict[str, Any], split: str | None) -> bool:
+    return split is None or record.get("split") in (None, split)
+
+
+@contextmanager
+def _at(path: Path, number: int) -> Iterator[None]:
+    """Errors in this context name the file and the line."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}, line {number}: {error}") from error
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns
