@@ -3,17 +3,19 @@
 1. The mask's gradient, averaged over z (mask-IG, `ORDER_STEPS` points), guesses each edge's rise.
 2. Reads are visited as in ACDC, from the logits back. Within a read, edges come in the order of
    that guess, the least harmful first.
-3. The next `size` edges are removed at once if together they raise the objective by less than the
-   threshold; size then doubles twice. If not, size halves twice, until one edge is tried by itself,
-   as in ACDC, and kept.
+3. The next edges whose guesses add up to `reach` (one at least) are removed at once if together
+   they raise the objective by less than the threshold; reach then doubles. If not, reach becomes
+   half of what they added up to, and at most half as many are tried, until one edge is tried by
+   itself, as in ACDC, and kept.
 4. The mask's gradient at what is left tells which removed edges would lower the objective by the
    threshold if they came back; the best of them do, up to a quarter as many as are left. What
    looked dispensable before its companions went is not.
-5. Every kept edge is tried by itself once more, pass after pass, until a pass removes none: so each
-   edge of the circuit raises the objective by at least the threshold when cut.
+5. Every kept edge is tried by itself once more; after that, pass after pass, those whose cut raised
+   the objective by less than `CLEAR` thresholds; and all again, until such a pass removes none. So
+   each edge of the circuit raises the objective by at least the threshold when cut.
 
-A group goes only where all of it costs less than one edge may. Runs are two or three for each edge
-kept, and few for those removed.
+A group goes only where all of it costs less than one edge may. Runs are a few for each edge kept,
+and few for those removed.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from tl_edgeprune.teacher import Lesson, Teacher
 
 ORDER_STEPS = 5
 GRADIENT_RUNS = 3  # what a forward and a backward under masks count as
+CLEAR = 3.0
 GROWTH = 4
 RESTORED = 0.25
 
@@ -50,15 +53,47 @@ def in_groups(
     """Remove what can go of the edges before `start`, put back what is missed, and try every kept
     edge by itself.
     """
-    scores = _gradient(cuts, teacher, mask_path(ORDER_STEPS), ORDER_STEPS, batch_size)
+    guess = _gradient(cuts, teacher, mask_path(ORDER_STEPS), ORDER_STEPS, batch_size).clamp(min=0)
+    groups = _Groups(cuts, guess, threshold)
     for place in reversed(range(len(cuts.graph.reads))):
         edges = [edge for edge in to_decide(cuts, place) if edge < start]
-        edges.sort(key=lambda edge: float(scores[edge]))
-        _remove_groups(cuts, place, edges, threshold)
+        groups.remove(place, sorted(edges, key=lambda edge: float(guess[edge])))
         report(min(start, cuts.graph.reads[place].first_edge))
     _restore(cuts, teacher, threshold, batch_size)
-    while _pass(cuts, threshold, scores):
-        report(0)
+    _try_each(cuts, threshold, guess, report)
+
+
+class _Groups:
+    """Groups of edges to remove: how far to reach is learned from group to group."""
+
+    def __init__(self, cuts: WholeCuts, guess: Float[Tensor, " edge"], threshold: float) -> None:
+        self.cuts, self.threshold = cuts, threshold
+        self.guess: list[float] = guess.tolist()
+        self.reach = threshold
+
+    def remove(self, place: int, edges: Sequence[int]) -> None:
+        """Remove what can go of these edges of a read, in this order."""
+        done, most = 0, len(edges)
+        while done < len(edges):
+            group, sum_of_guesses = self._next(edges[done : done + most])
+            (value,) = self.cuts.values(place, _cut(self.cuts, place, group))
+            if value - self.cuts.value < self.threshold:
+                self.cuts.commit(0)
+                self.reach = max(self.reach, 2 * sum_of_guesses)
+                done, most = done + len(group), GROWTH * most
+            elif len(group) == 1:
+                done += 1
+            else:
+                self.reach, most = sum_of_guesses / 2, len(group) // 2
+
+    def _next(self, edges: Sequence[int]) -> tuple[Sequence[int], float]:
+        """As many of the first edges as lie within reach, at least one; what they add up to."""
+        total, count = 0.0, 0
+        for edge in edges:
+            if count and total + self.guess[edge] > self.reach:
+                break
+            total, count = total + self.guess[edge], count + 1
+        return edges[:count], total
 
 
 def _gradient(
@@ -88,29 +123,35 @@ def _restore(cuts: WholeCuts, teacher: Teacher, threshold: float, batch_size: in
         cuts.set(before)
 
 
-def _pass(cuts: WholeCuts, threshold: float, scores: Float[Tensor, " edge"]) -> int:
-    """Try every kept edge by itself. How many go."""
+def _try_each(
+    cuts: WholeCuts,
+    threshold: float,
+    guess: Float[Tensor, " edge"],
+    report: Callable[[int], None],
+) -> None:
+    """Try kept edges by themselves, until trying all of them removes none."""
+    rises: dict[int, float] = {}
+    while _pass(cuts, threshold, guess, rises):
+        report(0)
+        unclear = {edge for edge, rise in rises.items() if rise < CLEAR * threshold}
+        while _pass(cuts, threshold, guess, rises, among=unclear):
+            unclear = {edge for edge in unclear if rises[edge] < CLEAR * threshold}
+
+
+def _pass(
+    cuts: WholeCuts,
+    threshold: float,
+    guess: Float[Tensor, " edge"],
+    rises: dict[int, float],
+    among: set[int] | None = None,
+) -> int:
+    """Try every kept edge (of `among`) by itself. How many go."""
     removed = 0
     for place in reversed(range(len(cuts.graph.reads))):
-        edges = sorted(to_decide(cuts, place), key=lambda edge: float(scores[edge]))
-        removed += decide(cuts, place, edges, threshold, removal_likely=False)
+        edges = sorted(to_decide(cuts, place), key=lambda edge: float(guess[edge]))
+        edges = [edge for edge in edges if among is None or edge in among]
+        removed += decide(cuts, place, edges, threshold, removal_likely=False, rises=rises)
     return removed
-
-
-def _remove_groups(cuts: WholeCuts, place: int, edges: Sequence[int], threshold: float) -> None:
-    """Groups that grow while they go and shrink while they do not."""
-    done, size = 0, len(edges)
-    while done < len(edges):
-        group = edges[done : done + size]
-        (value,) = cuts.values(place, _cut(cuts, place, group))
-        if value - cuts.value < threshold:
-            cuts.commit(0)
-            done += len(group)
-            size *= GROWTH
-        elif len(group) == 1:
-            done += 1
-        else:
-            size = max(1, len(group) // GROWTH)
 
 
 def _cut(cuts: WholeCuts, place: int, edges: Sequence[int]) -> Tensor:

@@ -51,8 +51,11 @@ def decide(
     *,
     removal_likely: bool = True,
     report: Callable[[int], None] = lambda edge: None,
+    rises: dict[int, float] | None = None,
 ) -> int:
     """Decide edges of one read in this order, each on top of the removals before it. How many go.
+
+    `rises` takes each edge's rise.
 
     A chunk's candidate is its edge on top of those before it that are guessed to go. Candidates are
     right up to the first wrong guess; what those after it tell makes the next guesses.
@@ -67,7 +70,10 @@ def decide(
         values = cuts.values(place, _nested(cuts, place, chunk, guess))
         value, accepted, right = cuts.value, None, 0
         for number, expected in enumerate(guess):
-            goes = values[number] - value < threshold
+            rise = values[number] - value
+            goes = rise < threshold
+            if rises is not None:
+                rises[chunk[number]] = rise
             recent = [*recent[1:], goes]
             if goes:
                 value, accepted = values[number], number
