@@ -24,6 +24,7 @@ from tl_edgeprune.masked import masked
 from tl_edgeprune.masks import ExactBudget, Lagrangian, Penalty
 from tl_edgeprune.methods.registry import discover
 from tl_edgeprune.optimal_ablation import optimal_constants
+from tl_edgeprune.polish import polish
 from tl_edgeprune.pruner import EdgePruner, Optimizer, PruneResult
 from tl_edgeprune.regularisers import Attachment
 from tl_edgeprune.roc import Roc, precision_recall, roc
@@ -69,6 +70,7 @@ __all__ = [
     "minimality_test",
     "models",
     "optimal_constants",
+    "polish",
     "precision_recall",
     "roc",
     "stability",

@@ -1,0 +1,57 @@
+"""Exchanges of edges, judged by runs of the model itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import zoo
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tl_edgeprune import Circuit, EdgeGraph, discover, evaluate
+from tl_edgeprune.polish import exchanged, polish
+
+
+@given(st.integers(2, 12), st.integers(1, 12), st.integers(0, 999))
+def test_an_exchange_keeps_the_size_and_takes_the_best(n: int, count: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    guess = torch.randn(n, generator=generator)
+    mask = torch.rand(n, generator=generator) < 0.5
+    other = exchanged(mask, guess, count)
+    assert other.sum() == mask.sum()
+    gone, come = mask & ~other, other & ~mask
+    assert gone.sum() == come.sum() <= count
+    if come.any():
+        assert guess[come].min() > guess[gone].max()
+    # Nothing better was left out: by definition, over all pairs of a kept and another edge.
+    pairs = sorted(
+        zip(guess[mask].sort().values, guess[~mask].sort(descending=True).values, strict=False)
+    )
+    worth = sum(bool(high > low) for low, high in pairs)
+    assert int(come.sum()) == min(worth, count)
+
+
+@pytest.mark.parametrize("name", ["bridge-gpt2", "bridge-llama-gqa"])
+def test_a_polished_circuit_is_better_and_as_large(name: str) -> None:
+    model, task = zoo.load(name), zoo.pairs(zoo.load(name), 6)
+    circuit = discover(model, task, method="eap", objective="logit-diff").top(40)
+    better = polish(model, task, circuit, rounds=12, swap=0.2)
+    before, after = (evaluate(model, c, task).kl for c in (circuit, better))
+    assert better.n_edges == 40
+    assert after < 0.9 * before
+    note = better.metadata["polish"]
+    assert note["before"] == pytest.approx(before, rel=1e-4)
+    assert note["after"] == pytest.approx(after, rel=1e-4)
+    assert note["exchanged"] == int((better.mask & ~circuit.mask).sum()) > 0
+
+
+def test_wrong_input_is_refused() -> None:
+    model = zoo.load("bridge-gpt2")
+    task, graph = zoo.pairs(model, 2), EdgeGraph.from_model(model)
+    some = torch.arange(graph.n_edges) < 5
+    with pytest.raises(ValueError, match="swap=0.0: expected a share of the circuit's edges"):
+        polish(model, task, Circuit(graph, some), swap=0.0)
+    with pytest.raises(ValueError, match="rounds=0: expected 1 or more"):
+        polish(model, task, Circuit(graph, some), rounds=0)
+    with pytest.raises(ValueError, match=f"the circuit has {graph.n_edges} of {graph.n_edges}"):
+        polish(model, task, Circuit(graph, torch.ones_like(some)))
