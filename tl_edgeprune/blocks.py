@@ -46,6 +46,18 @@ class Blocks:
         if shape not in self._calls:
             self._calls[shape], self._idle = _record(self.run.model, self._blocks, tokens)
 
+    def embedded(
+        self, tokens: Int[Tensor, "batch pos"]
+    ) -> tuple[Float[Tensor, "batch pos d_model"], Tensor | None]:
+        """What enters block 0, and the token embedding alone where the graph splits embeddings."""
+        start = _Start()
+        with self.run.handled(start):
+            try:
+                self.run.model(tokens)
+            except _Left:
+                return start.result(), start.embedding
+        raise RuntimeError("block 0 did not run: its hook_resid_pre did not fire.")
+
     def attention(
         self,
         layer: int,
@@ -112,6 +124,8 @@ class _Half:
         self._result = result
         raise _Left
 
+    def embed(self, tensor: Tensor) -> None: ...
+
     def enter_block(self, resid: Tensor, layer: int) -> None: ...
 
     def projected(self, tensor: Tensor, layer: int, part: int) -> Tensor | None: ...
@@ -121,6 +135,17 @@ class _Half:
     def mlp_in(self, tensor: Tensor, layer: int) -> Tensor | None: ...
 
     def mlp_out(self, y: Tensor, layer: int) -> None: ...
+
+
+class _Start(_Half):
+    name = "hook_resid_pre"
+    embedding: Tensor | None = None
+
+    def embed(self, tensor: Tensor) -> None:
+        self.embedding = tensor
+
+    def enter_block(self, resid: Tensor, layer: int) -> None:
+        self.leave(resid)
 
 
 class _Attention(_Half):
