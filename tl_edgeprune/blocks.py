@@ -88,7 +88,7 @@ class Blocks:
         """The logits where their destination reads x."""
         model = self.run.model
         norm = getattr(model, "ln_final", None)
-        logits = model.unembed(x if norm is None else norm(x))
+        logits = _unembedded(model.unembed, x if norm is None else norm(x))
         cap = float(getattr(model.cfg, "output_logits_soft_cap", 0) or 0)
         return cap * torch.tanh(logits / cap) if cap > 0 else logits
 
@@ -181,6 +181,12 @@ class _Mlp(_Half):
         if self.x is not None:
             raise RuntimeError(f"hook_mlp_in of block {layer} did not fire.")
         self.leave(y)
+
+
+def _unembedded(unembed: Any, x: Tensor) -> Tensor:
+    """The unembedding; HookedTransformer's copies its weight at each call, as large as it is."""
+    weight = getattr(unembed, "_parameters", {}).get("W_U")
+    return unembed(x) if weight is None else x @ weight + unembed.b_U
 
 
 # --------------------------------------------------------------------------------- how it is called

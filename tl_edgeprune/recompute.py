@@ -20,6 +20,7 @@ is what has to be kept.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,27 +35,28 @@ from tl_edgeprune import ablation as ablations
 from tl_edgeprune.ablation import Reference
 from tl_edgeprune.blocks import Blocks
 from tl_edgeprune.graph import EdgeGraph
-from tl_edgeprune.hooks import Sites
+from tl_edgeprune.hooks import AttentionSite, Sites
 from tl_edgeprune.masked import (
     Held,
     MaskedModel,
     _checked_positions,
     _probe_tokens,
-    _project_shared,
-    _project_split,
     _relative,
     check_mask,
     fitting,
 )
 from tl_edgeprune.residual import BufferPool
 
+# Numbers that are normalised at once: enough for a processor, little beside the buffers.
+PIECE = 2**27
+
 
 def reads_together(graph: EdgeGraph) -> int:
-    """How many reads share one pass over the buffer: those of a few blocks, as many as take no more
-    than a quarter of the buffer's memory, at least one block's.
+    """How many reads share one pass over the buffer: those of a few blocks, as many as take about
+    a quarter of the buffer's memory.
     """
     destinations = graph.attention_destinations + int(graph.has_mlp)
-    blocks = max(1, graph.n_sources // (4 * destinations))
+    blocks = min(graph.n_layers, math.ceil(graph.n_sources / (4 * destinations)))
     return blocks * (2 if graph.has_mlp else 1)
 
 
@@ -196,13 +198,13 @@ class _Job:
         if self._is_held(self._first_source(place)):
             back.add_nothing(place)
             return
-        x = back.mixed(place).detach().requires_grad_()
-        with torch.enable_grad():
-            written = self._half(place, x, reference)
-        grad_written = self._grad_written(place, back)
-        back.add_reference(place, grad_written)
-        (grad_x,) = torch.autograd.grad(written, x, grad_written)
-        back.add(place, grad_x)
+        x, grad = back.mixed(place), self._grad_written(place, back)
+        back.add_reference(place, grad)
+        if self.graph.reads[place].kind == "mlp":
+            self._back_through_mlp(place, x, grad, reference)
+        else:
+            self._back_through_attention(place, x, grad, reference)
+        back.add(place, x)
 
     # ------------------------------------------------------------------------------ half blocks
 
@@ -214,14 +216,46 @@ class _Job:
         """
         read = self.graph.reads[place]
         if read.kind == "mlp":
-            y = self.run.halves.mlp(read.layer, x.view(self.batch, self.pos, self.d_model))
-            return (y - reference.mlp[read.layer]).flatten(0, 1)[None]
+            return self._mlp(read.layer, x, reference)
         site = self.run.sites.attention[read.layer]
-        project = _project_split if self.graph.split_qkv else _project_shared
-        q, k, v = (self._by_head(part) for part in project(site.norm(x), site))
-        z = self.run.halves.attention(read.layer, q, k, v)
-        z = site.scaled(z.reshape(-1, *z.shape[2:])) - reference.z[read.layer].flatten(0, 1)
-        return z.transpose(0, 1)
+        parts = project(x, site, self.graph.split_qkv)
+        return self._heads(read.layer, [self._by_head(part) for part in parts], reference)
+
+    def _mlp(
+        self, layer: int, x: Float[Tensor, "1 row d_model"], reference: Reference
+    ) -> Float[Tensor, "1 row d_model"]:
+        y = self.run.halves.mlp(layer, x.view(self.batch, self.pos, self.d_model))
+        return (y - reference.mlp[layer]).flatten(0, 1)[None]
+
+    def _heads(
+        self, layer: int, parts: list[Tensor], reference: Reference
+    ) -> Float[Tensor, "head row d_head"]:
+        """From queries, keys and values, [batch, pos, head, d_head] each."""
+        z = self.run.halves.attention(layer, *parts)
+        scaled = self.run.sites.attention[layer].scaled(z.reshape(-1, *z.shape[2:]))
+        return (scaled - reference.z[layer].flatten(0, 1)).transpose(0, 1)
+
+    def _back_through_mlp(
+        self, place: int, x: Tensor, grad: Tensor, reference: Reference
+    ) -> None:
+        """Overwrite x by its gradient."""
+        leaf = x.detach().requires_grad_()
+        with torch.enable_grad():
+            written = self._mlp(self.graph.reads[place].layer, leaf, reference)
+        x.copy_(torch.autograd.grad(written, leaf, grad)[0])
+
+    def _back_through_attention(
+        self, place: int, x: Tensor, grad: Tensor, reference: Reference
+    ) -> None:
+        """Overwrite x by its gradient."""
+        layer = self.graph.reads[place].layer
+        site, split = self.run.sites.attention[layer], self.graph.split_qkv
+        leaves = [self._by_head(p).detach().requires_grad_() for p in project(x, site, split)]
+        with torch.enable_grad():
+            written = self._heads(layer, leaves, reference)
+        grads = torch.autograd.grad(written, leaves, grad)
+        del written, leaves
+        project_back(x, [g.flatten(0, 1).transpose(0, 1) for g in grads], site, split)
 
     def _write(self, place: int, written: Tensor) -> None:
         """What a half block gave, into its sources' rows of the buffer."""
@@ -367,7 +401,9 @@ class _Gradients(_Reads):
             stream.index_add_(0, rows, grad)
 
     def add(self, place: int, grad: Float[Tensor, "destination row d_model"]) -> None:
-        """From a read, of the group's own sources; of those before it, `add_ahead` does."""
+        """From a read whose slot holds the gradient, of the group's own sources; of those before
+        them, `add_ahead` does.
+        """
         n, first, flat = self.reads[place].n_sources, self.first, grad.flatten(1)
         if n > first:
             self._of_block(place)[:, first:] = flat @ self.against[first:n].flatten(1).T
@@ -376,7 +412,6 @@ class _Gradients(_Reads):
         stream = self._of_stream(place)
         if stream is not None:
             stream.copy_(grad.sum(0))
-        self.slots[place].copy_(grad)
 
     def add_nothing(self, place: int) -> None:
         """For a read that no gradient comes from."""
@@ -418,6 +453,70 @@ class _Gradients(_Reads):
     def _of_stream(self, place: int) -> Float[Tensor, "row d_model"] | None:
         streams = self.of_reference[3]
         return None if streams is None else streams[place].flatten(0, 1)
+
+
+# -------------------------------------------------------------- queries, keys and values, in pieces
+
+
+def project(
+    x: Float[Tensor, "destination row d_model"], site: AttentionSite, split: bool
+) -> list[Float[Tensor, "_head row d_head"]]:
+    """Queries, keys and values from attention's inputs, normalised a few destinations at a time.
+
+    `split`: whether they have a destination each.
+    """
+    parts = [x.new_empty(len(w), x.shape[1], w.shape[2]) for w in site.weights]
+    for own, users in _pieces(x, site, split):
+        normalised = site.norm(x[own])
+        for part, heads in users:
+            torch.bmm(normalised, site.weights[part][heads], out=parts[part][heads])
+    for part, bias in zip(parts, site.biases, strict=True):
+        if bias is not None:
+            part.add_(bias[:, None])
+    return parts
+
+
+def project_back(
+    x: Float[Tensor, "destination row d_model"],
+    grads: list[Tensor],
+    site: AttentionSite,
+    split: bool,
+) -> None:
+    """Overwrite attention's inputs by their gradient, from that of queries, keys and values,
+    [head, row, d_head] each.
+    """
+    for own, users in _pieces(x, site, split):
+        leaf = x[own].detach().requires_grad_()
+        grad = torch.zeros_like(leaf) if len(users) > 1 else torch.empty_like(leaf)
+        for part, heads in users:
+            weight = site.weights[part][heads].transpose(1, 2)
+            if len(users) == 1:
+                torch.bmm(grads[part][heads], weight, out=grad)
+            else:
+                grad.baddbmm_(grads[part][heads], weight)
+        with torch.enable_grad():
+            normalised = site.norm(leaf)
+        if normalised is not leaf:
+            (grad,) = torch.autograd.grad(normalised, leaf, grad)
+        x[own] = grad
+
+
+def _pieces(
+    x: Float[Tensor, "destination row d_model"], site: AttentionSite, split: bool
+) -> Iterator[tuple[slice, list[tuple[int, slice]]]]:
+    """A few destinations at a time, and the parts (query 0, key 1, value 2) and heads that they
+    are.
+    """
+    size = max(1, PIECE // x[0].numel())
+    first = 0
+    for part in range(3 if split else 1):
+        heads = len(site.weights[part])
+        for start in range(0, heads, size):
+            stop = min(start + size, heads)
+            own = slice(start, stop)
+            users = [(part, own)] if split else [(p, own) for p in range(3)]
+            yield slice(first + start, first + stop), users
+        first += heads
 
 
 # ------------------------------------------------------------------------------------ the first look
