@@ -47,8 +47,8 @@ from tl_edgeprune.masked import (
 )
 from tl_edgeprune.residual import BufferPool
 
-# Numbers that are normalised at once: enough for a processor, little beside the buffers.
-PIECE = 2**27
+# Numbers that are normalised at once: what a processor's cache holds; on a GPU enough to fill it.
+PIECE, PIECE_ON_GPU = 2**20, 2**26
 
 
 def reads_together(graph: EdgeGraph) -> int:
@@ -81,6 +81,10 @@ class RecomputedModel(MaskedModel):
             _check_once(run)
             run._trusted = True
             yield run
+
+    def release_buffers(self) -> None:
+        """Free the buffers that are kept for the next forward."""
+        self._pool, self._slots = BufferPool(), BufferPool(1)
 
     def __call__(
         self,
@@ -507,7 +511,8 @@ def _pieces(
     """A few destinations at a time, and the parts (query 0, key 1, value 2) and heads that they
     are.
     """
-    size = max(1, PIECE // x[0].numel())
+    most = PIECE if x.device.type == "cpu" else PIECE_ON_GPU
+    size = max(1, most // x[0].numel())
     first = 0
     for part in range(3 if split else 1):
         heads = len(site.weights[part])
