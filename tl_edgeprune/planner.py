@@ -20,7 +20,9 @@ GATES = 4  # bytes of a gate: float32 whatever the weights
 
 @dataclass(frozen=True)
 class Shape:
-    """A language model's sizes. `gated`: an MLP of three matrices; `tied`: one embedding matrix."""
+    """A language model's sizes. `gated`: an MLP of three matrices; `tied`: one embedding matrix;
+    `joint`: queries, keys and values in one matrix, which the Bridge holds a second time, split.
+    """
 
     name: str
     n_layers: int
@@ -33,6 +35,7 @@ class Shape:
     n_ctx: int = 0  # learned positions
     gated: bool = True
     tied: bool = False
+    joint: bool = False
 
     @cached_property
     def graph(self) -> EdgeGraph:
@@ -59,20 +62,22 @@ class Shape:
 
     @property
     def weights(self) -> int:
-        """All weights (biases and norms left out)."""
+        """All weights that are held (biases and norms left out)."""
         embeddings = (1 if self.tied else 2) * self.d_vocab + self.n_ctx
-        return self.block_weights + embeddings * self.d_model
+        twice = self.n_layers * self.projections if self.joint else 0
+        return self.block_weights + twice + embeddings * self.d_model
 
 
+_GPT2 = {"gated": False, "tied": True, "joint": True}
 SHAPES: dict[str, Shape] = {
     shape.name: shape
     for shape in (
-        Shape("gpt2", 12, 12, 12, 768, 64, 3072, 50257, n_ctx=1024, gated=False, tied=True),
+        Shape("gpt2", 12, 12, 12, 768, 64, 3072, 50257, n_ctx=1024, **_GPT2),
         Shape("smollm2-135m", 30, 9, 3, 576, 64, 1536, 49152, tied=True),
         Shape("llama-3-8b", 32, 32, 8, 4096, 128, 14336, 128256),
         Shape("codellama-13b", 40, 40, 40, 5120, 128, 13824, 32016),
         # Small enough for any machine.
-        Shape("tiny-gpt2", 3, 4, 4, 32, 8, 128, 97, n_ctx=64, gated=False, tied=True),
+        Shape("tiny-gpt2", 3, 4, 4, 32, 8, 128, 97, n_ctx=64, **_GPT2),
         Shape("tiny-llama", 4, 8, 2, 64, 8, 160, 97),
     )
 }
