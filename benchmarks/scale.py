@@ -95,7 +95,9 @@ class Steps:
         self.optimizer.step()
 
 
-def measure(shape: Shape, work: Work, device: str, dtype: torch.dtype, steps: int) -> dict[str, Any]:
+def measure(
+    shape: Shape, work: Work, device: str, dtype: torch.dtype, steps: int
+) -> dict[str, Any]:
     """Seconds a step (median), peak bytes with the weights, and the graph's edges."""
     model = random_model(shape, dtype, device)
     weights = sum(p.numel() * p.element_size() for p in set(all_parameters(model)))
@@ -136,9 +138,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     options = parser.parse_args()
     dtype = getattr(torch, options.dtype)
-    work = Work(
-        options.pairs, options.pos, element=dtype.itemsize, on_gpu=options.device != "cpu"
-    )
+    work = Work(options.pairs, options.pos, element=dtype.itemsize, on_gpu=options.device != "cpu")
     shape, planned = options.shape, step_bytes(options.shape, work)
     print(f"{shape.name}: {shape.graph.n_edges:,} edges, {work.pairs} pairs of {work.pos} tokens")
     for name, size in planned.items():

@@ -161,7 +161,9 @@ def _mlp_bytes(shape: Shape, work: Work) -> int:
 def logit_bytes(shape: Shape, work: Work) -> int:
     """Target, logits and their gradients in float32, and what the logits read of the buffer."""
     reads = work.pairs * work.reads
-    return reads * (4 * shape.d_vocab * 4 + 2 * shape.graph.n_sources * shape.d_model * work.element)
+    return reads * (
+        4 * shape.d_vocab * 4 + 2 * shape.graph.n_sources * shape.d_model * work.element
+    )
 
 
 def gate_bytes(shape: Shape) -> int:
@@ -182,11 +184,14 @@ def step_bytes(shape: Shape, work: Work) -> dict[str, int]:
     }
 
 
-def fitting_pairs(shape: Shape, pos: int, memory: int, **work: int) -> int:
+def fitting_pairs(
+    shape: Shape, pos: int, memory: int, *, element: int = 4, on_gpu: bool = False
+) -> int:
     """The largest number of pairs a forward that fits into `memory` bytes; 0 if none does."""
 
     def fits(pairs: int) -> bool:
-        return sum(step_bytes(shape, Work(pairs, pos, **work)).values()) <= memory
+        work = Work(pairs, pos, element=element, on_gpu=on_gpu)
+        return sum(step_bytes(shape, work).values()) <= memory
 
     if not fits(1):
         return 0

@@ -239,9 +239,7 @@ class _Job:
         scaled = self.run.sites.attention[layer].scaled(z.reshape(-1, *z.shape[2:]))
         return (scaled - reference.z[layer].flatten(0, 1)).transpose(0, 1)
 
-    def _back_through_mlp(
-        self, place: int, x: Tensor, grad: Tensor, reference: Reference
-    ) -> None:
+    def _back_through_mlp(self, place: int, x: Tensor, grad: Tensor, reference: Reference) -> None:
         """Overwrite x by its gradient."""
         leaf = x.detach().requires_grad_()
         with torch.enable_grad():
@@ -399,10 +397,9 @@ class _Gradients(_Reads):
         else:
             self.gradients.index_add_(1, rows, self.blocks[-1].T.unsqueeze(-1) * grad)
         stream = self._of_stream(-1)
-        if stream is not None and rows is None:
-            stream.add_(grad)
-        elif stream is not None:
-            stream.index_add_(0, rows, grad)
+        if stream is not None:
+            everywhere = torch.arange(len(stream), device=grad.device)
+            stream.index_add_(0, everywhere if rows is None else rows, grad)
 
     def add(self, place: int, grad: Float[Tensor, "destination row d_model"]) -> None:
         """From a read whose slot holds the gradient, of the group's own sources; of those before
@@ -474,9 +471,9 @@ def project(
         normalised = site.norm(x[own])
         for part, heads in users:
             torch.bmm(normalised, site.weights[part][heads], out=parts[part][heads])
-    for part, bias in zip(parts, site.biases, strict=True):
+    for projected, bias in zip(parts, site.biases, strict=True):
         if bias is not None:
-            part.add_(bias[:, None])
+            projected.add_(bias[:, None])
     return parts
 
 
@@ -524,7 +521,7 @@ def _pieces(
         first += heads
 
 
-# ------------------------------------------------------------------------------------ the first look
+# ---------------------------------------------------------------------------------- the first look
 
 
 _agreed: weakref.WeakKeyDictionary[Any, set[torch.dtype]] = weakref.WeakKeyDictionary()
@@ -541,7 +538,8 @@ def _check_once(run: RecomputedModel) -> None:
         errors = _errors(run)
     except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
         raise NotImplementedError(
-            f"{name}: its blocks cannot be run by halves, as recompute=True asks ({error}). {advice}"
+            f"{name}: its blocks cannot be run by halves, as recompute=True asks ({error}). "
+            f"{advice}"
         ) from error
     tolerance = 0.25 if dtype in (torch.float16, torch.bfloat16) else 1e-3
     if not max(errors) <= tolerance:
