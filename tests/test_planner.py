@@ -20,8 +20,10 @@ from tl_edgeprune.planner import (
     Work,
     find_shape,
     fitting_pairs,
+    floors_table,
     masked_backward,
     masked_forward,
+    memory_table,
     plain_forward,
     recomputed,
     step_bytes,
@@ -94,6 +96,17 @@ def test_the_batch_that_fits_is_the_largest(layers: int, heads: int, memory: int
     if pairs:
         assert sum(step_bytes(shape, Work(pairs, 8)).values()) <= memory
     assert sum(step_bytes(shape, Work(pairs + 1, 8)).values()) > memory
+
+
+@pytest.mark.parametrize(
+    "name, work",
+    [("gpt2", Work(8, 16)), ("codellama-13b", Work(32, 64, element=2, on_gpu=True))],
+)
+def test_the_page_says_what_the_module_says(name: str, work: Work) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "performance.md").read_text(encoding="utf-8")
+    shape = find_shape(name)
+    assert floors_table(shape, work) in page
+    assert memory_table(shape, work) in page
 
 
 # --------------------------------------------------------------------------------- the command line

@@ -335,3 +335,25 @@ def step_floor(shape: Shape, work: Work) -> Floor:
     """A training step with blocks recomputed, its reference recorded anew."""
     forward = reference_run(shape, work) + masked_forward(shape, work)
     return forward + recomputed(shape, work) + masked_backward(shape, work)
+
+
+# ------------------------------------------------------------------------------------------ tables
+
+
+def floors_table(shape: Shape, work: Work) -> str:
+    """Every pass' floor as a Markdown table, in operations and bytes moved, 10^9 each."""
+    floors = {name: passed(shape, work) for name, passed in PASSES.items()}
+    floors |= {"one training step": step_floor(shape, work)}
+    rows = [
+        f"| {name} | {f.operations / 1e9:,.1f} | {f.bytes / 1e9:,.2f} |"
+        for name, f in floors.items()
+    ]
+    return "\n".join(["| pass | GFLOP | GB |", "|---|---:|---:|", *rows])
+
+
+def memory_table(shape: Shape, work: Work) -> str:
+    """A training step's memory, buffer by buffer, as a Markdown table in MB (10^6 bytes)."""
+    planned = step_bytes(shape, work)
+    planned |= {"in all": sum(planned.values())}
+    rows = [f"| {name} | {size / 1e6:,.1f} |" for name, size in planned.items()]
+    return "\n".join(["| | MB |", "|---|---:|", *rows])
