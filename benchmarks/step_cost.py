@@ -1,11 +1,12 @@
 """What a masked step costs: forward and backward with edge masks, against the plain model.
 
-    python benchmarks/step_cost.py [--layers 4 12 24] [--repeats 7]
+    python benchmarks/step_cost.py [--layers 4 12 24] [--repeats 7] [--recompute]
 
 GPT-2 small's shape with random weights, 8 prompts of 16 tokens, float32, one thread. Times are
 medians of repeats that alternate plain and masked in one process; memory is the peak resident size
 over three steps less that after loading the model, in a fresh process for each figure, with the
-reference run and the full logits of the target included.
+full model's run for the targets (once, before the steps) and a reference run a step included.
+`--recompute`: with blocks run again in backward.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from timing import plain_step, seconds
 
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.masked import MaskedModel
+from tl_edgeprune.recompute import RecomputedModel
+
+ENGINES = {"masked": MaskedModel, "recomputed": RecomputedModel}
 
 
 def masked_step(run: MaskedModel, mask: torch.Tensor, clean: torch.Tensor, reference: Any) -> None:
@@ -32,7 +36,7 @@ def masked_step(run: MaskedModel, mask: torch.Tensor, clean: torch.Tensor, refer
     logits.logsumexp(-1).sum().backward()
 
 
-def time_ratio(kind: str, layers: int, repeats: int) -> dict[str, float]:
+def time_ratio(kind: str, layers: int, repeats: int, engine: str) -> dict[str, float]:
     model, (clean, corrupted) = load(kind, layers), prompts()
     graph = EdgeGraph.from_model(model)
     mask = torch.rand(graph.n_edges, generator=torch.Generator().manual_seed(1)).requires_grad_()
@@ -41,7 +45,7 @@ def time_ratio(kind: str, layers: int, repeats: int) -> dict[str, float]:
         reference, _ = run.record(corrupted)
     for _ in range(repeats + 1):
         times["plain"].append(seconds(lambda: plain_step(model, clean)))
-        with MaskedModel.attach(model, graph) as run:
+        with ENGINES[engine].attach(model, graph) as run:
             times["reference"].append(seconds(lambda: run.record(corrupted)))
             masked_step(run, mask, clean, reference)
             times["masked"].append(seconds(lambda: masked_step(run, mask, clean, reference)))
@@ -72,11 +76,10 @@ def memory(kind: str, layers: int, step: str) -> int:
         return peak_bytes() - before
     graph = EdgeGraph.from_model(model)
     mask = torch.full((graph.n_edges,), 0.5, requires_grad=True)
-    with MaskedModel.attach(model, graph) as run:
+    with ENGINES[step].attach(model, graph) as run:
+        run.record(clean, torch.full((BATCH, 1), POS - 1))  # the targets, as the pruner takes them
         for _ in range(3):
-            with torch.no_grad():
-                model(clean)  # the target's full logits
-            reference, _ = run.record(corrupted)
+            reference = run.reference("counterfactual", corrupted=corrupted)
             masked_step(run, mask, clean, reference)
     return peak_bytes() - before
 
@@ -93,6 +96,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 12, 24])
     parser.add_argument("--kinds", nargs="+", default=None, choices=list(KINDS))
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--recompute", action="store_true", help="blocks run again in backward")
     parser.add_argument("--memory", nargs=3, metavar=("KIND", "LAYERS", "STEP"))
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -100,12 +104,13 @@ def main() -> None:
         kind, layers, step = options.memory
         print(memory(kind, int(layers), step))
         return
+    engine = "recomputed" if options.recompute else "masked"
     print("model   layers   plain s  masked s   ratio  reference  MB plain  MB masked")
     for kind in options.kinds or available():
         for layers in options.layers:
-            times = time_ratio(kind, layers, options.repeats)
+            times = time_ratio(kind, layers, options.repeats, engine)
             plain, masked, reference = times["plain"], times["masked"], times["reference"]
-            peak = [memory_apart(kind, layers, step) / 1e6 for step in ("plain", "masked")]
+            peak = [memory_apart(kind, layers, step) / 1e6 for step in ("plain", engine)]
             print(
                 f"{kind:8}{layers:6}{plain:10.3f}{masked:10.3f}{masked / plain:8.2f}"
                 f"{reference / plain:11.2f}{peak[0]:10.0f}{peak[1]:11.0f}",

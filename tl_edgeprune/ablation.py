@@ -15,6 +15,7 @@ Bhaskar et al. 2024, section 3 (zero and interchange ablation); Wang et al. 2022
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -103,9 +104,12 @@ def record(
     """
     seen: dict[str, Tensor] = {}
     recorders = _recorders(sites, seen)
-    cut = [] if positions is None else [(sites.cut or sites.final, _cutter(positions))]
-    with torch.no_grad(), prepared(model, sites), attached(model, [*recorders, *cut]):
-        logits = model(tokens)
+    with torch.no_grad(), prepared(model, sites), ExitStack() as undo:
+        undo.enter_context(attached(model, [*recorders, *_cuts(sites, positions)]))
+        try:
+            logits = model(tokens)
+        except _Recorded:
+            logits = seen[sites.final].new_empty(len(tokens), 0, int(model.cfg.d_vocab))
     silent = [name for name, _ in recorders if name not in seen]
     if silent:
         raise NotImplementedError(
@@ -113,6 +117,23 @@ def record(
             "not fire, so what passes there cannot be masked. Such a model is not supported."
         )
     return _reference_from(sites, graph, seen), logits
+
+
+class _Recorded(BaseException):
+    """Nothing is left to run. Not an Exception: those, some models catch."""
+
+
+def _cuts(sites: Sites, positions: Tensor | None) -> list[Hook]:
+    """Hooks that keep the model from computing logits that nobody wants."""
+    if positions is None:
+        return []
+    if positions.shape[1]:
+        return [(sites.cut or sites.final, _cutter(positions))]
+    return [(sites.final, _leave)]
+
+
+def _leave(tensor: Tensor, hook: Any) -> None:
+    raise _Recorded
 
 
 def _cutter(positions: Int[Tensor, "batch read"]) -> Callable[..., Tensor]:

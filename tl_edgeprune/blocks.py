@@ -46,6 +46,18 @@ class Blocks:
         if shape not in self._calls:
             self._calls[shape], self._idle = _record(self.run.model, self._blocks, tokens)
 
+    def embedded(
+        self, tokens: Int[Tensor, "batch pos"]
+    ) -> tuple[Float[Tensor, "batch pos d_model"], Tensor | None]:
+        """What enters block 0, and the token embedding alone where the graph splits embeddings."""
+        start = _Start()
+        with self.run.handled(start):
+            try:
+                self.run.model(tokens)
+            except _Left:
+                return start.result(), start.embedding
+        raise RuntimeError("block 0 did not run: its hook_resid_pre did not fire.")
+
     def attention(
         self,
         layer: int,
@@ -76,7 +88,7 @@ class Blocks:
         """The logits where their destination reads x."""
         model = self.run.model
         norm = getattr(model, "ln_final", None)
-        logits = model.unembed(x if norm is None else norm(x))
+        logits = _unembedded(model.unembed, x if norm is None else norm(x))
         cap = float(getattr(model.cfg, "output_logits_soft_cap", 0) or 0)
         return cap * torch.tanh(logits / cap) if cap > 0 else logits
 
@@ -111,6 +123,8 @@ class _Half:
         self._result = result
         raise _Left
 
+    def embed(self, tensor: Tensor) -> None: ...
+
     def enter_block(self, resid: Tensor, layer: int) -> None: ...
 
     def projected(self, tensor: Tensor, layer: int, part: int) -> Tensor | None: ...
@@ -120,6 +134,17 @@ class _Half:
     def mlp_in(self, tensor: Tensor, layer: int) -> Tensor | None: ...
 
     def mlp_out(self, y: Tensor, layer: int) -> None: ...
+
+
+class _Start(_Half):
+    name = "hook_resid_pre"
+    embedding: Tensor | None = None
+
+    def embed(self, tensor: Tensor) -> None:
+        self.embedding = tensor
+
+    def enter_block(self, resid: Tensor, layer: int) -> None:
+        self.leave(resid)
 
 
 class _Attention(_Half):
@@ -155,6 +180,12 @@ class _Mlp(_Half):
         if self.x is not None:
             raise RuntimeError(f"hook_mlp_in of block {layer} did not fire.")
         self.leave(y)
+
+
+def _unembedded(unembed: Any, x: Tensor) -> Tensor:
+    """The unembedding; HookedTransformer's copies its weight at each call, as large as it is."""
+    weight = getattr(unembed, "_parameters", {}).get("W_U")
+    return unembed(x) if weight is None else x @ weight + unembed.b_U
 
 
 # --------------------------------------------------------------------------------- how it is called

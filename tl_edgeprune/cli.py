@@ -1,72 +1,140 @@
-"""The command line: `tl-edgeprune demo` prunes a real model and shows what it found."""
+"""The command line.
+
+`tl-edgeprune demo` prunes a real model and shows what it found; `tl-edgeprune plan` says before a
+run what memory it takes and which batch fits.
+"""
 
 from __future__ import annotations
 
-import argparse
+import functools
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
 
 from tl_edgeprune.circuit import Circuit
 from tl_edgeprune.evaluate import Evaluation, evaluate_all, evaluate_groups
 from tl_edgeprune.methods.eap import eap
+from tl_edgeprune.planner import PASSES, Work, find_shape, fitting_pairs, step_bytes, step_floor
 from tl_edgeprune.pruner import EdgePruner, PruneResult
 from tl_edgeprune.tasks import Task
 from tl_edgeprune.tasks import load as load_task
 
 PAIRS, HELD_OUT = 256, 0.25
+RESERVED = 2e9  # a GPU's own context and its libraries' workspaces
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+app = typer.Typer(
+    name="tl-edgeprune",
+    help="Finds circuits in TransformerLens models by Edge Pruning.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; errors that a user can mend are one line on stderr."""
-    options = _parser().parse_args(arguments)
+    """Run a command and give its exit code; errors that a user can mend are one line on stderr."""
     try:
-        return int(options.run(options) or 0)
-    except (ValueError, OSError, NotImplementedError) as error:
-        print(f"tl-edgeprune: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
+        app(args=arguments, prog_name="tl-edgeprune")
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="tl-edgeprune", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="command")
-    demo = commands.add_parser("demo", help="prune SmolLM2-135M on indirect object identification")
-    demo.add_argument("--task", default="ioi-t1", choices=["ioi-t1", "ioi"], help="default: ioi-t1")
-    demo.add_argument("--n-edges", type=int, default=1000, help="edges to keep (default: 1000)")
-    demo.add_argument("--steps", type=int, default=150, help="training steps (default: 150)")
-    demo.add_argument("--seed", type=int, default=0)
-    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="default: runs/demo")
-    demo.set_defaults(run=_demo)
-    return parser
+def _told(command: Callable[..., None]) -> Callable[..., None]:
+    """The command, its errors told in one line."""
+
+    @functools.wraps(command)
+    def run(**options: Any) -> None:
+        try:
+            command(**options)
+        except (ValueError, OSError, NotImplementedError) as error:
+            print(f"tl-edgeprune: {error}", file=sys.stderr)
+            raise typer.Exit(1) from error
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
+            raise typer.Exit(130) from None
+
+    return run
 
 
-def _demo(options: argparse.Namespace) -> int:
+@app.command()
+@_told
+def demo(
+    task: Annotated[Literal["ioi-t1", "ioi"], typer.Option(help="The task.")] = "ioi-t1",
+    n_edges: Annotated[int, typer.Option(help="Edges to keep.")] = 1000,
+    steps: Annotated[int, typer.Option(help="Training steps.")] = 150,
+    seed: int = 0,
+    out: Annotated[Path, typer.Option(help="Folder for what it found.")] = Path("runs/demo"),
+) -> None:
+    """Prune SmolLM2-135M on indirect object identification."""
     from tl_edgeprune import models  # imports transformers: seconds
 
     started = time.monotonic()
-    options.out.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     print("Loading SmolLM2-135M …", flush=True)
     model = models.load("smollm2-135m")
-    task = load_task(options.task, model, PAIRS, options.seed)
-    held_out, train = task.split(HELD_OUT, options.seed)
+    pairs = load_task(task, model, PAIRS, seed)
+    held_out, train = pairs.split(HELD_OUT, seed)
     print(
-        f"Task {task.name}: {len(train)} pairs to train on, {len(held_out)} held out.", flush=True
+        f"Task {pairs.name}: {len(train)} pairs to train on, {len(held_out)} held out.", flush=True
     )
-    pruner = EdgePruner(options.n_edges, steps=options.steps, seed=options.seed)
+    pruner = EdgePruner(n_edges, steps=steps, seed=seed)
     result = pruner.fit(model, train)
     print("Scoring every edge by EAP, for comparison …", flush=True)
-    rival = eap(model, train[:32]).top(options.n_edges)
+    rival = eap(model, train[:32]).top(n_edges)
     figures = evaluate_all(model, [result.circuit, rival], held_out)
     several = len(set(held_out.groups)) > 1
     groups = evaluate_groups(model, [result.circuit, rival], held_out) if several else {}
-    _save(options.out, result, figures[0])
+    _save(out, result, figures[0])
     _print_summary(result, held_out, figures, groups)
-    print(f"\nIn {options.out}/: circuit.json, history.png, circuit.html (open it in a browser).")
+    print(f"\nIn {out}/: circuit.json, history.png, circuit.html (open it in a browser).")
     print(f"Took {(time.monotonic() - started) / 60:.1f} minutes.")
-    return 0
+
+
+@app.command()
+@_told
+def plan(
+    model: Annotated[str, typer.Option(help="A shape's name, as benchmarks/scale.py takes.")],
+    gpu_memory: Annotated[float, typer.Option(help="The GPU's memory in GB (10^9 bytes).")],
+    pos: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 64,
+    pairs: Annotated[int | None, typer.Option(help="Pairs a step; else what fits.")] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], typer.Option(help="Of the weights.")
+    ] = "bfloat16",
+) -> None:
+    """Say which batch fits a GPU with blocks recomputed, and what a step takes."""
+    shape, element = find_shape(model), BYTES[dtype]
+    if pos < 1 or (pairs is not None and pairs < 1):
+        raise ValueError(f"--pos {pos}, --pairs {pairs}: expected 1 or more.")
+    room = int(gpu_memory * 1e9 - RESERVED)
+    most = fitting_pairs(shape, pos, room, element=element, on_gpu=True)
+    least = Work(1, pos, element=element, on_gpu=True)
+    if not most:
+        need = (sum(step_bytes(shape, least).values()) + RESERVED) / 1e9
+        raise ValueError(
+            f"{model} in {dtype} does not fit: one pair of {pos} tokens a forward takes {need:.1f} "
+            f"GB, and {gpu_memory:g} GB are there. Take bfloat16, shorter prompts or a larger GPU."
+        )
+    wanted = pairs or most
+    forwards = -(-wanted // most)
+    work = Work(-(-wanted // forwards), pos, element=element, on_gpu=True)
+    print(f"{model}: {shape.graph.n_edges:,} edges, {dtype}, prompts of {pos} tokens")
+    print(f"At most {most} pairs a forward fit into {gpu_memory:g} GB.")
+    if pairs is not None:
+        print(f"For {pairs} pairs a step: batch_size={work.pairs}, accumulate={forwards}.")
+    print(f"\nMemory of {work.pairs} pairs a forward, GB:")
+    planned = {**step_bytes(shape, work), "reserved": int(RESERVED)}
+    for name, size in {**planned, "in all": sum(planned.values())}.items():
+        print(f"  {name:20}{size / 1e9:10.2f}")
+    print("\nThe least that each pass of a forward's pairs does:   TFLOP    GB moved")
+    floors = {name: passed(shape, work) for name, passed in PASSES.items()}
+    for name, floor in {**floors, "one training step": step_floor(shape, work)}.items():
+        print(f"  {name:48}{floor.operations / 1e12:10.2f}{floor.bytes / 1e9:12.1f}")
 
 
 def _save(folder: Path, result: PruneResult, figures: Evaluation) -> None:

@@ -50,6 +50,7 @@ from tl_edgeprune.methods.gradients import path_scores
 from tl_edgeprune.methods.mask_ig import mask_path
 from tl_edgeprune.objectives import Objective, find_objective
 from tl_edgeprune.placement import placed
+from tl_edgeprune.recompute import RecomputedModel
 from tl_edgeprune.regularisers import Attachment
 from tl_edgeprune.scores import EdgeScores
 from tl_edgeprune.tasks.stream import AnyTask, checked, identity, sample
@@ -148,6 +149,8 @@ class EdgePruner:
             for 0.4, or for 0 without n_edges.
         split_qkv, split_embeddings: of the graph.
         bias_in_heads: under zero ablation, remove each head's share of the output bias with it.
+        recompute: run blocks again in backward, from the buffer of differences alone: memory is
+            then two buffers and one half block, whatever the depth (recompute.py).
         dtype, device: the run's; None for the model's own (the weights are put back after it).
         seed: same seed, same machine, same bits.
         checkpoint: a file to write the run's state to every `checkpoint_every` steps, atomically.
@@ -178,6 +181,7 @@ class EdgePruner:
         split_qkv: bool = True,
         split_embeddings: bool = False,
         bias_in_heads: bool = False,
+        recompute: bool = False,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         seed: int = 0,
@@ -199,7 +203,7 @@ class EdgePruner:
             hard_share = 0.0 if n_edges is None else 0.4
         self.hard_share = hard_share
         self.split_qkv, self.split_embeddings = split_qkv, split_embeddings
-        self.bias_in_heads = bias_in_heads
+        self.bias_in_heads, self.recompute = bias_in_heads, recompute
         self.dtype, self.device = dtype, device
         self.seed, self.checkpoint, self.checkpoint_every = seed, checkpoint, checkpoint_every
         self.progress = progress
@@ -252,7 +256,8 @@ class EdgePruner:
         )
         if self.n_edges is not None:
             check_budget(self.n_edges, graph)
-        with placed(model, self.dtype, self.device), MaskedModel.attach(model, graph) as run:
+        engine = RecomputedModel if self.recompute else MaskedModel
+        with placed(model, self.dtype, self.device), engine.attach(model, graph) as run:
             fit = _Fit(self, run, task, loss_of)
             if resume is not None:
                 fit.restore(resume)

@@ -45,6 +45,15 @@ def read_naive(
     return reference + einsum(mask, differences, "dst src, src row d -> dst row d")
 
 
+def add_rows(
+    buffer: Float[Tensor, "source row d_model"],
+    rows: Int[Tensor, " read"],
+    more: Float[Tensor, "source read d_model"],
+) -> None:
+    """buffer[:, rows] += more, in place; a row may come twice. index_add_ would copy the whole."""
+    buffer.transpose(0, 1).index_put_((rows,), more.transpose(0, 1), accumulate=True)
+
+
 class BufferPool:
     """Buffers of finished forwards, kept for the next ones: a fresh one costs a page fault a
     page. They belong to forwards of one kind (rows, dtype, device); another kind empties the pool.
@@ -255,8 +264,7 @@ class Stream:
         """gradients[first : first + n] += mask.T @ grad, at `rows` where given."""
         block = self.gradients()[first : first + mask.shape[1]]
         if rows is not None:
-            more = torch.einsum("ds,drm->rsm", mask, grad)
-            block.transpose(0, 1).index_put_((rows,), more, accumulate=True)
+            add_rows(block, rows, torch.einsum("ds,drm->srm", mask, grad))
         else:
             block.flatten(1).addmm_(mask.T, grad.reshape(grad.shape[0], -1))
 

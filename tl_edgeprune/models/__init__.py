@@ -18,6 +18,7 @@ from torch import nn
 from transformer_lens.model_bridge import TransformerBridge
 
 from tl_edgeprune.models import smollm2, tracr
+from tl_edgeprune.models.folder import is_model_folder, load_folder
 from tl_edgeprune.models.quiet import quiet
 from tl_edgeprune.models.tracr import known_circuit
 
@@ -41,8 +42,9 @@ def load(
     """A model ready for circuit discovery, in eval mode.
 
     Args:
-        name_or_object: a name of `models.list()`, any other name for the Hugging Face hub, or a
-            HookedTransformer or TransformerBridge that is already loaded: it is returned as it is.
+        name_or_object: a name of `models.list()`, a folder of safetensors (straight to the device:
+            folder.py), any other name for the Hugging Face hub, or a HookedTransformer or
+            TransformerBridge that is already loaded: it is returned as it is.
         cls: "bridge" for a TransformerBridge, "hooked" for a HookedTransformer (TransformerLens 3).
         device: None means CUDA where it is available, else the CPU.
         dtype: None means float32.
@@ -95,6 +97,8 @@ def _load(name: str, cls: str, device: torch.device, dtype: torch.dtype) -> nn.M
         return (smollm2.load_hooked if hooked else smollm2.load_bridge)(device, dtype)
     if name in tracr.NAMES:
         return (tracr.load_hooked if hooked else tracr.load_bridge)(name, device, dtype)
+    if not hooked and is_model_folder(name):
+        return load_folder(name, device, dtype)
     try:
         return _hub_loader(hooked)(name, device=device, dtype=dtype)
     except OSError as error:
