@@ -23,8 +23,9 @@ from tl_edgeprune import (
 )
 from tl_edgeprune.objectives import kl
 from tl_edgeprune.placement import placed
-from tl_edgeprune.pruner import Optimizer, rank_quantiles
+from tl_edgeprune.pruner import Optimizer
 from tl_edgeprune.scores import EdgeScores
+from tl_edgeprune.training import rank_quantiles
 
 MODEL = "bridge-gpt2"
 LENGTHS = (5, 6, 8)

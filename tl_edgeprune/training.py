@@ -1,0 +1,394 @@
+"""One run of an EdgePruner: the loop, its parameters, its optimisers, its state on disk."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import time
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from tl_edgeprune import checkpoints
+from tl_edgeprune.constants import OPTIMAL, Constants
+from tl_edgeprune.distributed import LostProcess, Ranks
+from tl_edgeprune.ends import edge_ends
+from tl_edgeprune.feed import Feed
+from tl_edgeprune.hooks import is_folded
+from tl_edgeprune.learned_constants import LearnedConstants
+from tl_edgeprune.masked import MaskedModel
+from tl_edgeprune.masks import (
+    ExactBudget,
+    open_probability,
+    sample_gates,
+)
+from tl_edgeprune.methods.gradients import path_scores
+from tl_edgeprune.methods.mask_ig import mask_path
+from tl_edgeprune.objectives import Objective
+from tl_edgeprune.scores import EdgeScores
+from tl_edgeprune.tasks.stream import AnyTask, identity, sample
+from tl_edgeprune.teacher import Teacher
+
+if TYPE_CHECKING:
+    from tl_edgeprune.pruner import EdgePruner
+
+History = list[dict[str, float | int]]
+WARM_STEPS, WARM_PAIRS = 5, 32
+EPOCHS = 10_000_000  # epochs' seeds lie beyond those of steps
+
+
+class Training:
+    """One run of an EdgePruner: its parameters, its optimisers, its history."""
+
+    def __init__(
+        self, pruner: EdgePruner, run: MaskedModel, task: AnyTask, loss_of: Objective
+    ) -> None:
+        self.ranks = Ranks.current()
+        self.pruner, self.run = self.ranks.own(pruner), run
+        self.task, self.loss_of = task, loss_of
+        self.graph = run.graph
+        self.started = time.monotonic()
+        self.history: History = []
+        self.seconds_before = 0.0
+        self.constants = None
+        if pruner.ablation == OPTIMAL:
+            self.constants = LearnedConstants(
+                run, sample(task).corrupted, pruner.optimizer.constants_lr
+            )
+        self.teacher = Teacher(
+            run,
+            task,
+            pruner.ablation if self.constants is None else self.constants.constants().detached(),
+            batch_size=pruner.batch_size,
+            bias_in_heads=pruner.bias_in_heads,
+            progress=self.pruner.progress,
+            visits=pruner.steps * pruner.accumulate * self.ranks.most(pruner.batch_size),
+        )
+        self.device = self.teacher.device
+        self.controller = copy.deepcopy(pruner.controller)
+        self.controller.start(self.graph.n_edges, pruner.n_edges)
+        self.node_controller = copy.deepcopy(pruner.node_controller)
+        if self.node_controller is not None:
+            self.node_controller.start(self.graph.n_sources, None)
+        self.log_alpha = self._first_log_alpha().to(self.device).requires_grad_()
+        self.node_log_alpha = self._node_log_alpha()
+        self.source_of_edge = edge_ends(self.graph, self.device)[0]
+        self.optimizer, self.multipliers = self._optimizers()
+        self.feed = Feed(task, pruner.batch_size, lambda epoch: _mixed(pruner.seed, EPOCHS + epoch))
+        self.place = self.feed.place
+
+    # -------------------------------------------------------------------------------- the loop
+
+    def train(self) -> bool:
+        """Run the steps that are left; False if Ctrl-C ended them early."""
+        first = len(self.history)
+        bar = tqdm(
+            total=self.pruner.steps, initial=first, desc="pruning", disable=not self.pruner.progress
+        )
+        try:
+            for step in range(first, self.pruner.steps):
+                self._step(step)
+                self._show(bar)
+                if self.pruner.checkpoint and (step + 1) % self.pruner.checkpoint_every == 0:
+                    self.save(self.pruner.checkpoint)
+            finished = True
+        except KeyboardInterrupt:
+            finished = False
+        except LostProcess as error:
+            raise LostProcess(f"{error} {self._left_behind()}") from error
+        finally:
+            bar.close()
+        if self.pruner.checkpoint and self.history:
+            self.save(self.pruner.checkpoint)
+        return finished
+
+    def _step(self, step: int) -> None:
+        progress = step / self.pruner.steps
+        generator = torch.Generator().manual_seed(_mixed(self.pruner.seed, step))
+        target = self.controller.target(progress, float(torch.rand((), generator=generator)))
+        self._set_rates(step)
+        self._zero_grad()
+        losses = []
+        for _ in range(self.pruner.accumulate):
+            batch, share = self.ranks.part(next(self.feed))
+            lesson = self.teacher.lesson(batch)
+            mask, penalty = self._draw(target, progress, generator)
+            reference = lesson.reference if self.constants is None else self.constants.reference()
+            logits = self.run(lesson.batch.clean, mask, reference, lesson.batch.positions)
+            loss = self.loss_of(logits, lesson.full, lesson.batch).mean() * share
+            ((loss + penalty / self.ranks.size) / self.pruner.accumulate).backward()
+            losses.append(float(loss.detach()))
+        mean = self.ranks.add_up(self._learned(), sum(losses) / len(losses))
+        self._check_loss(mean, step)
+        self._update()
+        if self.constants is not None:
+            self.constants.step(self.pruner.optimizer.rate(step, self.pruner.steps))
+        self.ranks.hand_out(self._learned())
+        self._note(step, mean, target)
+        self.place = self.feed.place
+
+    def _draw(
+        self, target: float, progress: float, generator: torch.Generator
+    ) -> tuple[Float[Tensor, " edge"], Tensor | float]:
+        """A mask for one forward, and what the loss gains for it."""
+        shifted = self.controller.gates(self.log_alpha, target)
+        mask = self.pruner.sampler(shifted, generator)
+        penalty = self.controller.penalty(mask, shifted, target)
+        if self.pruner.attachment is not None:
+            penalty = penalty + self.pruner.attachment(open_probability(shifted), self.graph)
+        if self.node_log_alpha is not None:
+            nodes = sample_gates(self.node_log_alpha, generator)
+            mask = mask * nodes[self.source_of_edge]
+            if self.node_controller is not None:
+                wanted = self.node_controller.target(progress, 0.0)
+                penalty = penalty + self.node_controller.penalty(nodes, self.node_log_alpha, wanted)
+        if progress >= 1 - self.pruner.hard_share:
+            mask = self._hard(shifted, max(1, round(target)))  # a Lagrangian may aim below 0
+        return mask, penalty
+
+    def _hard(self, shifted: Tensor, budget: int) -> Tensor:
+        """Exactly the budget's top edges forward, the soft gates' gradient backward."""
+        soft = open_probability(shifted)
+        top = torch.zeros_like(soft)
+        top[self.ranking().to(self.device).topk(budget).indices] = 1.0
+        return top + soft - soft.detach()
+
+    def _update(self) -> None:
+        settings = self.pruner.optimizer
+        if settings.clip is not None:
+            torch.nn.utils.clip_grad_norm_(self._parameters(), settings.clip)
+        self.optimizer.step()
+        if self.multipliers is not None:
+            self.multipliers.step()
+
+    def _parameters(self) -> list[Tensor]:
+        """What the masks are made of, and the multipliers."""
+        optimizers = [o for o in (self.optimizer, self.multipliers) if o is not None]
+        return [p for o in optimizers for group in o.param_groups for p in group["params"]]
+
+    def _learned(self) -> list[Tensor]:
+        """Everything that a step changes."""
+        return self._parameters() + ([] if self.constants is None else self.constants.moves)
+
+    # -------------------------------------------------------------------------------- starting
+
+    def meet(self) -> None:
+        """With other processes: see that all do the same run, from the same masks."""
+        done = checkpoints.digest([self.identity, len(self.history)])
+        self.ranks.check_same(done, self.device)
+        self.ranks.hand_out(self._learned())
+
+    def _first_log_alpha(self) -> Float[Tensor, " edge"]:
+        mean, std = self.pruner.init_log_alpha
+        generator = torch.Generator().manual_seed(_mixed(self.pruner.seed, -1))
+        noise = torch.randn(self.graph.n_edges, generator=generator)
+        if self.pruner.init_scores is None:
+            return mean + std * noise
+        scores = self._warm_scores()
+        if scores.shape != (self.graph.n_edges,):
+            raise ValueError(
+                f"init_scores has shape {tuple(scores.shape)}, expected ({self.graph.n_edges},)."
+            )
+        if not bool(torch.isfinite(scores).all()):
+            raise ValueError("init_scores holds NaN or infinite values.")
+        return mean + std * rank_quantiles(scores)
+
+    def _warm_scores(self) -> Float[Tensor, " edge"]:
+        """What the first log alphas are ranked by."""
+        scores = self.pruner.init_scores
+        if isinstance(scores, EdgeScores):
+            if scores.graph != self.graph:
+                raise ValueError(
+                    f"init_scores are of another graph: {scores.graph}, this run's is {self.graph}."
+                )
+            return scores.ranking().float()
+        if isinstance(scores, Tensor):
+            return scores.detach().cpu().float().abs()
+        return path_scores(
+            self.run,
+            self.teacher,
+            mask_path(WARM_STEPS),
+            self.loss_of,
+            batch_size=self.pruner.batch_size,
+            max_pairs=WARM_PAIRS,
+            progress=self.pruner.progress,
+        ).abs()
+
+    def _node_log_alpha(self) -> Float[Tensor, " source"] | None:
+        if not self.pruner.node_masks:
+            return None
+        mean, std = (10.0, 0.01) if self.pruner.init_scores is None else (2.0, 0.01)
+        generator = torch.Generator().manual_seed(_mixed(self.pruner.seed, -2))
+        start = mean + std * torch.randn(self.graph.n_sources, generator=generator)
+        return start.to(self.device).requires_grad_()
+
+    def _optimizers(self) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer | None]:
+        settings = self.pruner.optimizer
+        common: dict[str, Any] = {"betas": settings.betas, "weight_decay": settings.weight_decay}
+        learned = [self.log_alpha] + ([] if self.node_log_alpha is None else [self.node_log_alpha])
+        optimizer = torch.optim.AdamW(learned, lr=self.pruner.lr, **common)
+        multipliers = list(self._multipliers().values())
+        if not multipliers:
+            return optimizer, None
+        ascent = torch.optim.AdamW(multipliers, lr=settings.controller_lr, maximize=True, **common)
+        return optimizer, ascent
+
+    def _multipliers(self) -> dict[str, Tensor]:
+        learned = dict(self.controller.learned())
+        if self.node_controller is not None:
+            learned |= {f"node_{k}": v for k, v in self.node_controller.learned().items()}
+        return learned
+
+    # ------------------------------------------------------------------------------- finishing
+
+    def ranking(self) -> Float[Tensor, " edge"]:
+        """log alpha of every edge; with node masks, that of edge and node being open together."""
+        log_alpha = self.log_alpha.detach()
+        if self.node_log_alpha is None:
+            return log_alpha.cpu()
+        nodes = open_probability(self.node_log_alpha.detach())[self.source_of_edge]
+        both = open_probability(log_alpha.double()) * nodes.double()
+        return torch.logit(both, eps=1e-12).float().cpu()
+
+    def final_size(self) -> int | None:
+        """Edges of the circuit: as asked, or as many as a Lagrangian run expects to keep."""
+        if self.pruner.n_edges is not None or isinstance(self.controller, ExactBudget):
+            return self.pruner.n_edges
+        return max(1, round(float(torch.sigmoid(self.ranking()).sum())))
+
+    def final_constants(self) -> Constants | None:
+        """What removed edges carry, where it is constants."""
+        if self.constants is None:
+            return self.pruner.ablation if isinstance(self.pruner.ablation, Constants) else None
+        return self.constants.constants(self.metadata()).detached()
+
+    def metadata(self) -> dict[str, Any]:
+        cfg = self.run.model.cfg
+        return {
+            "method": "edge-pruning",
+            "model": getattr(cfg, "model_name", type(self.run.model).__name__),
+            "task": self.task.name,
+            "n_pairs": len(self.task),
+            "prepend_bos": self.task.prepend_bos,
+            "seed": self.pruner.seed,
+            "ablation": str(self.pruner.ablation),
+            "folded": is_folded(self.run.model),
+            "d_model": int(cfg.d_model),
+            "settings": self.pruner.settings(),
+        }
+
+    def save(self, path: str | Path) -> None:
+        if not self.ranks.first:
+            return
+        tensors = {"log_alpha": self.log_alpha.detach(), **self._multipliers()}
+        if self.node_log_alpha is not None:
+            tensors["node_log_alpha"] = self.node_log_alpha.detach()
+        optimizers = {"optimizer": self.optimizer, "multipliers": self.multipliers}
+        if self.constants is not None:
+            tensors |= self.constants.tensors()
+            optimizers["constants"] = self.constants.optimizer
+        seconds = self.seconds_before + time.monotonic() - self.started
+        note = {"history": self.history, "seconds": seconds, "place": self.place, **self.identity}
+        checkpoints.save(path, tensors, optimizers, note)
+
+    def _left_behind(self) -> str:
+        """Save what there is, and say how the run goes on."""
+        path, step = self.pruner.checkpoint, len(self.history)
+        if not path or not step:
+            return f"The run ends after {step} steps, without a checkpoint."
+        self.save(path)
+        return f"The run ends after {step} steps; it goes on by fit(…, resume={str(path)!r})."
+
+    def restore(self, path: str | Path) -> None:
+        tensors, states, note = checkpoints.load(path)
+        for key, value in self.identity.items():
+            if note[key] != value:
+                raise ValueError(
+                    f"checkpoint {path} is of another run: its {key} is {note[key]}, this run's "
+                    f"{value}."
+                )
+        self.history, self.seconds_before = note["history"], note["seconds"]
+        mine = {"log_alpha": self.log_alpha, **self._multipliers()}
+        if self.node_log_alpha is not None:
+            mine["node_log_alpha"] = self.node_log_alpha
+        with torch.no_grad():
+            for name, tensor in mine.items():
+                tensor.copy_(tensors[name])
+        checkpoints.load_optimizer(self.optimizer, states["optimizer"])
+        if self.multipliers is not None:
+            checkpoints.load_optimizer(self.multipliers, states["multipliers"])
+        if self.constants is not None:
+            self.constants.restore(tensors, states["constants"])
+        self.place = tuple(note["place"])
+        self.feed.go_to(self.place)
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint and the run that it resumes have in common."""
+        return {
+            "settings": json.loads(json.dumps(self.pruner.settings())),
+            "graph": self.graph.to_dict(),
+            "task": checkpoints.digest(identity(self.task)),
+        }
+
+    # --------------------------------------------------------------------------------- details
+
+    def _set_rates(self, step: int) -> None:
+        settings, pruner = self.pruner.optimizer, self.pruner
+        factor = settings.rate(step, pruner.steps)
+        for optimizer, lr in (
+            (self.optimizer, pruner.lr),
+            (self.multipliers, settings.controller_lr),
+        ):
+            if optimizer is not None:
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * factor
+
+    def _zero_grad(self) -> None:
+        self.optimizer.zero_grad()
+        if self.multipliers is not None:
+            self.multipliers.zero_grad()
+
+    def _check_loss(self, loss: float, step: int) -> None:
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"the objective is {loss} at step {step}: the model gives NaN or "
+                "infinite logits under masks. Try float32, or a lower learning rate."
+            )
+
+    def _note(self, step: int, loss: float, target: float) -> None:
+        with torch.no_grad():
+            gates = self.controller.gates(self.log_alpha.detach(), target)
+            edges = float(open_probability(gates).sum())
+        seconds = self.seconds_before + time.monotonic() - self.started
+        self.history.append(
+            {"step": step, "loss": loss, "edges": edges, "target": target, "seconds": seconds}
+        )
+
+    def _show(self, bar: Any) -> None:
+        last = self.history[-1]
+        recent = [entry["loss"] for entry in self.history[-10:]]
+        bar.set_postfix_str(
+            f"{self.loss_of.__name__ if hasattr(self.loss_of, '__name__') else 'loss'} "
+            f"{sum(recent) / len(recent):.3f}, {last['edges']:,.0f} edges, target "
+            f"{last['target']:,.0f}"
+        )
+        bar.update()
+
+
+def rank_quantiles(scores: Float[Tensor, " edge"]) -> Float[Tensor, " edge"]:
+    """Standard normal quantiles by rank: the scale of scores differs from method to method."""
+    order = torch.argsort(scores.double(), stable=True)
+    ranks = torch.empty_like(order)
+    ranks[order] = torch.arange(len(order))
+    return torch.special.ndtri((ranks.double() + 0.5) / len(order)).float()
+
+
+def _mixed(seed: int, step: int) -> int:
+    return (seed * 1_000_003 + step * 7_919 + 12_345) % 2**63
