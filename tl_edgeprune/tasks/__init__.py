@@ -1,7 +1,9 @@
 """Tasks: prompt pairs on which circuits are found and judged.
 
 tasks.load("ioi", model, n=256)              # built for the model's own tokenizer
+tasks.keep_solved(model, task)               # those prompts that the model does right
 tasks.from_jsonl("pairs.jsonl", model)       # your own pairs, as text
+tasks.from_pandas(frame, model)              # the same from a table, or from_hf_dataset
 tasks.stream("ioi", model, n=100_000)        # made, or read, a chunk at a time
 tasks.stream_jsonl("pairs.jsonl", model)
 Task(name, clean, corrupted, positions)      # your own pairs, as token ids
@@ -29,6 +31,7 @@ from tl_edgeprune.tasks import (  # noqa: F401  (they register themselves)
 )
 from tl_edgeprune.tasks.jsonl import from_jsonl
 from tl_edgeprune.tasks.jsonl_stream import stream_jsonl
+from tl_edgeprune.tasks.recipe import register_recipe
 from tl_edgeprune.tasks.registry import (
     BUILDERS,
     STREAMS,
@@ -36,18 +39,25 @@ from tl_edgeprune.tasks.registry import (
     register,
     register_stream,
 )
+from tl_edgeprune.tasks.solved import keep_solved, solved
 from tl_edgeprune.tasks.stream import TaskStream
+from tl_edgeprune.tasks.tables import from_hf_dataset, from_pandas
 from tl_edgeprune.tasks.task import Batch, Task
 
 __all__ = [
     "Batch",
     "Task",
     "TaskStream",
+    "from_hf_dataset",
     "from_jsonl",
+    "from_pandas",
+    "keep_solved",
     "list",
     "load",
     "register",
+    "register_recipe",
     "register_stream",
+    "solved",
     "stream",
     "stream_jsonl",
 ]

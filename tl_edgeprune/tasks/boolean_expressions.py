@@ -85,9 +85,15 @@ def boolean_expressions(
         corrupted = opposite(clean, generator)
         before = _shots(clean, corrupted, depth, shots, generator) if form == "few-shot" else ""
         sentence = SHOT if form == "few-shot" else INSTRUCTION
-        texts = (before + sentence.format(expression=e) for e in (clean, corrupted))
+        clean_text, corrupted_text = (
+            before + sentence.format(expression=e) for e in (clean, corrupted)
+        )
         return Example(
-            f"{form}-{clean.n_operators}", *texts, f" {clean.value}", f" {corrupted.value}"
+            f"{form}-{clean.n_operators}",
+            clean_text,
+            corrupted_text,
+            f" {clean.value}",
+            f" {corrupted.value}",
         )
 
     return Recipe(count(depth), make, f"expressions of depth {depth}")

@@ -49,12 +49,12 @@ def gendered_pronoun(tokenizer: PreTrainedTokenizerBase) -> Recipe:
     def make(number: int, generator: random.Random) -> Example:
         sentence, adjective, noun, person = mixed_radix(number, sizes)
         name, pronoun, others = people[person]
-        texts = (
+        clean, corrupted = (
             SENTENCES[sentence].format(name=who, adjective=ADJECTIVES[adjective], noun=NOUNS[noun])
             for who in (name, generator.choice(others))
         )
         other = "he" if pronoun == "she" else "she"
-        return Example(f"{pronoun}-{sentence}", *texts, f" {pronoun}", f" {other}")
+        return Example(f"{pronoun}-{sentence}", clean, corrupted, f" {pronoun}", f" {other}")
 
     return Recipe(math.prod(sizes), make, f"{len(people)} names can be exchanged for others")
 

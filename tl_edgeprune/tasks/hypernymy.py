@@ -67,10 +67,13 @@ def hypernymy(tokenizer: PreTrainedTokenizerBase) -> Recipe:
         sentence, place = mixed_radix(number, sizes)
         clean = things[place]
         corrupted = generator.choice(prompts[clean])
-        texts = (SENTENCES[sentence].format(a=two.a, b=two.b) for two in (clean, corrupted))
+        clean_text, corrupted_text = (
+            SENTENCES[sentence].format(a=two.a, b=two.b) for two in (clean, corrupted)
+        )
         return Example(
             clean.kind,
-            *texts,
+            clean_text,
+            corrupted_text,
             answer=f" {clean.kind}",
             distractor=f" {corrupted.kind}",
             wrong=tuple(token for kind, token in kinds.items() if kind != clean.kind),

@@ -39,10 +39,13 @@ def subject_verb_agreement(tokenizer: PreTrainedTokenizerBase) -> Recipe:
         noun = subjects[subject]
         others = [other for other in NOUNS if other != noun]
         rest = f"{PREPOSITIONS[preposition]} the {inflected(others[other], other_number)}"
-        texts = (f"Look: the {inflected(noun, n)} {rest}" for n in (its_number, 1 - its_number))
+        clean, corrupted = (
+            f"Look: the {inflected(noun, n)} {rest}" for n in (its_number, 1 - its_number)
+        )
         return Example(
             f"{NUMBERS[its_number]}-{NUMBERS[other_number]}",
-            *texts,
+            clean,
+            corrupted,
             right=verbs[its_number],
             wrong=verbs[1 - its_number],
         )
