@@ -1,6 +1,6 @@
 """Arithmetic: sums and differences of two numbers, as in the MIB benchmark (Mueller et al. 2025).
 
-    Question: What is 24 + 35? Answer:   -> 59, not 81
+    Solve this: 24 + 35 =   -> 59, not 81
 
 1. Both numbers and the result have two digits, or one each with `digits=1`. The corrupted prompt
    has other numbers, whose result has another first digit: it is the distractor.
@@ -21,8 +21,8 @@ from tl_edgeprune.tasks.recipe import Example, Recipe, mixed_radix, register_rec
 from tl_edgeprune.tasks.words import same_length
 
 SENTENCES = (
-    "Question: What is {a} {sign} {b}? Answer:",
     "Here is the calculation: {a} {sign} {b} =",
+    "Solve this: {a} {sign} {b} =",
     "In numbers, {a} {word} {b} is",
 )
 SIGNS = {"plus": "+", "minus": "-"}
@@ -34,10 +34,7 @@ class Sum(NamedTuple):
     operation: str
     a: int
     b: int
-
-    @property
-    def result(self) -> int:
-        return self.a + self.b if self.operation == "plus" else self.a - self.b
+    result: int
 
     def text(self, sentence: str) -> str:
         sign = SIGNS[self.operation]
@@ -83,8 +80,9 @@ def arithmetic(
 
 def _sums(operation: str, numbers: list[int], results: range) -> list[Sum]:
     """All with a result of as many digits; ValueError where all results begin with one digit."""
-    found = [Sum(operation, a, b) for a in numbers for b in numbers]
-    found = [calculation for calculation in found if calculation.result in results]
+    sign = 1 if operation == "plus" else -1
+    every = (Sum(operation, a, b, a + sign * b) for a in numbers for b in numbers)
+    found = [calculation for calculation in every if calculation.result in results]
     if len({str(calculation.result)[0] for calculation in found}) < 2:
         raise ValueError(f"arithmetic: too few numbers of one length for {operation!r}: {numbers}.")
     return found

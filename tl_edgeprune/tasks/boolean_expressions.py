@@ -15,6 +15,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from typing import NamedTuple
 
@@ -99,6 +100,7 @@ def boolean_expressions(
     return Recipe(count(depth), make, f"expressions of depth {depth}")
 
 
+@functools.cache
 def count(depth: int) -> int:
     """How many expressions have this depth."""
     if depth == 0:
@@ -139,6 +141,7 @@ def _dual(expression: Expression) -> Expression:
     return Expression(DUAL[expression.operator], tuple(map(_dual, expression.parts)))
 
 
+@functools.cache
 def _flat(depth: int) -> int:
     """How many expressions have at most this depth, and at most that of a flatter side."""
     return sum(count(shallow) for shallow in range(min(SIDE, depth) + 1))
@@ -172,10 +175,11 @@ def _shots(
 
 
 def _check_lengths(tokenizer: PreTrainedTokenizerBase) -> None:
-    for one, other in (("True", "False"), ("and", "or")):
-        written = pieces(tokenizer, (one, other))
-        if len({len(tokens) for tokens in written.values()}) != 1 or len(written) != 2:
+    for texts in (("True)", "False)"), ("(True", "(False"), ("and", "or")):
+        written = pieces(tokenizer, texts, "It is not")
+        if len(written) < len(texts) or len({*map(len, written.values())}) > 1:
+            pair = " and ".join(map(repr, texts))
             raise ValueError(
-                f"boolean-expressions needs {one!r} and {other!r} of as many tokens, and this "
-                f"tokenizer writes them as {[*written.values()]}."
+                f"boolean-expressions needs {pair} of as many tokens, and this tokenizer writes "
+                f"them as {[*written.values()]}."
             )

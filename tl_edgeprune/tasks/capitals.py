@@ -163,7 +163,7 @@ def capitals(tokenizer: PreTrainedTokenizerBase) -> Recipe:
 
 
 def exchangeable(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[str]]:
-    """Countries, with those of as many tokens whose capital begins with another token."""
+    """Countries, with those of as many tokens whose capital differs before either one ends."""
     written = pieces(tokenizer, CAPITALS)
     cities = pieces(tokenizer, CAPITALS.values())
     known = [c for c in CAPITALS if c in written and CAPITALS[c] in cities]
@@ -172,7 +172,10 @@ def exchangeable(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[str]]:
             other
             for other in known
             if len(written[other]) == len(written[country])
-            and _told_apart(cities[CAPITALS[other]], cities[CAPITALS[country]])
+            and any(
+                a != b
+                for a, b in zip(*(cities[CAPITALS[c]] for c in (country, other)), strict=False)
+            )
         ]
         for country in known
     }
@@ -180,8 +183,3 @@ def exchangeable(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[str]]:
     if not found:
         raise ValueError("capitals: this tokenizer writes no two countries in as many tokens.")
     return found
-
-
-def _told_apart(first: list[int], second: list[int]) -> bool:
-    """Whether some token differs before one of the two ends."""
-    return any(a != b for a, b in zip(first, second, strict=False))

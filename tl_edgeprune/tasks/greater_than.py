@@ -19,7 +19,7 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from tl_edgeprune.tasks.recipe import Example, Recipe, mixed_radix, register_recipe
-from tl_edgeprune.tasks.tokens import answer_in_context, encode
+from tl_edgeprune.tasks.tokens import answers_in_context, encode
 
 SENTENCES = (
     "The {event} began in {century}{year} and ended in {century}",
@@ -77,13 +77,8 @@ def greater_than(tokenizer: PreTrainedTokenizerBase) -> Recipe:
 
 def read_century(tokenizer: PreTrainedTokenizerBase, century: int) -> Years | None:
     """The century's years where they are two pieces or single digits, None where neither."""
-    prompt = f"It ended in {century}"
-    pieces: dict[str, list[int]] = {}
-    for year in (f"{number:02}" for number in range(100)):
-        try:
-            pieces[year] = answer_in_context(tokenizer, prompt, year)
-        except ValueError:  # written in another way, such as 1900 in one piece
-            continue
+    years = [f"{number:02}" for number in range(100)]
+    pieces = answers_in_context(tokenizer, f"It ended in {century}", years)
     n_pieces = len(pieces.get(FIRST, ()))
     first = {year: found[0] for year, found in pieces.items() if len(found) == n_pieces}
     if n_pieces == 1 and len(set(first.values())) == len(first):

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from tl_edgeprune.tasks.tokens import answer_in_context
+from tl_edgeprune.tasks.tokens import answers_in_context
 
 SENTENCE = "Then they talked about the"
 
@@ -43,9 +43,8 @@ def pieces(
     tokenizer: PreTrainedTokenizerBase, words: Iterable[str], prompt: str = SENTENCE
 ) -> dict[str, list[int]]:
     """Each word's tokens after a prompt and a space; without words that have an unknown token."""
-    tokens = {word: answer_in_context(tokenizer, prompt, f" {word}") for word in words}
-    unknown = tokenizer.unk_token_id
-    return {word: found for word, found in tokens.items() if unknown not in found}
+    tokens = answers_in_context(tokenizer, prompt, (f" {word}" for word in words))
+    return {answer[1:]: found for answer, found in tokens.items()}
 
 
 def by_length(
