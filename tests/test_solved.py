@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import talkative
 import torch
+import zoo
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -109,6 +110,19 @@ def test_nothing_right_and_nothing_to_be_right_about():
     fine, empty = {"clean": [1], "answers": [4]}, {"clean": [1], "right": [2]}
     with pytest.raises(ValueError, match="pair 1 of task 'numbers' has neither an answer nor"):
         tasks.solved(model, task_of(fine, empty))
+
+
+CLASSES = [name for name in zoo.ARCHITECTURES if name.endswith(("-gpt2", "-llama", "native-ln"))]
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_class_of_model_is_asked_as_it_is(name):
+    model = zoo.load(name)
+    task = zoo.pairs(model, 12)
+    with torch.no_grad():
+        logits = [model(tokens[None])[0, -1] for tokens in task.clean]
+    expected = [bool(row[3] > row[5]) for row in logits]
+    assert tasks.solved(model, task).tolist() == expected
 
 
 def test_it_agrees_with_the_full_models_accuracy():

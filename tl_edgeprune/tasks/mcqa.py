@@ -64,7 +64,7 @@ def mcqa(tokenizer: PreTrainedTokenizerBase, *, choices: int = 4) -> Recipe:
             wrong=tuple(token for letter, token in tokens.items() if letter != answer),
         )
 
-    return Recipe(math.prod(sizes), make, "the questions are made of short lists")
+    return Recipe(math.prod(sizes), make, f"{len(THINGS)} things in {len(COLOURS)} colours")
 
 
 def written(question: str, listed: list[str]) -> str:
