@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import pytest
 
@@ -88,6 +89,15 @@ def test_slow_blocks_of_the_tutorial_run(tmp_path, monkeypatch):
     monkeypatch.setattr(tasks, "load", lambda name, model, n, seed: load(name, model, 24, seed))
     every = blocks()
     run(every[:1] + [block for block in every if block.slow or block.title])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(smollm2.wheel_folder() is None, reason=f"needs {smollm2.REQUIREMENT}")
+def test_blocks_on_tasks_run():
+    with patch.dict(tasks.BUILDERS), patch.dict(tasks.STREAMS):
+        every = blocks(ROOT / "docs" / "tasks.md")
+        assert len(every) >= 4
+        run(every)
 
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.stem)

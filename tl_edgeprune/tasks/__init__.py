@@ -1,7 +1,9 @@
 """Tasks: prompt pairs on which circuits are found and judged.
 
 tasks.load("ioi", model, n=256)              # built for the model's own tokenizer
+tasks.keep_solved(model, task)               # those prompts that the model does right
 tasks.from_jsonl("pairs.jsonl", model)       # your own pairs, as text
+tasks.from_pandas(frame, model)              # the same from a table, or from_hf_dataset
 tasks.stream("ioi", model, n=100_000)        # made, or read, a chunk at a time
 tasks.stream_jsonl("pairs.jsonl", model)
 Task(name, clean, corrupted, positions)      # your own pairs, as token ids
@@ -9,24 +11,53 @@ Task(name, clean, corrupted, positions)      # your own pairs, as token ids
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
-from tl_edgeprune.tasks import ioi, tracr  # noqa: F401  (they register themselves)
+from tl_edgeprune.tasks import (  # noqa: F401  (they register themselves)
+    arithmetic,
+    boolean_expressions,
+    capitals,
+    docstring,
+    gendered_pronoun,
+    greater_than,
+    hypernymy,
+    induction,
+    ioi,
+    mcqa,
+    subject_verb_agreement,
+    tracr,
+)
 from tl_edgeprune.tasks.jsonl import from_jsonl
 from tl_edgeprune.tasks.jsonl_stream import stream_jsonl
-from tl_edgeprune.tasks.registry import BUILDERS, STREAMS, register, register_stream
+from tl_edgeprune.tasks.recipe import register_recipe
+from tl_edgeprune.tasks.registry import (
+    BUILDERS,
+    STREAMS,
+    check_options,
+    register,
+    register_stream,
+)
+from tl_edgeprune.tasks.solved import keep_solved, solved
 from tl_edgeprune.tasks.stream import TaskStream
+from tl_edgeprune.tasks.tables import from_hf_dataset, from_pandas
 from tl_edgeprune.tasks.task import Batch, Task
 
 __all__ = [
     "Batch",
     "Task",
     "TaskStream",
+    "from_hf_dataset",
     "from_jsonl",
+    "from_pandas",
+    "keep_solved",
     "list",
     "load",
     "register",
+    "register_recipe",
     "register_stream",
+    "solved",
     "stream",
     "stream_jsonl",
 ]
@@ -38,7 +69,13 @@ def list() -> tuple[str, ...]:
 
 
 def load(
-    name: str, model: nn.Module, n: int, seed: int = 0, *, prepend_bos: bool | None = None
+    name: str,
+    model: nn.Module,
+    n: int,
+    seed: int = 0,
+    *,
+    prepend_bos: bool | None = None,
+    **options: Any,
 ) -> Task:
     """A task of `n` prompt pairs for this model, the same for the same seed.
 
@@ -48,20 +85,28 @@ def load(
         n: how many pairs.
         seed: what the pairs are drawn from.
         prepend_bos: None means what the model's tokenizer does by itself.
+        options: the task's own, such as `form` of "boolean-expressions".
 
     Raises:
-        ValueError: unknown name; `n` below 1 or above what the task can make; a model without
-            the tokenizer or the vocabulary that the task needs.
+        ValueError: unknown name or option; `n` below 1 or above what the task can make; a model
+            without the tokenizer or the vocabulary that the task needs.
     """
     if name not in BUILDERS:
         raise ValueError(f"tasks.load({name!r}): no such task; there are {', '.join(list())}.")
     if n < 1:
         raise ValueError(f"tasks.load({name!r}, n={n}): a task needs at least one pair.")
-    return BUILDERS[name](model, n, seed, prepend_bos)
+    check_options(f"tasks.load({name!r})", BUILDERS[name], options)
+    return BUILDERS[name](model, n, seed, prepend_bos, **options)
 
 
 def stream(
-    name: str, model: nn.Module, n: int, seed: int = 0, *, prepend_bos: bool | None = None
+    name: str,
+    model: nn.Module,
+    n: int,
+    seed: int = 0,
+    *,
+    prepend_bos: bool | None = None,
+    **options: Any,
 ) -> TaskStream:
     """`n` prompt pairs made a chunk at a time, the same for the same seed: for any number of them.
 
@@ -73,4 +118,5 @@ def stream(
         raise ValueError(f"tasks.stream({name!r}): no such stream; there are {known}.")
     if n < 1:
         raise ValueError(f"tasks.stream({name!r}, n={n}): a stream needs at least one pair.")
-    return STREAMS[name](model, n, seed, prepend_bos)
+    check_options(f"tasks.stream({name!r})", STREAMS[name], options)
+    return STREAMS[name](model, n, seed, prepend_bos, **options)

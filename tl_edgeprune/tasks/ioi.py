@@ -18,20 +18,10 @@ import math
 import random
 from typing import NamedTuple
 
-import torch
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from tl_edgeprune.tasks.order import Order
-from tl_edgeprune.tasks.registry import register, register_stream
-from tl_edgeprune.tasks.stream import TaskStream
-from tl_edgeprune.tasks.task import Task
-from tl_edgeprune.tasks.tokens import (
-    answer_in_context,
-    encode,
-    resolve_prepend_bos,
-    tokenizer_of,
-)
+from tl_edgeprune.tasks.recipe import Example, Recipe, mixed_radix, register_recipe
+from tl_edgeprune.tasks.words import single_tokens
 
 SENTENCES = (  # a language model of 135 M parameters does the task on each of them, in both orders
     "Then, {0} and {1} went to the {place}. {2} gave a {object} to",
@@ -98,92 +88,41 @@ TEMPLATES = tuple(
 )
 
 
-@register("ioi")
-def load_ioi(model: nn.Module, n: int, seed: int, prepend_bos: bool | None) -> Task:
-    return build("ioi", TEMPLATES, model, n, seed, prepend_bos)
+@register_recipe("ioi")
+def ioi(tokenizer: PreTrainedTokenizerBase) -> Recipe:
+    return recipe(tokenizer, TEMPLATES)
 
 
-@register("ioi-t1")
-def load_ioi_t1(model: nn.Module, n: int, seed: int, prepend_bos: bool | None) -> Task:
-    return build("ioi-t1", TEMPLATES[:1], model, n, seed, prepend_bos)
+@register_recipe("ioi-t1")
+def ioi_t1(tokenizer: PreTrainedTokenizerBase) -> Recipe:
+    return recipe(tokenizer, TEMPLATES[:1])
 
 
-@register_stream("ioi")
-def stream_ioi(model: nn.Module, n: int, seed: int, prepend_bos: bool | None) -> TaskStream:
-    return build_stream("ioi", TEMPLATES, model, n, seed, prepend_bos)
-
-
-@register_stream("ioi-t1")
-def stream_ioi_t1(model: nn.Module, n: int, seed: int, prepend_bos: bool | None) -> TaskStream:
-    return build_stream("ioi-t1", TEMPLATES[:1], model, n, seed, prepend_bos)
-
-
-def build(
-    name: str,
-    templates: tuple[Template, ...],
-    model: nn.Module,
-    n: int,
-    seed: int,
-    prepend_bos: bool | None,
-) -> Task:
-    """An IOI task of n pairs over the given templates.
+def recipe(tokenizer: PreTrainedTokenizerBase, templates: tuple[Template, ...]) -> Recipe:
+    """IOI over the given templates.
 
     Raises:
-        ValueError: the model has no tokenizer, the tokenizer splits all but a few names, or n
-            exceeds the number of different clean prompts.
+        ValueError: the tokenizer splits all but a few names.
     """
-    tokenizer, prepend_bos = tokenizer_of(model), resolve_prepend_bos(model, prepend_bos)
     names = single_token_names(tokenizer)
-    generator = random.Random(seed)
-    choices = draw(name, templates, names, n, generator)
-    rows = [_tokens(tokenizer, choice, names, generator, prepend_bos) for choice in choices]
-    return _task(name, choices, rows, prepend_bos)
+    sizes = len(templates), len(names), len(names) - 1, len(PLACES), len(OBJECTS)
 
+    def make(number: int, generator: random.Random) -> Example:
+        template, answer, subject, place, gift = mixed_radix(number, sizes)
+        others = names[:answer] + names[answer + 1 :]
+        people = (names[answer], others[subject])
+        choice = Choice(templates[template], *people, PLACES[place], OBJECTS[gift])
+        strangers = [name for name in names if name not in people]
+        first, second, third = generator.sample(strangers, 3)
+        return Example(
+            choice.template.label,
+            choice.text(choice.names()),
+            choice.text((first, second, third)),
+            answer=f" {choice.answer}",
+            distractor=f" {choice.subject}",
+        )
 
-def build_stream(
-    name: str,
-    templates: tuple[Template, ...],
-    model: nn.Module,
-    n: int,
-    seed: int,
-    prepend_bos: bool | None,
-) -> TaskStream:
-    """IOI pairs made on demand: each from the seed and its place, clean prompts all different.
-
-    Raises ValueError as `build` does.
-    """
-    tokenizer, prepend_bos = tokenizer_of(model), resolve_prepend_bos(model, prepend_bos)
-    names = single_token_names(tokenizer)
-    sizes = _sizes(templates, names)
-    _check_possible(f"tasks.stream({name!r}, n={n})", n, sizes, names)
-    numbers = Order(math.prod(sizes), seed)
-
-    def read(places: range) -> Task:
-        choices = [_choice(numbers[place], sizes, templates, names) for place in places]
-        rows = [
-            _tokens(tokenizer, choice, names, random.Random(f"{seed} {place}"), prepend_bos)
-            for place, choice in zip(places, choices, strict=True)
-        ]
-        return _task(name, choices, rows, prepend_bos)
-
-    about = (name, n, seed, prepend_bos, names, [t.label for t in templates], len(tokenizer))
-    return TaskStream(name, n, read, identity=repr(about), prepend_bos=prepend_bos)
-
-
-def _task(
-    name: str, choices: list[Choice], rows: list[tuple[torch.Tensor, ...]], prepend_bos: bool
-) -> Task:
-    clean, corrupted, answers, distractors = zip(*rows, strict=True)
-    return Task(
-        name,
-        clean,
-        corrupted,
-        positions=[torch.tensor([len(tokens) - 1]) for tokens in clean],
-        answers=answers,
-        distractors=distractors,
-        prepend_bos=prepend_bos,
-        groups=tuple(choice.template.label for choice in choices),
-    )
+    return Recipe(math.prod(sizes), make, f"{len(names)} names are one token each")
 
 
 def single_token_names(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
@@ -193,71 +132,4 @@ def single_token_names(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
         ValueError: fewer than five, with the names that the tokenizer splits.
     """
     prompt = "Then, they gave a drink to"
-    single = tuple(n for n in NAMES if len(answer_in_context(tokenizer, prompt, f" {n}")) == 1)
-    if len(single) < NAMES_NEEDED:
-        split = ", ".join(name for name in NAMES if name not in single)
-        raise ValueError(
-            f"IOI needs {NAMES_NEEDED} names of one token each, and this tokenizer has "
-            f"{len(single)}; it splits {split}."
-        )
-    return single
-
-
-def draw(
-    name: str,
-    templates: tuple[Template, ...],
-    names: tuple[str, ...],
-    n: int,
-    generator: random.Random,
-) -> list[Choice]:
-    """n different clean prompts: numbers drawn without repetition, each read in mixed radix."""
-    sizes = _sizes(templates, names)
-    _check_possible(f"tasks.load({name!r}, n={n})", n, sizes, names)
-    numbers = generator.sample(range(math.prod(sizes)), n)
-    return [_choice(number, sizes, templates, names) for number in numbers]
-
-
-def _sizes(templates: tuple[Template, ...], names: tuple[str, ...]) -> tuple[int, ...]:
-    """How many there are to choose from, for each part of a prompt."""
-    return len(templates), len(names), len(names) - 1, len(PLACES), len(OBJECTS)
-
-
-def _check_possible(call: str, n: int, sizes: tuple[int, ...], names: tuple[str, ...]) -> None:
-    possible = math.prod(sizes)
-    if n > possible:
-        raise ValueError(
-            f"{call}: only {possible:,} different prompts can be made "
-            f"({len(names)} names are one token each): ask for at most that many."
-        )
-
-
-def _choice(
-    number: int, sizes: tuple[int, ...], templates: tuple[Template, ...], names: tuple[str, ...]
-) -> Choice:
-    digits = []
-    for size in sizes:
-        number, digit = divmod(number, size)
-        digits.append(digit)
-    template, answer, subject, place, gift = digits
-    others = names[:answer] + names[answer + 1 :]
-    people = (names[answer], others[subject])
-    return Choice(templates[template], *people, PLACES[place], OBJECTS[gift])
-
-
-def _tokens(
-    tokenizer: PreTrainedTokenizerBase,
-    choice: Choice,
-    names: tuple[str, ...],
-    generator: random.Random,
-    prepend_bos: bool,
-) -> tuple[torch.Tensor, ...]:
-    """Clean prompt, corrupted prompt, answer and distractor of one pair."""
-    others = [name for name in names if name not in (choice.answer, choice.subject)]
-    first, second, third = generator.sample(others, 3)
-    clean, corrupted = choice.text(choice.names()), choice.text((first, second, third))
-    return (
-        torch.tensor(encode(tokenizer, clean, prepend_bos)),
-        torch.tensor(encode(tokenizer, corrupted, prepend_bos)),
-        torch.tensor(answer_in_context(tokenizer, clean, f" {choice.answer}")),
-        torch.tensor(answer_in_context(tokenizer, clean, f" {choice.subject}")),
-    )
+    return tuple(single_tokens(tokenizer, NAMES, NAMES_NEEDED, "IOI's names", prompt))

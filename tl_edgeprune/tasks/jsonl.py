@@ -19,6 +19,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,22 +67,45 @@ def from_jsonl(
             and wrong texts that are not of one token each, repeat or overlap.
     """
     path = Path(path)
+    lines = enumerate(path.read_text(encoding="utf-8").split("\n"), start=1)
+    entries = ((f"line {number}", line) for number, line in lines if line.strip())
+    pairs, prepend_bos = read_pairs(str(path), entries, record_of, model, prepend_bos, split)
+    return task_of(path.stem, pairs, prepend_bos)
+
+
+def read_pairs(
+    source: str,
+    entries: Iterable[tuple[str, Any]],
+    parse: Callable[[Any], dict[str, Any]],
+    model: nn.Module,
+    prepend_bos: bool | None,
+    split: str | None,
+) -> tuple[list[dict[str, torch.Tensor]], bool]:
+    """Encoded pairs of a split, and whether they begin with BOS.
+
+    Args:
+        source: what is read, for errors.
+        entries: each with its place in the source, for errors.
+        parse: makes a checked record of an entry.
+        model, prepend_bos, split: as of `from_jsonl`.
+
+    Raises:
+        ValueError: with the source and the place, as `from_jsonl` does.
+    """
     tokenizer, prepend_bos = tokenizer_of(model), resolve_prepend_bos(model, prepend_bos)
     pairs, splits = [], set()
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-        if not line.strip():
-            continue
+    for place, entry in entries:
         try:
-            record = record_of(line)
+            record = parse(entry)
             splits.add(record.get("split"))
             if split is None or record.get("split") in (None, split):
                 pairs.append(encode_pair(record, tokenizer, prepend_bos))
         except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from error
+            raise ValueError(f"{source}, {place}: {error}") from error
     if not pairs:
         found = ", ".join(sorted(map(str, splits))) or "none"
-        raise ValueError(f"{path}: no prompt pairs for split={split!r}; splits found: {found}.")
-    return task_of(path.stem, pairs, prepend_bos)
+        raise ValueError(f"{source}: no prompt pairs for split={split!r}; splits found: {found}.")
+    return pairs, prepend_bos
 
 
 def task_of(name: str, pairs: list[dict[str, torch.Tensor]], prepend_bos: bool) -> Task:
@@ -98,6 +122,11 @@ def record_of(line: str) -> dict[str, Any]:
         raise ValueError(f"not valid JSON ({error}).") from error
     if not isinstance(record, dict):
         raise ValueError(f"a JSON {type(record).__name__}, expected an object.")
+    return checked_record(record)
+
+
+def checked_record(record: dict[str, Any]) -> dict[str, Any]:
+    """The record itself; ValueError where it lacks a text."""
     for key in ("clean", "corrupted"):
         if not isinstance(record.get(key), str):
             raise ValueError(f'"{key}" is {record.get(key)!r}, expected a text.')

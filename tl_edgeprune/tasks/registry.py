@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from torch import nn
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from tl_edgeprune.tasks.stream import TaskStream
 from tl_edgeprune.tasks.task import Task
 
-Builder = Callable[[nn.Module, int, int, bool | None], Task]
-StreamBuilder = Callable[[nn.Module, int, int, bool | None], TaskStream]
+Builder = Callable[..., Task]  # (model, n, seed, prepend_bos, *, options…)
+StreamBuilder = Callable[..., TaskStream]
 BUILDERS: dict[str, Builder] = {}
 STREAMS: dict[str, StreamBuilder] = {}
 
 
 def register(name: str) -> Callable[[Builder], Builder]:
-    """Decorator: make `builder(model, n, seed, prepend_bos) -> Task` known under `name`."""
+    """Decorator: make `builder(model, n, seed, prepend_bos, *, …) -> Task` known by name."""
 
     def add(builder: Builder) -> Builder:
         if name in BUILDERS:
@@ -28,7 +28,7 @@ def register(name: str) -> Callable[[Builder], Builder]:
 
 
 def register_stream(name: str) -> Callable[[StreamBuilder], StreamBuilder]:
-    """Decorator: make `builder(model, n, seed, prepend_bos) -> TaskStream` known under `name`."""
+    """Decorator: make `builder(model, n, seed, prepend_bos, *, …) -> TaskStream` known by name."""
 
     def add(builder: StreamBuilder) -> StreamBuilder:
         if name in STREAMS:
@@ -37,3 +37,13 @@ def register_stream(name: str) -> Callable[[StreamBuilder], StreamBuilder]:
         return builder
 
     return add
+
+
+def check_options(call: str, builder: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    """Raise ValueError for an option that the builder has not (its keyword-only parameters)."""
+    parameters = inspect.signature(builder).parameters.values()
+    known = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    unknown = ", ".join(option for option in options if option not in known)
+    if unknown:
+        has = f"its options are {', '.join(known)}" if known else "it has none"
+        raise ValueError(f"{call}: no option {unknown}; {has}.")

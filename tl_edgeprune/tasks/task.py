@@ -129,6 +129,20 @@ class Task:
     def __len__(self) -> int:
         return len(self.clean)
 
+    @property
+    def metric(self) -> str:
+        """What a run of this task is measured by, as `objectives` calls it.
+
+        "logit-diff" where every pair has one answer and one distractor, else "prob-diff" where
+        every pair has right and wrong tokens, else the task's own objective.
+        """
+        told_apart = zip(self.answers, self.distractors, strict=True)
+        if all(len(answer) == len(other) == 1 for answer, other in told_apart):
+            return "logit-diff"
+        sets = zip(self.right, self.wrong, strict=True)
+        has_sets = all(len(right) > 0 and len(wrong) > 0 for right, wrong in sets)
+        return "prob-diff" if has_sets else self.objective
+
     def __getitem__(self, pairs: slice) -> Task:
         if not isinstance(pairs, slice):
             raise TypeError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -49,6 +51,25 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, prepend_bos: bool) -> 
     if tokenizer.bos_token_id is None:
         raise ValueError("prepend_bos=True, but the tokenizer has no BOS token: use False.")
     return [tokenizer.bos_token_id, *ids]
+
+
+def answers_in_context(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, answers: Iterable[str]
+) -> dict[str, list[int]]:
+    """The tokens that each of many answers adds after one prompt; without those that merge with it.
+
+    Nor are those there that hold the tokenizer's unknown token. As `answer_in_context`, at once.
+    """
+    answers = [*answers]
+    texts = [prompt, *(prompt + answer for answer in answers)]
+    before, *wholes = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return {
+        answer: whole[len(before) :]
+        for answer, whole in zip(answers, wholes, strict=True)
+        if whole[: len(before)] == before
+        and len(whole) > len(before)
+        and tokenizer.unk_token_id not in whole[len(before) :]
+    }
 
 
 def answer_in_context(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> list[int]:

@@ -1,0 +1,77 @@
+"""Gendered pronouns (Mathwin et al. 2023): a name decides between "he" and "she".
+
+    I think that Mary is a kind teacher, isn't -> she, not he
+
+The corrupted prompt has a name of the other gender, of as many tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+
+from transformers import PreTrainedTokenizerBase
+
+from tl_edgeprune.tasks.recipe import Example, Recipe, mixed_radix, register_recipe
+from tl_edgeprune.tasks.words import by_length
+
+SENTENCES = (
+    "I think that {name} is a {adjective} {noun}, isn't",
+    "We all know that {name} is a {adjective} {noun}, isn't",
+    "As you said, {name} is such a {adjective} {noun}, isn't",
+    "Last year {name} was a {adjective} {noun}, wasn't",
+)
+GIRLS = tuple(
+    "Alice Amy Anna Barbara Carol Diana Elizabeth Emily Emma Grace Hannah Helen Jane Jennifer "
+    "Jessica Julia Karen Kate Laura Linda Lisa Lucy Maria Mary Michelle Nancy Nicole Rachel "
+    "Rebecca Ruth Sarah Sophie Susan Victoria".split()
+)
+BOYS = tuple(
+    "Aaron Adam Andrew Anthony Arthur Brian Charles Christopher Daniel David Edward Eric George "
+    "Henry Jack Jacob James Jason Jeremy John Jonathan Joseph Joshua Kevin Luke Mark Martin "
+    "Matthew Michael Oliver Patrick Paul Peter Richard Robert Ryan Simon Stephen Steven Thomas "
+    "Tom William".split()
+)
+PRONOUNS = {"she": GIRLS, "he": BOYS}
+ADJECTIVES = ("good", "kind", "great", "clever", "brave", "funny", "careful", "patient", "bright")
+NOUNS = tuple(
+    "teacher doctor friend singer writer student driver painter lawyer swimmer neighbour cook "
+    "reader player gardener runner speaker scientist".split()
+)
+
+
+@register_recipe("gendered-pronoun")
+def gendered_pronoun(tokenizer: PreTrainedTokenizerBase) -> Recipe:
+    """Raises ValueError where no name has one of the other gender of as many tokens."""
+    people = pairs_of_names(tokenizer)
+    sizes = len(SENTENCES), len(ADJECTIVES), len(NOUNS), len(people)
+
+    def make(number: int, generator: random.Random) -> Example:
+        sentence, adjective, noun, person = mixed_radix(number, sizes)
+        name, pronoun, others = people[person]
+        clean, corrupted = (
+            SENTENCES[sentence].format(name=who, adjective=ADJECTIVES[adjective], noun=NOUNS[noun])
+            for who in (name, generator.choice(others))
+        )
+        other = "he" if pronoun == "she" else "she"
+        return Example(f"{pronoun}-{sentence}", clean, corrupted, f" {pronoun}", f" {other}")
+
+    return Recipe(math.prod(sizes), make, f"{len(people)} names can be exchanged for others")
+
+
+def pairs_of_names(tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str, list[str]]]:
+    """Names with their pronoun and the names of the other gender that have as many tokens."""
+    girls, boys = (by_length(tokenizer, PRONOUNS[pronoun]) for pronoun in ("she", "he"))
+    found = [
+        (name, pronoun, others[n_tokens])
+        for pronoun, own, others in (("she", girls, boys), ("he", boys, girls))
+        for n_tokens, names in own.items()
+        if n_tokens in others
+        for name in names
+    ]
+    if not found:
+        raise ValueError(
+            "gendered-pronoun needs a girl's and a boy's name of as many tokens, and this "
+            "tokenizer has none."
+        )
+    return found

@@ -1,0 +1,105 @@
+"""Greater-than (Hanna, Liu and Variengien 2023, arXiv 2305.00586): an end after its beginning.
+
+    The strike began in 1742 and ended in 17   -> 43 to 99, not 00 to 42
+
+1. A prompt is a sentence, an event, a century and a year of it. Many answers are right: they are
+   sets of tokens, and the measure is the probability of the right ones less that of the wrong ones.
+2. The corrupted prompt begins in the year 01, after which nearly every year is right.
+3. Tokenizers that write a year as two pieces (17|42) answer with two digits. Those that write digit
+   by digit (1|7|4|2) answer with the decade: right are those after the beginning's, wrong those
+   before it, and its own, which may be either, is in neither set.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from tl_edgeprune.tasks.recipe import Example, Recipe, mixed_radix, register_recipe
+from tl_edgeprune.tasks.tokens import answers_in_context, encode
+
+SENTENCES = (
+    "The {event} began in {century}{year} and ended in {century}",
+    "The {event} that started in {century}{year} was not over until {century}",
+    "They wrote about the long {event} from {century}{year} to {century}",
+)
+EVENTS = tuple(
+    "war siege strike drought famine revolt blockade plague epidemic crisis conflict dispute trial "
+    "debate voyage expedition journey tour mission campaign project programme exhibition festival "
+    "reign dynasty alliance truce marriage friendship partnership occupation investigation study "
+    "construction restoration experiment tournament rebellion persecution".split()
+)
+CENTURIES = tuple(range(11, 20))
+FIRST = "01"  # the corrupted prompts' year
+
+
+class Years(NamedTuple):
+    """A century as the tokenizer writes it.
+
+    starts: years in which a prompt may begin. right, wrong: for each of them, the tokens that may
+    and may not follow the century at the end.
+    """
+
+    century: int
+    starts: list[str]
+    right: dict[str, tuple[int, ...]]
+    wrong: dict[str, tuple[int, ...]]
+
+
+@register_recipe("greater-than")
+def greater_than(tokenizer: PreTrainedTokenizerBase) -> Recipe:
+    """Raises ValueError for a tokenizer that writes years in other pieces."""
+    centuries = [found for c in CENTURIES if (found := read_century(tokenizer, c)) is not None]
+    if not centuries:
+        written = [tokenizer.decode([token]) for token in encode(tokenizer, "in 1742", False)]
+        raise ValueError(
+            "greater-than needs years of two pieces (17|42) or of single digits (1|7|4|2), and "
+            f"this tokenizer writes 'in 1742' as {written}."
+        )
+    years = [(century, year) for century in centuries for year in century.starts]
+    sizes = len(SENTENCES), len(EVENTS), len(years)
+
+    def make(number: int, generator: random.Random) -> Example:
+        sentence, event, start = mixed_radix(number, sizes)
+        century, year = years[start]
+        clean, corrupted = (
+            SENTENCES[sentence].format(event=EVENTS[event], century=century.century, year=begun)
+            for begun in (year, FIRST)
+        )
+        right, wrong = century.right[year], century.wrong[year]
+        return Example(f"sentence-{sentence}", clean, corrupted, right=right, wrong=wrong)
+
+    return Recipe(math.prod(sizes), make, f"{len(years)} years are written in the same pieces")
+
+
+def read_century(tokenizer: PreTrainedTokenizerBase, century: int) -> Years | None:
+    """The century's years where they are two pieces or single digits, None where neither."""
+    years = [f"{number:02}" for number in range(100)]
+    pieces = answers_in_context(tokenizer, f"It ended in {century}", years)
+    n_pieces = len(pieces.get(FIRST, ()))
+    first = {year: found[0] for year, found in pieces.items() if len(found) == n_pieces}
+    if n_pieces == 1 and len(set(first.values())) == len(first):
+        return _by_year(century, first)
+    decades = {year[0]: token for year, token in first.items()}
+    if n_pieces == 2 and len(set(first.values())) == len(decades) == 10:
+        return _by_decade(century, list(first), decades)
+    return None
+
+
+def _by_year(century: int, tokens: dict[str, int]) -> Years | None:
+    """Right are the later years, wrong the same year and those before it."""
+    right = {year: tuple(t for y, t in tokens.items() if y > year) for year in tokens}
+    wrong = {year: tuple(t for y, t in tokens.items() if y <= year) for year in tokens}
+    starts = [year for year in tokens if year > FIRST and right[year]]
+    return Years(century, starts, right, wrong) if starts else None
+
+
+def _by_decade(century: int, years: list[str], tokens: dict[str, int]) -> Years:
+    """Right are the later decades, wrong those before."""
+    right = {year: tuple(t for d, t in tokens.items() if d > year[0]) for year in years}
+    wrong = {year: tuple(t for d, t in tokens.items() if d < year[0]) for year in years}
+    starts = [year for year in years if right[year] and wrong[year]]
+    return Years(century, starts, right, wrong)

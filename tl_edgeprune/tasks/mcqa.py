@@ -1,0 +1,72 @@
+"""Multiple choice with letters, as in the MIB benchmark (Mueller et al. 2025).
+
+    The coat is green. Which colour is the coat?
+    A. red
+    B. green
+    C. black
+    D. white
+    Answer:                -> B, not D
+
+The corrupted prompt has the same choices, moved on by a random number of places, so that another
+letter is right: it is the distractor. The answer must beat every other letter.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from string import ascii_uppercase
+
+from transformers import PreTrainedTokenizerBase
+
+from tl_edgeprune.tasks.recipe import Example, Recipe, mixed_radix, register_recipe
+from tl_edgeprune.tasks.words import single_tokens
+
+SENTENCES = (
+    "The {thing} is {colour}. Which colour is the {thing}?",
+    "Someone has a {colour} {thing}. What is the colour of the {thing}?",
+    "There is a {thing} on the table, and it is {colour}. Which colour does the {thing} have?",
+)
+THINGS = tuple(
+    "coat cup hat box book pen bag ball shirt car chair door lamp plate bottle ribbon ring towel "
+    "blanket basket button candle scarf clock".split()
+)
+COLOURS = tuple("red green blue black white yellow brown grey pink purple orange silver".split())
+
+
+@register_recipe("mcqa")
+def mcqa(tokenizer: PreTrainedTokenizerBase, *, choices: int = 4) -> Recipe:
+    """Questions with so many choices.
+
+    Raises ValueError for fewer than 2 or more than there are colours, or where a letter is split.
+    """
+    if not 2 <= choices <= len(COLOURS):
+        raise ValueError(f"mcqa: choices={choices}, expected 2 to {len(COLOURS)}.")
+    letters = ascii_uppercase[:choices]
+    tokens = single_tokens(tokenizer, letters, choices, "mcqa's letters", "Answer:")
+    sizes = choices, len(SENTENCES), len(THINGS), len(COLOURS)
+
+    def make(number: int, generator: random.Random) -> Example:
+        place, sentence, thing, colour = mixed_radix(number, sizes)
+        others = [*COLOURS[:colour], *COLOURS[colour + 1 :]]
+        listed = generator.sample(others, choices - 1)
+        listed.insert(place, COLOURS[colour])
+        shift = generator.randrange(1, choices)
+        moved = [listed[(i - shift) % choices] for i in range(choices)]
+        question = SENTENCES[sentence].format(thing=THINGS[thing], colour=COLOURS[colour])
+        answer, other = letters[place], letters[(place + shift) % choices]
+        return Example(
+            f"sentence-{sentence}",
+            written(question, listed),
+            written(question, moved),
+            answer=f" {answer}",
+            distractor=f" {other}",
+            wrong=tuple(token for letter, token in tokens.items() if letter != answer),
+        )
+
+    return Recipe(math.prod(sizes), make, f"{len(THINGS)} things in {len(COLOURS)} colours")
+
+
+def written(question: str, listed: list[str]) -> str:
+    choices = [f"{letter}. {c}" for letter, c in zip(ascii_uppercase, listed, strict=False)]
+    return "\n".join([question, *choices, "Answer:"])

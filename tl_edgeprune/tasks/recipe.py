@@ -1,0 +1,195 @@
+"""Tasks made of text: numbered prompts, drawn without repetition, written for any tokenizer.
+
+1. A recipe numbers its clean prompts. A task draws n numbers without repetition, and a stream reads
+   them in a shuffled order: so clean prompts differ, and how many can be made is known.
+2. A number, and a random generator for what is left open (the corrupted prompt, fillers), make an
+   Example: two texts, the answer and a distractor as they follow the clean text.
+3. Answers are tokens in context. What answer and distractor begin with alike, such as a space that
+   is a token of its own, goes to the end of both prompts; the next token tells them apart.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from tl_edgeprune.tasks.order import Order
+from tl_edgeprune.tasks.registry import register, register_stream
+from tl_edgeprune.tasks.stream import TaskStream
+from tl_edgeprune.tasks.task import Task
+from tl_edgeprune.tasks.tokens import (
+    answer_in_context,
+    encode,
+    resolve_prepend_bos,
+    tokenizer_of,
+)
+
+
+class Example(NamedTuple):
+    """One pair as text, read at the last token of its prompts.
+
+    group: the label of its template. answer, distractor: as they follow the clean prompt, with
+    their space; None where only sets of tokens are right and wrong. right, wrong: those sets, as
+    token ids; with an answer, `wrong` alone lists all that it must beat.
+    """
+
+    group: str
+    clean: str
+    corrupted: str
+    answer: str | None = None
+    distractor: str | None = None
+    right: tuple[int, ...] = ()
+    wrong: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a task's pairs are made for one tokenizer.
+
+    Args:
+        count: how many different clean prompts there are.
+        make: example of a number below `count`; the same number makes the same clean prompt, up to
+            fillers, and two numbers make different ones.
+        limit: what limits the count, for the error where more are asked for.
+    """
+
+    count: int
+    make: Callable[[int, random.Random], Example]
+    limit: str
+
+
+RecipeMaker = Callable[..., Recipe]
+
+
+def register_recipe(name: str) -> Callable[[RecipeMaker], RecipeMaker]:
+    """Decorator: make `recipe(tokenizer, *, options…)` known to `load` and `stream` as `name`."""
+
+    def add(recipe: RecipeMaker) -> RecipeMaker:
+        @functools.wraps(recipe)
+        def load(model: Any, n: int, seed: int, prepend_bos: Any, **options: Any) -> Task:
+            made = recipe(tokenizer_of(model), **options)
+            return build(name, made, model, n, seed, prepend_bos)
+
+        @functools.wraps(recipe)
+        def stream(model: Any, n: int, seed: int, prepend_bos: Any, **options: Any) -> TaskStream:
+            made = recipe(tokenizer_of(model), **options)
+            return build_stream(name, made, model, n, seed, prepend_bos)
+
+        register(name)(load)
+        register_stream(name)(stream)
+        return recipe
+
+    return add
+
+
+def build(
+    name: str, recipe: Recipe, model: nn.Module, n: int, seed: int, prepend_bos: bool | None
+) -> Task:
+    """n pairs of a recipe, their clean prompts all different.
+
+    Raises:
+        ValueError: the model has no tokenizer, or n is more than the recipe can make.
+    """
+    _check_possible(f"tasks.load({name!r}, n={n})", n, recipe)
+    tokenizer, prepend_bos = tokenizer_of(model), resolve_prepend_bos(model, prepend_bos)
+    generator = random.Random(seed)
+    numbers = generator.sample(range(recipe.count), n)
+    examples = [recipe.make(number, generator) for number in numbers]
+    return task_of(name, examples, tokenizer, prepend_bos)
+
+
+def build_stream(
+    name: str, recipe: Recipe, model: nn.Module, n: int, seed: int, prepend_bos: bool | None
+) -> TaskStream:
+    """A recipe's pairs made on demand: each from the seed and its place, clean prompts different.
+
+    Raises ValueError as `build` does.
+    """
+    _check_possible(f"tasks.stream({name!r}, n={n})", n, recipe)
+    tokenizer, prepend_bos = tokenizer_of(model), resolve_prepend_bos(model, prepend_bos)
+    numbers = Order(recipe.count, seed)
+
+    def example(place: int) -> Example:
+        return recipe.make(numbers[place], random.Random(f"{seed} {place}"))
+
+    def read(places: range) -> Task:
+        return task_of(name, [example(place) for place in places], tokenizer, prepend_bos)
+
+    about = (name, n, seed, prepend_bos, recipe.count, len(tokenizer), example(0), example(n - 1))
+    return TaskStream(name, n, read, identity=repr(about), prepend_bos=prepend_bos)
+
+
+def task_of(
+    name: str,
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    prepend_bos: bool,
+) -> Task:
+    """Examples as token ids."""
+    rows = [encode_example(tokenizer, example, prepend_bos) for example in examples]
+    fields: dict[str, Any] = {field: [row[field] for row in rows] for field in rows[0]}
+    groups = tuple(example.group for example in examples)
+    return Task(name, **fields, prepend_bos=prepend_bos, groups=groups)
+
+
+def encode_example(
+    tokenizer: PreTrainedTokenizerBase, example: Example, prepend_bos: bool
+) -> dict[str, Tensor]:
+    """An example's token ids, by a Task's fields."""
+    shared, answer, distractor = _told_apart(tokenizer, example)
+    clean = encode(tokenizer, example.clean, prepend_bos) + shared
+    fields = {
+        "clean": clean,
+        "corrupted": encode(tokenizer, example.corrupted, prepend_bos) + shared,
+        "positions": [len(clean) - 1],
+        "answers": answer,
+        "distractors": distractor,
+        "right": answer if answer and example.wrong else example.right,
+        "wrong": example.wrong,
+    }
+    return {field: torch.tensor(tokens, dtype=torch.long) for field, tokens in fields.items()}
+
+
+def mixed_radix(number: int, sizes: Sequence[int]) -> list[int]:
+    """The digits of a number, the first one below sizes[0], and so on."""
+    digits = []
+    for size in sizes:
+        number, digit = divmod(number, size)
+        digits.append(digit)
+    return digits
+
+
+def _told_apart(
+    tokenizer: PreTrainedTokenizerBase, example: Example
+) -> tuple[list[int], list[int], list[int]]:
+    """Tokens that answer and distractor begin with alike, and the next one of each."""
+    if example.answer is None or example.distractor is None:
+        return [], [], []
+    answer, distractor = (
+        answer_in_context(tokenizer, example.clean, text)
+        for text in (example.answer, example.distractor)
+    )
+    same = 0
+    while same < min(len(answer), len(distractor)) and answer[same] == distractor[same]:
+        same += 1
+    if same == min(len(answer), len(distractor)):
+        raise ValueError(
+            f"answer {example.answer!r} and distractor {example.distractor!r} have no token that "
+            f"tells them apart: they are {answer} and {distractor}."
+        )
+    return answer[:same], [answer[same]], [distractor[same]]
+
+
+def _check_possible(call: str, n: int, recipe: Recipe) -> None:
+    if n > recipe.count:
+        raise ValueError(
+            f"{call}: only {recipe.count:,} different prompts can be made ({recipe.limit}): ask "
+            "for at most that many."
+        )
