@@ -35,7 +35,7 @@ CLASSLESS = (
     *("circuit_tests", "cli", "compare", "distributed", "docs", "faithfulness", "folder"),
     *("interchange", "knockouts", "learned_constants", "masks", "measures", "objectives"),
     *("planner", "polish", "report", "residual", "roc", "scores", "stability", "stream"),
-    *("task_families", "training", "wrong_settings"),
+    *("solved", "task_families", "task_tables", "training", "wrong_settings"),
 )
 
 
