@@ -20,6 +20,7 @@ from tl_edgeprune.commands.lists import methods, models, tasks
 from tl_edgeprune.commands.plan import plan
 from tl_edgeprune.commands.prune import prune
 from tl_edgeprune.commands.resume import resume
+from tl_edgeprune.commands.run_folder import COMMAND_LINE
 from tl_edgeprune.commands.show import show
 
 NAME = "tl-edgeprune"
@@ -27,10 +28,10 @@ COMMANDS = (prune, resume, evaluate, discover, show, tasks, models, methods, pla
 
 
 class _Group(TyperGroup):
-    """Commands in the order of COMMANDS, which find the whole command line in their context."""
+    """Commands in the order of COMMANDS, which may ask for the whole command line."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        ctx.meta["command line"] = shlex.join([NAME, *args])
+        COMMAND_LINE.set(shlex.join([NAME, *args]))
         return super().parse_args(ctx, args)
 
 

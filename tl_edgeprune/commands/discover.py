@@ -16,7 +16,6 @@ from tl_edgeprune.commands.told import told
 
 @told
 def discover(
-    context: typer.Context,
     model: options.Model,
     task: options.TaskName,
     method: Annotated[str, typer.Option(help="Such as eap, eap-ig, mask-ig, acdc or exact.")],
@@ -54,7 +53,7 @@ def discover(
     if n_edges is not None and n_edges < 1:
         raise ValueError(f"--n-edges {n_edges}: a circuit needs at least one edge.")
     wanted = {"method": method, "n_edges": n_edges, **settings}
-    run = Run.new("discover", inputs, wanted, context.meta["command line"])
+    run = Run.new("discover", inputs, wanted)
     check_free(out)
     with held(out), run.begun(out):
         loaded = inputs.load_model()

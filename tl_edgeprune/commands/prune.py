@@ -16,7 +16,6 @@ from tl_edgeprune.commands.told import told
 
 @told
 def prune(
-    context: typer.Context,
     model: options.Model,
     task: options.TaskName,
     n_edges: Annotated[int, typer.Option(help="Edges to keep.")],
@@ -66,7 +65,7 @@ def prune(
         "recompute": recompute,
     }
     _check_objective(objective)
-    run = Run.new("prune", inputs, settings, context.meta["command line"])
+    run = Run.new("prune", inputs, settings)
     pruner_of(run, out)
     check_free(out)
     if dry_run:

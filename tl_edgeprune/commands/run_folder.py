@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ CONSTANTS, HISTORY, PAGE = "constants.safetensors", "history.png", "circuit.html
 FILES = (SETTINGS, CHECKPOINT, CIRCUIT, SCORES, EVALUATION, CONSTANTS, HISTORY, PAGE)
 
 
+COMMAND_LINE = ContextVar("command_line", default="")
+
+
 @dataclass(frozen=True)
 class Run:
     """What a run was asked for: the command, its inputs and its own settings."""
@@ -37,10 +41,10 @@ class Run:
     command_line: str = ""
 
     @classmethod
-    def new(cls, command: str, inputs: Inputs, settings: dict[str, Any], command_line: str) -> Run:
+    def new(cls, command: str, inputs: Inputs, settings: dict[str, Any]) -> Run:
         from tl_edgeprune.circuit import versions
 
-        return cls(command, inputs, settings, versions(), command_line)
+        return cls(command, inputs, settings, versions(), COMMAND_LINE.get())
 
     @classmethod
     def read(cls, folder: Path) -> Run:

@@ -52,7 +52,7 @@ def train(folder: Path, run: Run, *, new: bool, as_json: bool) -> None:
             stack.enter_context(run.begun(folder))
         model = run.inputs.load_model()
         found_on, held_out = run.inputs.split(run.inputs.load_pairs(model))
-        if ranks.first:
+        if ranks.first and not as_json:
             print(
                 f"{len(found_on)} pairs to find the circuit on, {len(held_out)} to judge it on.",
                 file=sys.stderr,
