@@ -3,34 +3,15 @@
 Bhaskar, Wettig, Friedman and Chen, "Finding Transformer Circuits with Edge Pruning", NeurIPS 2024.
 """
 
-from tl_edgeprune import models, tasks
-from tl_edgeprune.circuit import Circuit
-from tl_edgeprune.circuit_tests import (
-    EquivalenceTest,
-    IndependenceTest,
-    MinimalityTest,
-    equivalence_test,
-    independence_test,
-    minimality_test,
-)
-from tl_edgeprune.compare import compare
-from tl_edgeprune.comparison import Comparison
-from tl_edgeprune.constants import Constants
-from tl_edgeprune.evaluate import Evaluation, evaluate
-from tl_edgeprune.faithfulness import FaithfulnessCurve, faithfulness_curve, mib_faithfulness
-from tl_edgeprune.graph import EdgeGraph
-from tl_edgeprune.knockouts import Completeness, Minimality, completeness, minimality
-from tl_edgeprune.masked import masked
-from tl_edgeprune.masks import ExactBudget, Lagrangian, Penalty
-from tl_edgeprune.methods.registry import discover
-from tl_edgeprune.optimal_ablation import optimal_constants
-from tl_edgeprune.polish import polish
-from tl_edgeprune.pruner import EdgePruner, Optimizer, PruneResult
-from tl_edgeprune.regularisers import Attachment
-from tl_edgeprune.roc import Roc, precision_recall, roc
-from tl_edgeprune.scores import EdgeScores
-from tl_edgeprune.stability import Stability, stability
-from tl_edgeprune.tasks import Task
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tl_edgeprune.surface import *
 
 __version__ = "0.1.0"
 
@@ -76,3 +57,31 @@ __all__ = [
     "stability",
     "tasks",
 ]
+
+
+class _Package(ModuleType):
+    """This package. Its names are imported on first use, since PyTorch and TransformerLens take
+    seconds: `tl-edgeprune --help` does without them.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        if name in __all__:
+            return getattr(import_module(f"{__name__}.surface"), name)
+        if not name.startswith("_"):
+            try:
+                return import_module(f"{__name__}.{name}")
+            except ModuleNotFoundError as error:
+                if error.name != f"{__name__}.{name}":
+                    raise
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Importing tl_edgeprune.evaluate would put the module where the function is.
+        if not (isinstance(value, ModuleType) and name in __all__):
+            super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *__all__})
+
+
+sys.modules[__name__].__class__ = _Package

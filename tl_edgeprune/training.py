@@ -56,6 +56,7 @@ class Training:
         self.started = time.monotonic()
         self.history: History = []
         self.seconds_before = 0.0
+        self.between_steps = True
         self.constants = None
         if pruner.ablation == OPTIMAL:
             self.constants = LearnedConstants(
@@ -104,7 +105,8 @@ class Training:
             raise LostProcess(f"{error} {self._left_behind()}") from error
         finally:
             bar.close()
-        if self.pruner.checkpoint and self.history:
+        # Ctrl-C in the middle of an update leaves the last checkpoint as it is.
+        if self.pruner.checkpoint and self.history and self.between_steps:
             self.save(self.pruner.checkpoint)
         return finished
 
@@ -126,12 +128,14 @@ class Training:
             losses.append(float(loss.detach()))
         mean = self.ranks.add_up(self._learned(), sum(losses) / len(losses))
         self._check_loss(mean, step)
+        self.between_steps = False
         self._update()
         if self.constants is not None:
             self.constants.step(self.pruner.optimizer.rate(step, self.pruner.steps))
         self.ranks.hand_out(self._learned())
         self._note(step, mean, target)
         self.place = self.feed.place
+        self.between_steps = True
 
     def _draw(
         self, target: float, progress: float, generator: torch.Generator

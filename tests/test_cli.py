@@ -1,0 +1,337 @@
+"""The command line on a tiny Llama in a folder, with a word-level tokenizer and a file of pairs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+import torch
+import transformers
+import zoo
+from typer.testing import CliRunner
+
+import tl_edgeprune
+from tl_edgeprune import Circuit, EdgePruner, EdgeScores
+from tl_edgeprune.checkpoints import load as load_checkpoint
+from tl_edgeprune.cli import app
+from tl_edgeprune.methods.registry import METHODS
+
+WORDS = "[UNK] <s> when and went to the shop gave book John Mary Tom Anna Bob Eve Lucy Paul".split()
+NAMES = WORDS[-8:]
+SMALL = "--n-edges 20 --batch-size 4".split()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: Any) -> str:
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    config = transformers.LlamaConfig(
+        vocab_size=len(WORDS),
+        hidden_size=16,
+        intermediate_size=20,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=1,
+        eos_token_id=1,
+    )
+    with torch.random.fork_rng(devices=[]):
+        llama = transformers.LlamaForCausalLM(config)
+    zoo.randomise(llama, seed=2)
+    llama.save_pretrained(folder)
+    words = tokenizers.models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]")
+    tokenizer = tokenizers.Tokenizer(words)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="[UNK]", bos_token="<s>", eos_token="<s>"
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: Any) -> str:
+    path = tmp_path_factory.mktemp("tasks") / "gifts.jsonl"
+    lines = []
+    for i in range(16):
+        a, b, c, d = (NAMES[(i + k + i // 8 * k) % 8] for k in range(4))
+        text = "when {} and {} went to the shop {} gave the book to<predict> {}</predict>"
+        pair = {"clean": text.format(a, b, a, b), "corrupted": text.format(c, d, c, d)}
+        lines.append(json.dumps(pair))
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return str(path)
+
+
+def told(*arguments: object) -> Any:
+    """The command's result, its output apart from its errors. A defect is raised."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def mistake(*arguments: object) -> str:
+    """The one line on stderr of a command that fails with exit code 1."""
+    result = told(*arguments)
+    assert (result.exit_code, result.stdout) == (1, ""), result.output
+    (line,) = result.stderr.strip().split("\n")
+    assert line.startswith("tl-edgeprune: ") and "Traceback" not in line
+    return line
+
+
+@pytest.fixture(scope="module")
+def run(model: str, task: str, tmp_path_factory: Any) -> Path:
+    """A finished run of 30 steps."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    result = told("prune", model, task, *SMALL, "--steps", 30, "--out", out, "--json")
+    assert result.exit_code == 0, result.output
+    printed = json.loads(result.stdout)
+    assert printed["evaluation"] == json.loads((out / "evaluation.json").read_text())
+    assert all((out / name).is_file() for name in printed["files"])
+    return out
+
+
+def test_prune_writes_what_it_says(run: Path, model: str, task: str) -> None:
+    settings = json.loads((run / "settings.json").read_text())
+    assert settings["command_line"].startswith(f"tl-edgeprune prune {model}")
+    assert settings["inputs"]["task"] == task and settings["seed"] == 0
+    assert {"tl_edgeprune", "torch", "transformer-lens"} <= set(settings["versions"])
+    assert settings["settings"]["n_edges"] == 20
+    circuit, scores = (
+        Circuit.load(run / "circuit.json"),
+        EdgeScores.load(run / "scores.safetensors"),
+    )
+    assert circuit.n_edges == 20 and scores.top(20) == circuit
+    _, _, note = load_checkpoint(run / "checkpoint.safetensors")
+    assert len(note["history"]) == 30
+    assert (run / "history.png").read_bytes()[:4] == b"\x89PNG"
+    assert "KL, held out" in (run / "circuit.html").read_text(encoding="utf-8")
+    assert not [p for p in run.iterdir() if p.name.startswith(".") and p.name != ".lock"]
+
+
+def test_the_circuit_is_that_of_the_pruner(run: Path, model: str, task: str) -> None:
+    loaded: Any = tl_edgeprune.models.load(model, device="cpu")
+    train = tl_edgeprune.tasks.from_jsonl(task, loaded).split(0.25, 0)[1]
+    pruner = EdgePruner(20, steps=30, batch_size=4, progress=False)
+    assert pruner.fit(loaded, train).circuit == Circuit.load(run / "circuit.json")
+
+
+def test_evaluate_gives_the_figures_of_the_run(run: Path, task: str, tmp_path: Path) -> None:
+    figures = json.loads(told("evaluate", run / "circuit.json", "--json").stdout)
+    expected = json.loads((run / "evaluation.json").read_text())
+    assert figures["n_pairs"] == 4 and figures.keys() == expected.keys()
+    for name, value in expected.items():
+        assert figures[name] == (None if value is None else pytest.approx(value, abs=1e-5)), name
+    out = tmp_path / "figures.json"
+    result = told("evaluate", run / "circuit.json", "--task", task, "--out", out)
+    assert "16 pairs of gifts" in result.stdout
+    assert json.loads(out.read_text())["n_pairs"] == 16
+
+
+def test_show_writes_a_page(run: Path, tmp_path: Path) -> None:
+    page = tmp_path / "new" / "x.html"
+    scores = ["--scores", run / "scores.safetensors", "--title", "Gifts & names"]
+    assert told("show", run / "circuit.json", "--out", page, *scores).exit_code == 0
+    assert "Gifts &amp; names" in page.read_text(encoding="utf-8")
+
+
+def test_discover_saves_scores_and_a_circuit(model: str, task: str, tmp_path: Path) -> None:
+    out = tmp_path / "ig"
+    arguments = ["--method", "mask-ig", "--set", "batch_size=4", "--n-edges", 15, "--out", out]
+    result = told("discover", model, task, *arguments, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["evaluation"]["n_edges"] == 15
+    scores = EdgeScores.load(out / "scores.safetensors")
+    assert scores.top(15) == Circuit.load(out / "circuit.json")
+    judged = json.loads(told("evaluate", out / "circuit.json", "--json").stdout)
+    assert judged["n_edges"] == 15 and judged["n_pairs"] == 4
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_circuit(
+    run: Path, model: str, task: str, tmp_path: Path, monkeypatch: Any
+) -> None:
+    from tl_edgeprune.pruner import _Fit
+
+    step = _Fit._step
+
+    def stopping(self: Any, number: int) -> None:
+        if number == 27:
+            raise KeyboardInterrupt
+        step(self, number)
+
+    out = tmp_path / "stopped"
+    with monkeypatch.context() as patch:
+        patch.setattr(_Fit, "_step", stopping)
+        result = told("prune", model, task, *SMALL, "--steps", 30, "--out", out)
+    assert result.exit_code == 130
+    assert f"after 27 of 30 steps. Go on with tl-edgeprune resume {out}" in result.stderr
+    assert not (out / "circuit.json").exists()
+    assert told("resume", out, "--json").exit_code == 0
+    ours, whole = (EdgeScores.load(f / "scores.safetensors") for f in (out, run))
+    assert torch.equal(ours.tensor, whole.tensor)
+    assert Circuit.load(out / "circuit.json") == Circuit.load(run / "circuit.json")
+    assert "finished run" in mistake("resume", out)
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_same_circuit(model: str, task: str, tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    asked = [model, task, *SMALL, "--steps", 300]
+    assert told("prune", *asked, "--out", whole, "--json").exit_code == 0
+    command = [sys.executable, "-m", "tl_edgeprune", "prune", *map(str, asked), "--out", killed]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 120
+    while not (killed / "checkpoint.safetensors").exists() and time.monotonic() < until:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert not (killed / "circuit.json").exists()
+    assert told("resume", killed, "--json").exit_code == 0
+    ours, theirs = (EdgeScores.load(f / "scores.safetensors") for f in (killed, whole))
+    assert torch.equal(ours.tensor, theirs.tensor)
+
+
+@pytest.mark.slow
+def test_prune_under_torchrun(run: Path, model: str, task: str, tmp_path: Path) -> None:
+    out = tmp_path / "two"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    asked = ["prune", model, task, *SMALL, "--steps", "30", "--device", "cpu", "--out", str(out)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launcher, "2", "-m", "tl_edgeprune", *asked, "--json"],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["evaluation"]["n_edges"] == 20
+    alone = EdgeScores.load(run / "scores.safetensors").tensor
+    torch.testing.assert_close(EdgeScores.load(out / "scores.safetensors").tensor, alone)
+
+
+def test_a_dry_run_runs_nothing(model: str, task: str, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("tl_edgeprune.models.load", None)
+    out = tmp_path / "none"
+    asked = ["prune", model, task, *SMALL, "--steps", 7, "--out", out, "--dry-run"]
+    plan = json.loads(told(*asked, "--json").stdout)
+    loaded = tl_edgeprune.EdgeGraph(2, 4, 2)
+    assert (plan["edges"], plan["steps"], plan["pairs a step"]) == (loaded.n_edges, 7, 4)
+    assert plan["bytes with --recompute"]["in all"] > 0
+    assert "Nothing was run." in told(*asked).stdout
+    assert not out.exists()
+    assert "expected a whole number" in mistake(*asked, "--n-edges", 10**6)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (["--n-edges", 0], "n_edges=0"),
+        (["--n-edges", 10**6], "from 1 to"),
+        (["--steps", 0], "steps=0: expected 1 or more"),
+        (["--lr", -1], "lr=-1.0: expected a number above 0"),
+        (["--held-out", 1], "--held-out 1: expected a share"),
+        (["--pairs", 1], "--pairs 1: expected 2 or more"),
+        (["--pairs", 99], "holds 16"),
+        (["--ablation", "nope"], "unknown ablation 'nope'"),
+        (["--objective", "nope"], "--objective 'nope': expected one of kl"),
+        (["--device", "nope"], "--device 'nope'"),
+        (["--device", "cuda:77"], "--device cpu"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+)
+def test_wrong_numbers_and_names(
+    changes: list[Any], message: str, model: str, task: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    if message == "--device cpu" and torch.cuda.is_available():
+        pytest.skip("this machine has GPUs")
+    assert message in mistake("prune", model, task, *SMALL, "--out", out, "--json", *changes)
+    assert not (out / "settings.json").exists()  # so that the next try may have the folder
+
+
+def test_wrong_models_tasks_and_files(model: str, task: str, run: Path, tmp_path: Path) -> None:
+    out = ["--out", tmp_path / "out"]
+    assert "no such folder" in mistake("prune", "./nope", task, *SMALL, *out)
+    assert "no config.json" in mistake("prune", tmp_path, task, *SMALL, *out)
+    assert "not one of" in mistake("prune", "no-such-model", task, *SMALL, *out, "--json")
+    assert "unknown task 'nope'" in mistake("prune", model, "nope", *SMALL, *out)
+    assert "no such file" in mistake("prune", model, "nope.jsonl", *SMALL, *out)
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"clean": 3}')
+    assert "line 1" in mistake("prune", model, bad, *SMALL, *out, "--json")
+    assert "unknown method 'nope'" in mistake("discover", model, task, "--method", "nope", *out)
+    wrong = mistake("discover", model, task, "--method", "eap", "--set", "nope=1", *out)
+    assert "--set 'nope=1'" in wrong
+    assert "no such file" in mistake("evaluate", tmp_path / "nope.json")
+    assert "no circuit file" in mistake("show", bad)
+    moved = tmp_path / "moved.json"
+    moved.write_bytes((run / "circuit.json").read_bytes())
+    assert "--model and --task" in mistake("evaluate", moved)
+    assert "holds no run" in mistake("resume", tmp_path)
+
+
+def test_two_runs_do_not_mix(run: Path, model: str, task: str, tmp_path: Path) -> None:
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    for arguments in (["prune", *SMALL], ["discover", "--method", "eap"]):
+        line = mistake(arguments[0], model, task, *arguments[1:], "--out", run)
+        assert "holds another run" in line and f"resume {run}" in line
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+    file = tmp_path / "file"
+    file.write_text("")
+    assert "is a file" in mistake("prune", model, task, *SMALL, "--out", file)
+
+
+def test_a_folder_has_one_process_at_work(model: str, task: str, tmp_path: Path) -> None:
+    from tl_edgeprune.commands.run_folder import held
+
+    with held(tmp_path):
+        line = mistake("prune", model, task, *SMALL, "--out", tmp_path)
+    assert "another process works in" in line
+
+
+def test_debug_shows_where_an_error_came_from(tmp_path: Path, monkeypatch: Any) -> None:
+    assert "Traceback" in told("resume", tmp_path, "--debug").stderr
+    monkeypatch.setenv("TL_EDGEPRUNE_DEBUG", "1")
+    result = told("resume", tmp_path)
+    assert "Traceback" in result.stderr and result.exit_code == 1
+
+
+@pytest.mark.parametrize("arguments", [["prune"], ["prune", "a", "b", "--steps", "x"], ["nope"]])
+def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
+    result = told(*arguments)
+    assert result.exit_code == 2 and "Traceback" not in result.output
+
+
+def test_lists() -> None:
+    for name, known in (
+        ("tasks", tl_edgeprune.tasks.list()),
+        ("models", tl_edgeprune.models.list()),
+        ("methods", METHODS),
+    ):
+        assert json.loads(told(name, "--json").stdout) == [*known]
+        assert set(known) <= set(told(name).stdout.split())
+
+
+def test_help_teaches_by_examples_and_loads_no_torch() -> None:
+    for name in ("prune", "resume", "evaluate", "discover", "show", "tasks", "models"):
+        assert f"Example: tl-edgeprune {name}" in told(name, "--help").stdout
+    code = "import sys, tl_edgeprune.cli; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_public_names_are_what_they_were() -> None:
+    import tl_edgeprune.evaluate
+    from tl_edgeprune import surface
+
+    assert set(surface.__all__) == set(tl_edgeprune.__all__) <= set(dir(tl_edgeprune))
+    for name in tl_edgeprune.__all__:
+        assert getattr(tl_edgeprune, name) is getattr(surface, name)
+    assert callable(tl_edgeprune.evaluate) and tl_edgeprune.hooks.find_sites
+    with pytest.raises(AttributeError, match="nonsense"):
+        tl_edgeprune.nonsense  # noqa: B018

@@ -1,0 +1,1 @@
+"""The commands of `tl-edgeprune`, one a file. `cli.py` names them."""

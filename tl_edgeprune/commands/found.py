@@ -1,0 +1,48 @@
+"""What `discover` makes of a method's scores: a circuit, its figures, and the files of both."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tl_edgeprune.circuit import Circuit
+from tl_edgeprune.commands.page import write_page
+from tl_edgeprune.commands.run_folder import CIRCUIT, EVALUATION, PAGE, SCORES, write_json
+from tl_edgeprune.evaluate import Evaluation, evaluate
+from tl_edgeprune.scores import EdgeScores
+from tl_edgeprune.tasks import Task
+
+
+def circuit_of(found: EdgeScores | Circuit, n_edges: int | None) -> Circuit | None:
+    """The circuit of this size, or the method's own."""
+    if isinstance(found, Circuit):
+        if n_edges is not None:
+            raise ValueError(
+                "this method chooses the circuit's size itself: leave --n-edges out, and change "
+                "the size by the method's settings (--set)."
+            )
+        return found
+    return None if n_edges is None else found.top(n_edges)
+
+
+def judged(model: Any, circuit: Circuit | None, pairs: Task) -> Evaluation | None:
+    """The circuit's figures, where there is one."""
+    return None if circuit is None else evaluate(model, circuit, pairs)
+
+
+def write(
+    out: Path, found: EdgeScores | Circuit, circuit: Circuit | None, figures: Evaluation | None
+) -> list[str]:
+    """Write the files, the circuit last; their names."""
+    files = []
+    scores = found if isinstance(found, EdgeScores) else None
+    if scores is not None:
+        scores.save(out / SCORES)
+        files.append(SCORES)
+    if circuit is not None and figures is not None:
+        write_json(out / EVALUATION, figures.to_dict())
+        weights = None if scores is None else scores.ranking()
+        write_page(out / PAGE, circuit, figures=figures, weights=weights)
+        circuit.save(out / CIRCUIT)
+        files += [CIRCUIT, EVALUATION, PAGE]
+    return files

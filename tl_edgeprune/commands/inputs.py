@@ -1,0 +1,136 @@
+"""What a command works on, by name: a model, a task's pairs, and how they are held.
+
+Names are checked before anything is loaded: a wrong one is told at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+PAIRS, HELD_OUT = 256, 0.25
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A model and a task by name. `pairs`: how many; None for a file's all, or PAIRS of a task.
+
+    held_out: the share of the pairs that a circuit is judged on and not found on.
+    """
+
+    model: str
+    task: str
+    pairs: int | None = None
+    held_out: float = HELD_OUT
+    seed: int = 0
+    dtype: str = "float32"
+    device: str | None = None
+
+    def resolved(self) -> Inputs:
+        """The same with paths made whole, the device chosen, and everything checked that can be
+        without loading. Raises ValueError and FileNotFoundError.
+        """
+        if self.pairs is not None and self.pairs < 2:
+            raise ValueError(f"--pairs {self.pairs}: expected 2 or more, some to be held out.")
+        if not 0 < self.held_out < 1:
+            raise ValueError(
+                f"--held-out {self.held_out:g}: expected a share of the pairs between 0 and 1, "
+                f"such as {HELD_OUT}."
+            )
+        return replace(
+            self,
+            model=checked_model(self.model),
+            task=checked_task(self.task),
+            device=checked_device(self.device),
+        )
+
+    def load_model(self) -> Any:
+        """The model, on its device."""
+        import torch
+
+        from tl_edgeprune import models
+
+        return models.load(self.model, device=self.device, dtype=getattr(torch, self.dtype))
+
+    def load_pairs(self, model: Any) -> Any:
+        """The Task, for this model: all its pairs."""
+        from tl_edgeprune import tasks
+
+        if not is_file_task(self.task):
+            return tasks.load(self.task, model, self.pairs or PAIRS, self.seed)
+        task = tasks.from_jsonl(self.task, model)
+        if self.pairs is not None and self.pairs > len(task):
+            raise ValueError(
+                f"--pairs {self.pairs}: {self.task} holds {len(task)}. Ask for fewer, or leave "
+                "--pairs out."
+            )
+        return task if self.pairs is None else task[: self.pairs]
+
+    def split(self, pairs: Any) -> tuple[Any, Any]:
+        """Two Tasks: pairs to find a circuit on, and pairs to judge it on."""
+        held_out, train = pairs.split(self.held_out, self.seed)
+        return train, held_out
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def is_file_task(task: str) -> bool:
+    """Whether the task is a file of prompt pairs."""
+    return task.endswith(".jsonl") or Path(task).is_file()
+
+
+def checked_model(name: str) -> str:
+    """The name, or the folder's whole path. A name of the Hugging Face hub shows when it loads."""
+    if Path(name).is_dir():
+        if not (Path(name) / "config.json").is_file():
+            raise FileNotFoundError(
+                f"model {name!r}: the folder has no config.json. Give a folder that "
+                "save_pretrained wrote."
+            )
+        return str(Path(name).resolve())
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise FileNotFoundError(
+            f"model {name!r}: no such folder. Give one that save_pretrained wrote, or a name "
+            "(tl-edgeprune models lists some)."
+        )
+    return name
+
+
+def checked_task(name: str) -> str:
+    """The name of a task that there is, or a file's whole path."""
+    from tl_edgeprune import tasks
+
+    if is_file_task(name):
+        if not Path(name).is_file():
+            raise FileNotFoundError(
+                f"task {name!r}: no such file. Expected prompt pairs, one JSON object a line with "
+                '"clean" and "corrupted".'
+            )
+        return str(Path(name).resolve())
+    if name not in tasks.list():
+        raise ValueError(
+            f"unknown task {name!r}: expected one of {', '.join(tasks.list())}, or a .jsonl file "
+            "of prompt pairs."
+        )
+    return name
+
+
+def checked_device(name: str | None) -> str:
+    """A device that this machine has; the GPU, where there is one, for None."""
+    import torch
+
+    there = "cuda" if torch.cuda.is_available() else "cpu"
+    if name is None:
+        return there
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name!r}: expected cpu, cuda or cuda:1 (say).") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"--device {name}: this machine has {torch.cuda.device_count()} GPUs that PyTorch can "
+            f"use. Give --device {there}, or leave it out."
+        )
+    return name

@@ -1,0 +1,46 @@
+"""`tl-edgeprune tasks`, `models` and `methods`: names that the other commands take."""
+
+from __future__ import annotations
+
+import json
+
+from tl_edgeprune.commands import options
+from tl_edgeprune.commands.told import told
+
+
+@told
+def tasks(as_json: options.Json = False) -> None:
+    """List the tasks that prune, discover and evaluate know by name.
+
+    Example: tl-edgeprune tasks
+    """
+    from tl_edgeprune import tasks as known
+
+    _show(known.list(), "A .jsonl file of prompt pairs is a task too.", as_json)
+
+
+@told
+def models(as_json: options.Json = False) -> None:
+    """List the models that need no download, by name.
+
+    Example: tl-edgeprune models
+    """
+    from tl_edgeprune import models as known
+
+    further = "So are folders that save_pretrained wrote, and names of the Hugging Face hub."
+    _show(known.list(), further, as_json)
+
+
+@told
+def methods(as_json: options.Json = False) -> None:
+    """List the methods that discover takes.
+
+    Example: tl-edgeprune methods
+    """
+    from tl_edgeprune.methods.registry import METHODS
+
+    _show(tuple(METHODS), "Their settings go by discover --set NAME=VALUE.", as_json)
+
+
+def _show(names: tuple[str, ...], further: str, as_json: bool) -> None:
+    print(json.dumps(names) if as_json else "\n".join([*names, "", further]))

@@ -1,0 +1,57 @@
+"""`tl-edgeprune plan`: what a step takes, before it is run."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import typer
+
+from tl_edgeprune.commands.told import told
+
+RESERVED = 2e9  # a GPU's own context and its libraries' workspaces
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@told
+def plan(
+    model: Annotated[str, typer.Option(help="A shape's name, as benchmarks/scale.py takes.")],
+    gpu_memory: Annotated[float, typer.Option(help="The GPU's memory in GB (10^9 bytes).")],
+    pos: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 64,
+    pairs: Annotated[int | None, typer.Option(help="Pairs a step; else what fits.")] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], typer.Option(help="Of the weights.")
+    ] = "bfloat16",
+) -> None:
+    """Say which batch fits a GPU with blocks recomputed, and what a step takes.
+
+    Example: tl-edgeprune plan --model gpt2 --gpu-memory 24
+    """
+    from tl_edgeprune.planner import PASSES, Work, find_shape, fitting_pairs, step_bytes, step_floor
+
+    shape, element = find_shape(model), BYTES[dtype]
+    if pos < 1 or (pairs is not None and pairs < 1):
+        raise ValueError(f"--pos {pos}, --pairs {pairs}: expected 1 or more.")
+    room = int(gpu_memory * 1e9 - RESERVED)
+    most = fitting_pairs(shape, pos, room, element=element, on_gpu=True)
+    least = Work(1, pos, element=element, on_gpu=True)
+    if not most:
+        need = (sum(step_bytes(shape, least).values()) + RESERVED) / 1e9
+        raise ValueError(
+            f"{model} in {dtype} does not fit: one pair of {pos} tokens a forward takes {need:.1f} "
+            f"GB, and {gpu_memory:g} GB are there. Take bfloat16, shorter prompts or a larger GPU."
+        )
+    wanted = pairs or most
+    forwards = -(-wanted // most)
+    work = Work(-(-wanted // forwards), pos, element=element, on_gpu=True)
+    print(f"{model}: {shape.graph.n_edges:,} edges, {dtype}, prompts of {pos} tokens")
+    print(f"At most {most} pairs a forward fit into {gpu_memory:g} GB.")
+    if pairs is not None:
+        print(f"For {pairs} pairs a step: batch_size={work.pairs}, accumulate={forwards}.")
+    print(f"\nMemory of {work.pairs} pairs a forward, GB:")
+    planned = {**step_bytes(shape, work), "reserved": int(RESERVED)}
+    for name, size in {**planned, "in all": sum(planned.values())}.items():
+        print(f"  {name:20}{size / 1e9:10.2f}")
+    print("\nThe least that each pass of a forward's pairs does:   TFLOP    GB moved")
+    floors = {name: passed(shape, work) for name, passed in PASSES.items()}
+    for name, floor in {**floors, "one training step": step_floor(shape, work)}.items():
+        print(f"  {name:48}{floor.operations / 1e12:10.2f}{floor.bytes / 1e9:12.1f}")

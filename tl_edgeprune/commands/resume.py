@@ -1,0 +1,49 @@
+"""`tl-edgeprune resume`: go on with a run that was stopped."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tl_edgeprune.commands import options
+from tl_edgeprune.commands.run_folder import CIRCUIT, Run
+from tl_edgeprune.commands.told import told
+
+
+@told
+def resume(
+    folder: Annotated[Path, typer.Argument(help="The --out of a prune that did not end.")],
+    as_json: options.Json = False,
+) -> None:
+    """Go on with a prune that was stopped or killed.
+
+    Model, task and settings are those of the folder's settings.json, and the run goes on from its
+    last checkpoint (without one, from the start), to the same circuit as if it had never stopped.
+
+    Example: tl-edgeprune resume runs/ioi
+    """
+    from tl_edgeprune.circuit import versions
+    from tl_edgeprune.commands.training import train
+
+    run = Run.read(folder)
+    if run.command != "prune":
+        raise ValueError(
+            f"{folder} holds a run of {run.command}, which writes no checkpoint: start it anew in "
+            "another folder."
+        )
+    if (folder / CIRCUIT).is_file():
+        raise ValueError(
+            f"{folder} holds a finished run: look at it with tl-edgeprune evaluate "
+            f"{folder / CIRCUIT}"
+        )
+    for name, version in versions().items():
+        if run.versions.get(name) != version:
+            print(
+                f"The run began with {name} {run.versions.get(name)}, this is {version}: its last "
+                "digits may differ.",
+                file=sys.stderr,
+            )
+    train(folder, run, new=False, as_json=as_json)

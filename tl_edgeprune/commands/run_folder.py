@@ -1,0 +1,142 @@
+"""A run's folder: one run in each, and one process at work in it.
+
+settings.json is written first and never changed: what `resume` and `evaluate` go by. circuit.json
+(of a ranking alone: scores.safetensors) is written last, so where it is, the run is finished.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from tl_edgeprune.commands.inputs import Inputs
+from tl_edgeprune.commands.told import MISTAKES
+from tl_edgeprune.files import write_whole
+
+FORMAT, KIND = 1, "tl_edgeprune run"
+SETTINGS, CHECKPOINT = "settings.json", "checkpoint.safetensors"
+CIRCUIT, SCORES, EVALUATION = "circuit.json", "scores.safetensors", "evaluation.json"
+CONSTANTS, HISTORY, PAGE = "constants.safetensors", "history.png", "circuit.html"
+FILES = (SETTINGS, CHECKPOINT, CIRCUIT, SCORES, EVALUATION, CONSTANTS, HISTORY, PAGE)
+
+
+COMMAND_LINE = ContextVar("command_line", default="")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run was asked for: the command, its inputs and its own settings."""
+
+    command: str
+    inputs: Inputs
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    command_line: str = ""
+
+    @classmethod
+    def new(cls, command: str, inputs: Inputs, settings: dict[str, Any]) -> Run:
+        from tl_edgeprune.circuit import versions
+
+        return cls(command, inputs, settings, versions(), COMMAND_LINE.get())
+
+    @classmethod
+    def read(cls, folder: Path) -> Run:
+        """A folder's run. Raises FileNotFoundError for none and ValueError for a damaged one."""
+        path = folder / SETTINGS
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{folder} holds no run: it has no {SETTINGS}. Give a folder that tl-edgeprune "
+                "prune … --out wrote."
+            )
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+            if (document["kind"], document["format"]) != (KIND, FORMAT):
+                raise ValueError(f"kind {document['kind']!r}, format {document['format']!r}")
+            return cls(
+                document["command"],
+                Inputs(**document["inputs"]),
+                document["settings"],
+                document["versions"],
+                document["command_line"],
+            )
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"{path} is damaged or of another version ({error!r}): start the run anew in "
+                "another folder."
+            ) from None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "kind": KIND,
+            "format": FORMAT,
+            "command": self.command,
+            "command_line": self.command_line,
+            "seed": self.inputs.seed,
+            "inputs": self.inputs.to_dict(),
+            "settings": self.settings,
+            "versions": self.versions,
+        }
+
+    @contextmanager
+    def begun(self, folder: Path) -> Iterator[None]:
+        """settings.json in the folder, which holds no run yet. A mistake that shows before there is
+        anything else takes it away again, so that the folder is free for the next try.
+        """
+        check_free(folder)
+        write_json(folder / SETTINGS, self.to_dict())
+        try:
+            yield
+        except MISTAKES:
+            if not any((folder / name).exists() for name in FILES if name != SETTINGS):
+                (folder / SETTINGS).unlink()
+            raise
+
+
+def check_free(folder: Path) -> None:
+    """Raise FileExistsError where the folder holds another run's files, or is none."""
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"--out {folder} is a file: give a folder.")
+    found = [name for name in FILES if (folder / name).exists()]
+    if found:
+        further = (
+            f"go on with it by tl-edgeprune resume {folder}, or"
+            if SETTINGS in found
+            else "runs do not mix:"
+        )
+        raise FileExistsError(
+            f"--out {folder} holds another run ({', '.join(found)}): {further} give a new folder."
+        )
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep other processes out of the folder, which is made. Raises BlockingIOError for a second
+    one.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file: give a folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise BlockingIOError(
+            f"another process works in {folder}: wait for it to end, or give another folder."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Write JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, (json.dumps(document, indent=1) + "\n").encode())

@@ -1,0 +1,93 @@
+"""A run of Edge Pruning in a folder, by its settings alone: `prune` begins it, `resume` ends it.
+
+1. The pairs and their split, the model and every draw come from settings.json.
+2. The checkpoint is written every 25 steps, so a run that is killed goes on from there, to the same
+   bits.
+3. Under torchrun every process trains, and the first alone writes and prints.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+from typing import Any
+
+from tl_edgeprune.commands.page import title_of, write_page
+from tl_edgeprune.commands.run_folder import (
+    CHECKPOINT,
+    CIRCUIT,
+    CONSTANTS,
+    EVALUATION,
+    HISTORY,
+    PAGE,
+    SCORES,
+    Run,
+    held,
+    write_json,
+)
+from tl_edgeprune.commands.told import processes
+from tl_edgeprune.evaluate import Evaluation, evaluate
+from tl_edgeprune.pruner import EdgePruner, PruneResult
+from tl_edgeprune.report import plot_history
+from tl_edgeprune.tasks import Task
+
+
+def pruner_of(run: Run, folder: Path, progress: bool = True) -> EdgePruner:
+    """The run's EdgePruner. Raises ValueError for settings that cannot work."""
+    return EdgePruner(
+        **run.settings,
+        seed=run.inputs.seed,
+        checkpoint=folder / CHECKPOINT,
+        progress=progress,
+    )
+
+
+def train(folder: Path, run: Run, *, new: bool, as_json: bool) -> None:
+    """Begin the folder's run, or go on with it, and write what it finds."""
+    pruner = pruner_of(run, folder, progress=not as_json)
+    with processes() as ranks, held(folder) if ranks.first else nullcontext(), ExitStack() as stack:
+        if new and ranks.first:
+            stack.enter_context(run.begun(folder))
+        model = run.inputs.load_model()
+        found_on, held_out = run.inputs.split(run.inputs.load_pairs(model))
+        if ranks.first and not as_json:
+            print(
+                f"{len(found_on)} pairs to find the circuit on, {len(held_out)} to judge it on.",
+                file=sys.stderr,
+            )
+        before = None if new or not (folder / CHECKPOINT).is_file() else folder / CHECKPOINT
+        result = pruner.fit(model, found_on, resume=before)
+        if not result.finished:
+            raise KeyboardInterrupt(
+                f"stopped after {len(result.history)} of {pruner.steps} steps. Go on with "
+                f"tl-edgeprune resume {folder}"
+            )
+        if ranks.first:
+            figures = write_results(folder, result, model, held_out)
+            show_results(folder, figures, as_json)
+
+
+def write_results(folder: Path, result: PruneResult, model: Any, held_out: Task) -> Evaluation:
+    """Everything that a finished run leaves; the circuit last."""
+    figures = evaluate(model, result.circuit, held_out, ablation=result.constants)
+    if result.constants is not None:
+        result.constants.save(folder / CONSTANTS)
+    result.scores.save(folder / SCORES)
+    write_json(folder / EVALUATION, figures.to_dict())
+    circuit = result.circuit
+    plot_history(result.history, folder / HISTORY, title=title_of(circuit))
+    write_page(folder / PAGE, circuit, figures=figures, weights=result.log_alpha)
+    circuit.save(folder / CIRCUIT)
+    return figures
+
+
+def show_results(folder: Path, figures: Evaluation, as_json: bool) -> None:
+    """What a run found, as text or as one JSON object."""
+    files = [CIRCUIT, SCORES, EVALUATION, HISTORY, PAGE]
+    if as_json:
+        print(json.dumps({"out": str(folder), "evaluation": figures.to_dict(), "files": files}))
+        return
+    print(f"On {figures.n_pairs} pairs that the circuit was not found on:\n\n{figures}\n")
+    print(f"In {folder}/: {', '.join(files)}.")

@@ -1,0 +1,73 @@
+"""The package's public names, which `tl_edgeprune` gives on first use."""
+
+from tl_edgeprune import models, tasks
+from tl_edgeprune.circuit import Circuit
+from tl_edgeprune.circuit_tests import (
+    EquivalenceTest,
+    IndependenceTest,
+    MinimalityTest,
+    equivalence_test,
+    independence_test,
+    minimality_test,
+)
+from tl_edgeprune.compare import compare
+from tl_edgeprune.comparison import Comparison
+from tl_edgeprune.constants import Constants
+from tl_edgeprune.evaluate import Evaluation, evaluate
+from tl_edgeprune.faithfulness import FaithfulnessCurve, faithfulness_curve, mib_faithfulness
+from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.knockouts import Completeness, Minimality, completeness, minimality
+from tl_edgeprune.masked import masked
+from tl_edgeprune.masks import ExactBudget, Lagrangian, Penalty
+from tl_edgeprune.methods.registry import discover
+from tl_edgeprune.optimal_ablation import optimal_constants
+from tl_edgeprune.polish import polish
+from tl_edgeprune.pruner import EdgePruner, Optimizer, PruneResult
+from tl_edgeprune.regularisers import Attachment
+from tl_edgeprune.roc import Roc, precision_recall, roc
+from tl_edgeprune.scores import EdgeScores
+from tl_edgeprune.stability import Stability, stability
+from tl_edgeprune.tasks import Task
+
+__all__ = [
+    "Attachment",
+    "Circuit",
+    "Comparison",
+    "Completeness",
+    "Constants",
+    "EdgeGraph",
+    "EdgePruner",
+    "EdgeScores",
+    "EquivalenceTest",
+    "Evaluation",
+    "ExactBudget",
+    "FaithfulnessCurve",
+    "IndependenceTest",
+    "Lagrangian",
+    "Minimality",
+    "MinimalityTest",
+    "Optimizer",
+    "Penalty",
+    "PruneResult",
+    "Roc",
+    "Stability",
+    "Task",
+    "compare",
+    "completeness",
+    "discover",
+    "equivalence_test",
+    "evaluate",
+    "faithfulness_curve",
+    "independence_test",
+    "masked",
+    "mib_faithfulness",
+    "minimality",
+    "minimality_test",
+    "models",
+    "optimal_constants",
+    "polish",
+    "precision_recall",
+    "roc",
+    "stability",
+    "tasks",
+]
