@@ -35,7 +35,7 @@ TINY = [
 ]
 QUICK = {
     ("bridge-gpt2", "zero"),
-    ("bridge-llama-gqa", "counterfactual"),
+    ("native-attn-only", "counterfactual"),
     ("hooked-gpt2-ln", "zero"),
 }
 SEQUENCES = [

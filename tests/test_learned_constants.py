@@ -113,7 +113,11 @@ def test_they_come_back_as_an_ablation_that_can_be_kept(tmp_path: Path) -> None:
     assert pruner(ablation="zero").fit(model, task).constants is None
 
 
-@pytest.mark.parametrize("settings", [{}, {"accumulate": 2, "node_masks": True}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [pytest.param({}, marks=pytest.mark.slow), {"accumulate": 2, "node_masks": True}],
+    ids=str,
+)
 def test_resuming_gives_the_bits_of_a_run_never_stopped(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -22,6 +22,7 @@ from tl_edgeprune import (
     masked,
 )
 from tl_edgeprune.masked import MaskedModel
+from tl_edgeprune.training import Training
 
 MODEL = "bridge-gpt2"
 
@@ -59,7 +60,9 @@ def test_a_run_keeps_exactly_the_budget_and_repeats_to_the_bit(settings: dict[st
     assert not first.log_alpha.equal(pruner(seed=1, **settings).fit(model, task).log_alpha)
 
 
-@pytest.mark.parametrize("name", ["default", "nodes-lagrangian", "zero"])
+@pytest.mark.parametrize(
+    "name", ["default", "nodes-lagrangian", pytest.param("zero", marks=pytest.mark.slow)]
+)
 def test_resuming_gives_the_bits_of_a_run_never_stopped(name: str, tmp_path: Path) -> None:
     model, settings = zoo.load(MODEL), SETTINGS[name]
     task, path = zoo.pairs(model), tmp_path / "run.safetensors"
@@ -108,6 +111,27 @@ def test_ctrl_c_leaves_the_model_as_it_was() -> None:
     assert not result.finished and result.circuit.n_edges == 20
     assert {name: p.requires_grad for name, p in model.named_parameters()} == before
     assert not any(point.has_hooks() for point in model.hook_dict.values())
+
+
+def test_ctrl_c_inside_an_update_saves_no_half_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, path = zoo.load(MODEL), tmp_path / "run.safetensors"
+    task = zoo.pairs(model)
+    whole = pruner().fit(model, task)
+    note = Training._note
+
+    def stop(self: Training, step: int, *figures: float) -> None:
+        if step == 2:  # the optimiser has made its step
+            raise KeyboardInterrupt
+        note(self, step, *figures)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "_note", stop)
+        cut = pruner(checkpoint=path, checkpoint_every=1).fit(model, task)
+    assert not cut.finished and len(cut.history) == 2
+    rest = pruner().fit(model, task, resume=path)
+    assert rest.finished and rest.log_alpha.equal(whole.log_alpha)
 
 
 def test_checkpoints_of_other_runs_and_damaged_ones_are_refused(tmp_path: Path) -> None:
