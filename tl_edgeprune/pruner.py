@@ -130,8 +130,8 @@ class EdgePruner:
             makes those sparse.
         sampler: draws a mask from log alphas; hard-concrete gates.
         attachment: a price on edges between badly connected nodes (regularisers.py).
-        hard_share: the last part of the run whose forward pass keeps exactly the top edges; None
-            for 0.4, or for 0 without n_edges.
+        hard_share: the last part of the run whose forward pass keeps exactly the top edges (as many
+            as the step's budget; none without one).
         split_qkv, split_embeddings: of the graph.
         bias_in_heads: under zero ablation, remove each head's share of the output bias with it.
         recompute: run blocks again in backward, from the buffer of differences alone: memory is
@@ -162,7 +162,7 @@ class EdgePruner:
         optimizer: Optimizer | None = None,
         sampler: Sampler = sample_gates,
         attachment: Attachment | None = None,
-        hard_share: float | None = None,
+        hard_share: float = 0.4,
         split_qkv: bool = True,
         split_embeddings: bool = False,
         bias_in_heads: bool = False,
@@ -184,9 +184,8 @@ class EdgePruner:
         self.node_masks, self.node_controller = node_masks, node_controller
         self.optimizer = optimizer or Optimizer()
         self.sampler, self.attachment = sampler, attachment
-        if hard_share is None:
-            hard_share = 0.0 if n_edges is None else 0.4
-        self.hard_share = hard_share
+        has_budget = n_edges is not None or isinstance(self.controller, ExactBudget)
+        self.hard_share = hard_share if has_budget else 0.0
         self.split_qkv, self.split_embeddings = split_qkv, split_embeddings
         self.bias_in_heads, self.recompute = bias_in_heads, recompute
         self.dtype, self.device = dtype, device

@@ -3,10 +3,10 @@
 1. The mask's gradient, averaged over z (mask-IG, `ORDER_STEPS` points), guesses each edge's rise.
 2. Reads are visited as in ACDC, from the logits back. Within a read, edges come in the order of
    that guess, the least harmful first.
-3. The next edges whose guesses add up to `reach` (one at least) are removed at once if together
-   they raise the objective by less than the threshold; reach then doubles. If not, reach becomes
-   half of what they added up to, and at most half as many are tried, until one edge is tried by
-   itself, as in ACDC, and kept.
+3. First all of a read's edges are removed at once; that stays if the objective rises by less than
+   the threshold. If not, the next edges whose guesses add up to `reach` (one at least) are tried
+   together, and so on; reach follows what guesses come to, so that a group should cost `AIM`
+   thresholds. An edge that costs a threshold by itself is kept, as in ACDC.
 4. The mask's gradient at what is left tells which removed edges would lower the objective by the
    threshold if they came back; the best of them do, up to a quarter as many as are left. What
    looked dispensable before its companions went is not.
@@ -38,6 +38,7 @@ ORDER_STEPS = 5
 GRADIENT_RUNS = 3  # what a forward and a backward under masks count as
 CLEAR = 3.0
 GROWTH = 4
+AIM = 0.7
 RESTORED = 0.25
 
 
@@ -72,19 +73,34 @@ class _Groups:
         self.reach = threshold
 
     def remove(self, place: int, edges: Sequence[int]) -> None:
-        """Remove what can go of these edges of a read, in this order."""
-        done, most = 0, len(edges)
+        """Remove what can go of these edges of a read, in this order: all, or group by group."""
+        if len(edges) > 1 and self._goes(place, edges)[0]:
+            return
+        done, most = 0, len(edges) // 2 or 1
         while done < len(edges):
             group, sum_of_guesses = self._next(edges[done : done + most])
-            (value,) = self.cuts.values(place, _cut(self.cuts, place, group))
-            if value - self.cuts.value < self.threshold:
-                self.cuts.commit(0)
-                self.reach = max(self.reach, 2 * sum_of_guesses)
-                done, most = done + len(group), GROWTH * most
-            elif len(group) == 1:
-                done += 1
-            else:
-                self.reach, most = sum_of_guesses / 2, len(group) // 2
+            goes, rise = self._goes(place, group)
+            if goes or len(group) == 1:
+                done += len(group)
+            most = GROWTH * len(group) if goes else max(1, len(group) // 2)
+            if goes or len(group) > 1:
+                self._learn(sum_of_guesses, rise)
+
+    def _goes(self, place: int, group: Sequence[int]) -> tuple[bool, float]:
+        """Remove a group if together it costs less than the threshold; its rise."""
+        (value,) = self.cuts.values(place, _cut(self.cuts, place, group))
+        rise = value - self.cuts.value
+        if rise < self.threshold:
+            self.cuts.commit(0)
+        return rise < self.threshold, rise
+
+    def _learn(self, sum_of_guesses: float, rise: float) -> None:
+        """Reach as far as `AIM` thresholds should lie, by what this group's guesses came to."""
+        if rise > 0:
+            aim = sum_of_guesses * AIM * self.threshold / rise
+            self.reach = min(aim, max(self.reach, GROWTH * sum_of_guesses))
+        else:
+            self.reach = max(self.reach, GROWTH * sum_of_guesses)
 
     def _next(self, edges: Sequence[int]) -> tuple[Sequence[int], float]:
         """As many of the first edges as lie within reach, at least one; what they add up to."""
