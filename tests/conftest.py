@@ -37,6 +37,8 @@ CLASSLESS = (
     *("planner", "polish", "report", "residual", "roc", "scores", "stability", "stream"),
     *("solved", "task_families", "task_tables", "training", "wrong_settings"),
 )
+# Of these, what is of a Bridge is slow there.
+HALF = ("acdc", "evaluate", "tracr")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -44,7 +46,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not version("transformer-lens").startswith("3."):
         return
     for item in items:
-        if item.path.stem.removeprefix("test_") in CLASSLESS:
+        stem = item.path.stem.removeprefix("test_")
+        of_bridge = any(kind in item.name for kind in ("bridge-", "native-", "tracr-"))
+        if stem in CLASSLESS or (stem in HALF and of_bridge):
             item.add_marker(pytest.mark.slow)
 
 
