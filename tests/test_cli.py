@@ -155,9 +155,9 @@ def test_discover_saves_scores_and_a_circuit(model: str, task: str, tmp_path: Pa
 def test_a_run_that_was_stopped_goes_on_to_the_same_circuit(
     run: Path, model: str, task: str, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    from tl_edgeprune.pruner import _Fit
+    from tl_edgeprune.training import Training
 
-    step = _Fit._step
+    step = Training._step
 
     def stopping(self: Any, number: int) -> None:
         if number == 27:
@@ -166,7 +166,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_circuit(
 
     out = tmp_path / "stopped"
     with monkeypatch.context() as patch:
-        patch.setattr(_Fit, "_step", stopping)
+        patch.setattr(Training, "_step", stopping)
         result = told("prune", model, task, *SMALL, "--steps", 30, "--out", out)
     assert result.exit_code == 130
     assert f"after 27 of 30 steps. Go on with tl-edgeprune resume {out}" in result.stderr

@@ -89,8 +89,8 @@ def test_acdc_in_bfloat16_keeps_much_the_same_edges(search: str) -> None:
     wanted, found = (
         discover(model, task, "acdc", threshold=0.05, search=search) for model in (single, half)
     )
-    assert abs(found.n_edges - wanted.n_edges) < 0.2 * wanted.n_edges
-    assert found.iou(wanted) > 0.5  # chance: 0.15
+    assert abs(found.n_edges - wanted.n_edges) < 0.3 * wanted.n_edges
+    assert found.iou(wanted) > 0.4  # chance: 0.05; a removal depends on those before it
     assert found.metadata["objective_at_end"] < 10
 
 
