@@ -37,8 +37,8 @@ CLASSLESS = (
     *("planner", "polish", "report", "residual", "roc", "scores", "stability", "stream"),
     *("solved", "task_families", "task_tables", "training", "wrong_settings"),
 )
-# Of these, what is of a Bridge is slow there.
-HALF = ("acdc", "evaluate", "tracr")
+# Of these, only what is of a HookedTransformer is quick there.
+HALF = ("acdc", "evaluate", "notebooks", "tracr")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -47,8 +47,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return
     for item in items:
         stem = item.path.stem.removeprefix("test_")
-        of_bridge = any(kind in item.name for kind in ("bridge-", "native-", "tracr-"))
-        if stem in CLASSLESS or (stem in HALF and of_bridge):
+        if stem in CLASSLESS or (stem in HALF and "hooked" not in item.name):
             item.add_marker(pytest.mark.slow)
 
 
