@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,10 +19,10 @@ from torch import Tensor
 from tl_edgeprune.circuit import Circuit
 from tl_edgeprune.constants import Ablation
 from tl_edgeprune.masked import MaskedModel
-from tl_edgeprune.methods.gradients import Point, each_lesson, path_scores
+from tl_edgeprune.methods.gradients import at, each_lesson, path_scores
 from tl_edgeprune.objectives import Objective, find_objective
 from tl_edgeprune.tasks.task import Task
-from tl_edgeprune.teacher import Lesson, Teacher, check_vocabulary
+from tl_edgeprune.teacher import Teacher, check_vocabulary
 
 
 def polish(
@@ -60,7 +59,7 @@ def polish(
         count, guess = max(1, round(swap * int(mask.sum()))), None
         for _ in range(rounds):
             if guess is None:
-                guess = _guess(run, teacher, mask, loss_of, batch_size)
+                guess = path_scores(run, teacher, at(mask), loss_of, batch_size=batch_size)
             other = exchanged(mask, guess, count)
             found = _mean_loss(run, teacher, other, loss_of, batch_size)
             if found < value:
@@ -99,21 +98,6 @@ def _check(circuit: Circuit, rounds: int, swap: float) -> None:
             f"the circuit has {circuit.n_edges} of {circuit.graph.n_edges} edges: there is nothing "
             "to exchange."
         )
-
-
-def _guess(
-    run: MaskedModel,
-    teacher: Teacher,
-    mask: Bool[Tensor, " edge"],
-    loss_of: Objective,
-    batch_size: int,
-) -> Float[Tensor, " edge"]:
-    """What each edge takes off the objective, to first order."""
-
-    def here(run: MaskedModel, lesson: Lesson) -> Iterator[Point]:
-        yield Point(mask.float())
-
-    return path_scores(run, teacher, here, loss_of, batch_size=batch_size)
 
 
 @torch.no_grad()

@@ -67,7 +67,6 @@ class RecomputedModel(MaskedModel):
         super().__init__(model, sites, graph)
         self.halves = Blocks(self)
         self.together = reads_together(graph)
-        self._slots = BufferPool()
         self._trusted = False
 
     @classmethod
@@ -84,7 +83,7 @@ class RecomputedModel(MaskedModel):
 
     def release_buffers(self) -> None:
         """Free the buffers that are kept for the next forward."""
-        self._pool, self._slots = BufferPool(), BufferPool()
+        self._pool = BufferPool()
 
     def __call__(
         self,
@@ -328,8 +327,7 @@ class _Reads:
         places, size = list(range(len(self.reads) - 1)), job.run.together
         self.groups = [places[start : start + size] for start in range(0, len(places), size)]
         most = max(sum(self.reads[p].n_destinations for p in group) for group in self.groups)
-        job.run._slots.start(self.differences[0])
-        self.memory = job.run._slots.take(most, self.differences[0])
+        self.memory = job.run._pool.take(most, self.differences[0])
         self.slots: dict[int, Tensor] = {}
         self.first = 0  # how many sources the group's shared pass goes over
 
@@ -357,7 +355,7 @@ class _Reads:
         return x.view(-1, self.differences.shape[-1])
 
     def close(self) -> None:
-        self.job.run._slots.give(self.memory)
+        self.job.run._pool.give(self.memory)
 
     def _together(self, group: list[int]) -> tuple[Tensor, Tensor]:
         """The slots of a group, and its destinations' weights of the sources before it."""

@@ -105,8 +105,7 @@ class Training:
             raise LostProcess(f"{error} {self._left_behind()}") from error
         finally:
             bar.close()
-        # Ctrl-C in the middle of an update leaves the last checkpoint as it is.
-        if self.pruner.checkpoint and self.history and self.between_steps:
+        if self.pruner.checkpoint and self.history:
             self.save(self.pruner.checkpoint)
         return finished
 
@@ -288,7 +287,10 @@ class Training:
         }
 
     def save(self, path: str | Path) -> None:
-        if not self.ranks.first:
+        """Write the state of the last whole step; in the middle of an update (Ctrl-C, a lost
+        process), the last checkpoint stays as it is.
+        """
+        if not (self.ranks.first and self.between_steps):
             return
         tensors = {"log_alpha": self.log_alpha.detach(), **self._multipliers()}
         if self.node_log_alpha is not None:

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}  # of a number, by --dtype
 Model = Annotated[
     str,
     typer.Argument(

@@ -6,10 +6,10 @@ from typing import Annotated, Literal
 
 import typer
 
+from tl_edgeprune.commands.options import BYTES
 from tl_edgeprune.commands.told import told
 
 RESERVED = 2e9  # a GPU's own context and its libraries' workspaces
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @told

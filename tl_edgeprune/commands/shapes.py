@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from tl_edgeprune.commands.options import BYTES
 from tl_edgeprune.commands.run_folder import Run
 from tl_edgeprune.planner import SHAPES, Shape, Work, step_bytes
 
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 LLAMAS = ("llama", "mistral", "qwen2", "qwen3")
 
 

@@ -21,18 +21,17 @@ and few for those removed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from tl_edgeprune.cuts import WholeCuts
-from tl_edgeprune.masked import MaskedModel
-from tl_edgeprune.methods.gradients import Path, Point, path_scores
+from tl_edgeprune.methods.gradients import Path, at, path_scores
 from tl_edgeprune.methods.mask_ig import mask_path
 from tl_edgeprune.methods.sequence import decide, to_decide
-from tl_edgeprune.teacher import Lesson, Teacher
+from tl_edgeprune.teacher import Teacher
 
 ORDER_STEPS = 5
 GRADIENT_RUNS = 3  # what a forward and a backward under masks count as
@@ -122,13 +121,9 @@ def _gradient(
 
 def _restore(cuts: WholeCuts, teacher: Teacher, threshold: float, batch_size: int) -> None:
     """Put back the removed edges of the highest guess, if that lowers the objective."""
-
-    def here(run: MaskedModel, lesson: Lesson) -> Iterator[Point]:
-        yield Point(cuts.mask.float())
-
     if not cuts.mask.any() or bool(cuts.mask.all()):
         return
-    guess = _gradient(cuts, teacher, here, 1, batch_size)
+    guess = _gradient(cuts, teacher, at(cuts.mask), 1, batch_size)
     guess[cuts.mask] = -torch.inf
     best = guess.topk(math.ceil(RESTORED * int(cuts.mask.sum())))
     before, value = cuts.mask.clone(), cuts.value

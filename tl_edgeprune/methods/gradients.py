@@ -15,7 +15,7 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_edgeprune.constants import Ablation
@@ -148,6 +148,15 @@ def path_scores(
         parts = [-edge_gradient(run, lesson, point, loss_of) for point in path(run, lesson)]
         total += sum((p.abs() if magnitudes else p for p in parts), torch.zeros(())) / len(parts)
     return (total / pairs).cpu()
+
+
+def at(mask: Bool[Tensor, " edge"]) -> Path:
+    """The path of one point: a circuit as it is."""
+
+    def path(run: MaskedModel, lesson: Lesson) -> Iterator[Point]:
+        yield Point(mask.float())
+
+    return path
 
 
 def edge_gradient(

@@ -4,36 +4,35 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from tl_edgeprune.tasks.stream import TaskStream
 from tl_edgeprune.tasks.task import Task
 
 Builder = Callable[..., Task]  # (model, n, seed, prepend_bos, *, options…)
 StreamBuilder = Callable[..., TaskStream]
+Made = TypeVar("Made", bound=Callable[..., Any])
 BUILDERS: dict[str, Builder] = {}
 STREAMS: dict[str, StreamBuilder] = {}
 
 
 def register(name: str) -> Callable[[Builder], Builder]:
     """Decorator: make `builder(model, n, seed, prepend_bos, *, …) -> Task` known by name."""
-
-    def add(builder: Builder) -> Builder:
-        if name in BUILDERS:
-            raise ValueError(f"a task called {name!r} is registered already: choose another name.")
-        BUILDERS[name] = builder
-        return builder
-
-    return add
+    return _adding(BUILDERS, "task", name)
 
 
 def register_stream(name: str) -> Callable[[StreamBuilder], StreamBuilder]:
     """Decorator: make `builder(model, n, seed, prepend_bos, *, …) -> TaskStream` known by name."""
+    return _adding(STREAMS, "stream", name)
 
-    def add(builder: StreamBuilder) -> StreamBuilder:
-        if name in STREAMS:
-            raise ValueError(f"a stream called {name!r} is registered already: choose another.")
-        STREAMS[name] = builder
+
+def _adding(table: dict[str, Made], kind: str, name: str) -> Callable[[Made], Made]:
+    def add(builder: Made) -> Made:
+        if name in table:
+            raise ValueError(
+                f"a {kind} called {name!r} is registered already: choose another name."
+            )
+        table[name] = builder
         return builder
 
     return add
