@@ -277,21 +277,19 @@ FLOAT32_INSIDE = {
     *(f"bridge-{name}" for name in zoo_families.BRIDGE),
 }
 
-_BUILDERS: dict[str, Callable[[torch.dtype], Any]] = {
+BUILDERS: dict[str, Callable[[torch.dtype], Any]] = {
     **{f"bridge-{name}": functools.partial(_bridge, name) for name in _BRIDGE},
     **{f"native-{name}": functools.partial(_native, name) for name in _NATIVE},
 }
 if HookedTransformer is not None:
-    del _BUILDERS["native-solu"]  # boot_native has SoLU since TransformerLens 4
-    _BUILDERS |= {f"hooked-{name}": functools.partial(_hooked, name) for name in _HOOKED}
+    del BUILDERS["native-solu"]  # boot_native has SoLU since TransformerLens 4
+    BUILDERS |= {f"hooked-{name}": functools.partial(_hooked, name) for name in _HOOKED}
 
-ARCHITECTURES: list[str] = sorted(_BUILDERS)
+ARCHITECTURES: list[str] = sorted(BUILDERS)
 
-_BUILDERS |= {f"bridge-{name}": functools.partial(_bridge, name) for name in zoo_families.BRIDGE}
+BUILDERS |= {f"bridge-{name}": functools.partial(_bridge, name) for name in zoo_families.BRIDGE}
 if HookedTransformer is not None:
-    _BUILDERS |= {
-        f"hooked-{name}": functools.partial(_hooked, name) for name in zoo_families.HOOKED
-    }
+    BUILDERS |= {f"hooked-{name}": functools.partial(_hooked, name) for name in zoo_families.HOOKED}
 
 
 def dtypes(name: str) -> list[torch.dtype]:
@@ -307,11 +305,11 @@ def tolerance(name: str, dtype: torch.dtype) -> float:
 
 def build(name: str, dtype: torch.dtype = torch.float32) -> Any:
     """A fresh model in eval mode; its parameters require gradients."""
-    if name not in _BUILDERS:
+    if name not in BUILDERS:
         raise ValueError(f"no model {name!r} in the zoo: expected one of {ARCHITECTURES}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return _BUILDERS[name](dtype)
+        return BUILDERS[name](dtype)
 
 
 @functools.cache

@@ -84,7 +84,10 @@ def _of_its_kind(model: Any) -> str | None:
 def _of_its_blocks(model: Any) -> str | None:
     attentions = [getattr(block, "attn", None) for block in model.blocks]
     if all(attention is None for attention in attentions):
-        return "its blocks have no attention (a state-space or recurrent model)."
+        return (
+            "its blocks have no attention that TransformerLens shows (a state-space, recurrent or "
+            "hybrid model)."
+        )
     for layer, attention in enumerate(attentions):
         label = type(attention).__name__
         if attention is None:
