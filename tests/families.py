@@ -175,7 +175,7 @@ OTHERS = (
         "Qwen MoE", "Qwen1.5-MoE-A2.7B, Qwen3-30B-A3B", ("bridge-qwen2-moe", "bridge-qwen3-moe")
     ),
     Family("OLMoE", "OLMoE-1B-7B", ("bridge-olmoe",), ("hooked-olmoe",)),
-    Family("GPT-OSS", "gpt-oss-20b", ("bridge-gpt-oss",)),
+    Family("GPT-OSS", "gpt-oss-20b", ("bridge-gpt-oss",), ("hooked-gpt-oss",)),
     Family("Falcon", "falcon-7b", ("bridge-falcon",)),
     Family("StableLM", "stablelm-2-1_6b", ("bridge-stablelm",)),
     Family("Command R", "c4ai-command-r", ("bridge-cohere",)),

@@ -264,7 +264,7 @@ _BRIDGE = (
     *("mistral", "mixtral", "gemma2", "gemma3", "olmo2", "gptj", "gpt-neo", "opt"),
 )
 # Their experts multiply by float32 weights whatever the dtype; XGLM's mask does not fit.
-NO_FLOAT64 = {"hooked-mixtral", "hooked-olmoe", "bridge-xglm"}
+NO_FLOAT64 = {"hooked-mixtral", "hooked-olmoe", "hooked-gpt-oss", "bridge-xglm"}
 
 # transformers computes RMS norms, attention scores or softmax in float32 whatever the dtype, and
 # boot_native its RMS and LNPre norms: float64 is rounded to float32 on the way, so that 1e-6 is the

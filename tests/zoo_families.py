@@ -187,6 +187,10 @@ HOOKED: dict[str, dict[str, Any]] = {
     | _LOCAL,
     "olmoe": _OLMO2
     | {"original_architecture": "OlmoeForCausalLM", "num_experts": 3, "experts_per_token": 2},
+    "gpt-oss": _LLAMA
+    | {"n_key_value_heads": 2, "num_experts": 3, "experts_per_token": 2}
+    | {"original_architecture": "GptOssForCausalLM", "use_attention_sinks": True}
+    | _LOCAL,
     "bloom": {
         "normalization_type": "LN",
         "positional_embedding_type": "alibi",
