@@ -6,6 +6,8 @@ The page "What is supported" is held to the same: each of its cells is one test 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -179,29 +181,22 @@ def test_a_random_mask_and_its_gradient_are_brute_force(name: str) -> None:
     start = torch.rand(of.graph.n_edges, generator=torch.Generator().manual_seed(0), dtype=dtype)
     weights = torch.linspace(-1, 1, of.logits.numel(), dtype=dtype).view(of.logits.shape)
 
+    def with_gradient(run: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        mask = start.clone().requires_grad_()
+        logits = run(mask)
+        return logits.detach(), torch.autograd.grad((logits * weights).sum(), mask)[0]
+
     def by_brute_force(mask: Tensor) -> Tensor:
         by_name = dict(zip(of.graph.edges, mask.unbind(), strict=True))
         return bf.masked_logits(of.model, of.clean, by_name, of.theirs)
 
-    def by(kind: type[MaskedModel]) -> Any:
-        def run(mask: Tensor) -> Tensor:
-            with kind.attach(of.model) as attached:
-                reference = attached.reference("counterfactual", corrupted=of.corrupted)
-                return attached(of.clean, mask, reference)
-
-        return run
-
-    (expected, slope), *ours = (
-        with_gradient(run, start, weights)
-        for run in (by_brute_force, by(MaskedModel), by(RecomputedModel))
-    )
+    expected, slope = with_gradient(by_brute_force)
+    ours = []
+    for kind in (MaskedModel, RecomputedModel):
+        with kind.attach(of.model) as run:
+            reference = run.reference("counterfactual", corrupted=of.corrupted)
+            ours.append(with_gradient(partial(run, of.clean, reference=reference)))
     for logits, gradient in ours:
         torch.testing.assert_close(logits, expected, atol=of.tolerance, rtol=of.tolerance)
         tolerance = 10 * of.tolerance * max(1.0, float(slope.abs().max()))
         torch.testing.assert_close(gradient, slope, atol=tolerance, rtol=0)
-
-
-def with_gradient(run: Any, start: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    mask = start.clone().requires_grad_()
-    logits = run(mask)
-    return logits.detach(), torch.autograd.grad((logits * weights).sum(), mask)[0]
