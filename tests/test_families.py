@@ -49,6 +49,7 @@ CELLS = [
 MORE = [f"bridge-{name}" for name in zoo_families.BRIDGE]
 MORE += [f"hooked-{name}" for name in zoo_families.HOOKED] if HAS_HOOKED else []
 MORE = sorted(set(MORE) - {kind.model for kind in REFUSED})
+SCALED_LOGITS = {"bridge-cohere"}  # after the unembedding, which a run by halves does not see
 
 
 # --------------------------------------------------------------------------------------- the page
@@ -193,6 +194,11 @@ def test_a_random_mask_and_its_gradient_are_brute_force(name: str) -> None:
     expected, slope = with_gradient(by_brute_force)
     ours = []
     for kind in (MaskedModel, RecomputedModel):
+        if kind is RecomputedModel and name in SCALED_LOGITS:
+            with pytest.raises(NotImplementedError, match="Leave recompute out for it"):
+                with kind.attach(of.model):
+                    pytest.fail("not refused")
+            continue
         with kind.attach(of.model) as run:
             reference = run.reference("counterfactual", corrupted=of.corrupted)
             ours.append(with_gradient(partial(run, of.clean, reference=reference)))
