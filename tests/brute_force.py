@@ -98,7 +98,8 @@ def _post_norm(model: Any, layer: int) -> nn.Module | None:
     """The norm between the sum of the heads and the residual stream, if there is one."""
     block = model.blocks[layer]
     if not is_bridge(model):
-        return getattr(block, "ln1_post", None)
+        after = model.cfg.original_architecture in ("Olmo2ForCausalLM", "Olmo3ForCausalLM")
+        return block.ln1 if after else getattr(block, "ln1_post", None)
     owner = block.hook_aliases["hook_attn_out"].split(".")[0]  # ln1 for OLMo 2 on 3.9
     return None if owner == "attn" else getattr(block, owner).original_component
 
@@ -275,7 +276,9 @@ def run(model: Any, tokens: Tensor, read: Read, write: Write) -> Tensor:
         written_names.append(name)
         write(name, y)
 
-    way = _run_split if can_split(model) else _run_modules
+    # With one norm for attention and MLP (Phi-2), a split Bridge has no hook_mlp_in.
+    one_norm = model.cfg.parallel_attn_mlp and not hasattr(model.blocks[0], "ln2")
+    way = _run_modules if one_norm or not can_split(model) else _run_split
     logits = way(model, tokens, counted_read, counted_write)
     if sorted(read_names) != sorted(destinations(model)):
         raise AssertionError(f"read {read_names}, expected {destinations(model)}, each once")

@@ -11,7 +11,7 @@ import transformers
 import zoo
 from torch import Tensor, nn
 
-from tl_edgeprune import Circuit, EdgeGraph, masked
+from tl_edgeprune import Circuit, EdgeGraph, masked, refusals
 from tl_edgeprune.hooks import dropouts
 
 NAMES = [name for name in ("bridge-gpt2", "hooked-gpt2-ln") if name in zoo.ARCHITECTURES]
@@ -350,9 +350,13 @@ def bridge(config: transformers.PretrainedConfig, name: str, **options: Any) -> 
 
 
 def scaled_residuals() -> Any:
-    """Granite multiplies what a block adds: the stream is no sum of its outputs."""
+    """Granite multiplies what a block adds: the stream is no sum of its outputs. Its configuration
+    says so, and it would be refused by that; here it does not.
+    """
     sizes = zoo._SIZES | {"num_key_value_heads": 2}
-    return bridge(transformers.GraniteConfig(**sizes, residual_multiplier=0.22), "tiny-granite")
+    model = bridge(transformers.GraniteConfig(**sizes, residual_multiplier=0.22), "tiny-granite")
+    model.cfg.residual_multiplier = 1.0
+    return model
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
@@ -409,7 +413,7 @@ def test_latent_attention() -> None:
         **{"v_head_dim": 8, "max_position_embeddings": zoo.N_CTX, "pad_token_id": None},
     )
     with refused(
-        "tiny-deepseek: multi-head latent attention…is not supported: its keys and values come",
+        "tiny-deepseek is not supported: multi-head latent attention…its keys and values come",
         NotImplementedError,
     ):
         EdgeGraph.from_model(bridge(config, "tiny-deepseek"))
@@ -418,18 +422,19 @@ def test_latent_attention() -> None:
 def test_gated_queries() -> None:
     model = zoo.build("bridge-gpt2")
     model.cfg.gated_q_proj = True
-    with refused("gated query projections…are not supported", NotImplementedError):
+    with refused("gpt2 is not supported: its query projections are gated", NotImplementedError):
         EdgeGraph.from_model(model)
 
 
 def test_blocks_without_attention() -> None:
     config = transformers.MambaConfig(vocab_size=zoo.VOCAB, hidden_size=16, num_hidden_layers=1)
-    with refused("tiny-mamba: block 0 has no attention", NotImplementedError):
+    with refused("tiny-mamba is not supported: its blocks have no attention", NotImplementedError):
         EdgeGraph.from_model(bridge(config, "tiny-mamba"))
 
 
-def test_a_hook_point_that_does_not_fire() -> None:
+def test_a_hook_point_that_does_not_fire(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bloom's MLP reads what TransformerLens does not hand out."""
+    monkeypatch.delitem(refusals.BRIDGED, "BloomForCausalLM")
     config = transformers.BloomConfig(vocab_size=zoo.VOCAB, hidden_size=16, n_layer=1, n_head=2)
     model = bridge(config, "tiny-bloom")
     with refused(

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import transformers
+import zoo_families
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources import build_bridge_from_module
@@ -36,6 +37,7 @@ except ImportError:  # TransformerLens 4
 
 VOCAB = 40
 N_CTX = 24
+OFFSET_NORMS = ("gemma", "nemotron")  # their norms multiply by 1 + weight
 
 # ---------------------------------------------------------------------------------------- weights
 
@@ -141,17 +143,26 @@ def _config(name: str) -> transformers.PretrainedConfig:
     raise ValueError(f"no transformers model {name!r} in the zoo")
 
 
-def _bridge(name: str, dtype: torch.dtype) -> TransformerBridge:
+def _transformer(name: str) -> transformers.PreTrainedModel:
+    if name in zoo_families.BRIDGE:
+        return zoo_families.model_of(name, _SIZES)
     config = _config(name)
     config._attn_implementation = "eager"
     config._experts_implementation = "eager"  # the default's grouped product refuses float64
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def _bridge(name: str, dtype: torch.dtype) -> TransformerBridge:
     with torch.random.fork_rng(devices=[]):
-        hf_model = transformers.AutoModelForCausalLM.from_config(config)
-    randomise(hf_model, _seed(name), offset_norms=name.startswith("gemma"))
+        hf_model = _transformer(name)
+    randomise(hf_model, _seed(name), offset_norms=name.startswith(OFFSET_NORMS))
     hf_model.to(dtype).eval()
     # Not boot_transformers: without a tokenizer it asks the Hugging Face hub for one.
     model = build_bridge_from_module(
-        hf_model, type(hf_model).__name__, hf_config=config, model_name=f"tiny-random/{name}"
+        hf_model,
+        type(hf_model).__name__,
+        hf_config=hf_model.config,
+        model_name=f"tiny-random/{name}",
     )
     if name.endswith("-lnpre"):
         model.enable_compatibility_mode(disable_warnings=True)
@@ -227,14 +238,20 @@ _HOOKED: dict[str, dict[str, Any]] = {
 
 
 def _hooked(name: str, dtype: torch.dtype) -> Any:
-    config = HookedTransformerConfig(**(_TL_SIZES | _HOOKED[name]), dtype=dtype, device="cpu")
+    settings = _HOOKED.get(name) or zoo_families.HOOKED[name]
+    config = HookedTransformerConfig(**(_TL_SIZES | settings), dtype=dtype, device="cpu")
     with torch.random.fork_rng(devices=[]):
         model = HookedTransformer(config)
     randomise(model, _seed(name), scale=0.2 if name == "no-norm" else 0.35)
-    if name == "gptj":  # one norm for both: HookedTransformer keeps it twice
+    if name in ("gptj", "phi2"):  # one norm for both: HookedTransformer keeps it twice
         for block in model.blocks:
             block.ln2.load_state_dict(block.ln1.state_dict())
-    if name == "gemma2":  # an output bias inside the post-norm, which no real model has, is no sum
+    if name in (
+        "gemma2",
+        "gemma3",
+        "olmo2",
+        "olmo3",
+    ):  # an output bias inside the post-norm, which no real model has, is no sum
         for block in model.blocks:
             nn.init.zeros_(block.attn.b_O)
     return model.eval()
@@ -246,7 +263,8 @@ _BRIDGE = (
     *("gpt2", "gpt2-lnpre", "pythia", "llama", "llama-gqa", "llama-mqa", "qwen2", "qwen3"),
     *("mistral", "mixtral", "gemma2", "gemma3", "olmo2", "gptj", "gpt-neo", "opt"),
 )
-NO_FLOAT64 = {"hooked-mixtral"}  # its experts multiply by float32 weights whatever the dtype
+# Their experts multiply by float32 weights whatever the dtype; XGLM's mask does not fit.
+NO_FLOAT64 = {"hooked-mixtral", "hooked-olmoe", "hooked-gpt-oss", "bridge-xglm"}
 
 # transformers computes RMS norms, attention scores or softmax in float32 whatever the dtype, and
 # boot_native its RMS and LNPre norms: float64 is rounded to float32 on the way, so that 1e-6 is the
@@ -256,17 +274,22 @@ FLOAT32_INSIDE = {
     *(f"bridge-{name}" for name in ("mistral", "mixtral", "gemma2", "gemma3", "olmo2")),
     *(f"bridge-{name}" for name in ("gptj", "gpt-neo", "opt")),
     *("native-lnpre", "native-rms-rotary-gqa", "native-soft-cap"),
+    *(f"bridge-{name}" for name in zoo_families.BRIDGE),
 }
 
-_BUILDERS: dict[str, Callable[[torch.dtype], Any]] = {
+BUILDERS: dict[str, Callable[[torch.dtype], Any]] = {
     **{f"bridge-{name}": functools.partial(_bridge, name) for name in _BRIDGE},
     **{f"native-{name}": functools.partial(_native, name) for name in _NATIVE},
 }
 if HookedTransformer is not None:
-    del _BUILDERS["native-solu"]  # boot_native has SoLU since TransformerLens 4
-    _BUILDERS |= {f"hooked-{name}": functools.partial(_hooked, name) for name in _HOOKED}
+    del BUILDERS["native-solu"]  # boot_native has SoLU since TransformerLens 4
+    BUILDERS |= {f"hooked-{name}": functools.partial(_hooked, name) for name in _HOOKED}
 
-ARCHITECTURES: list[str] = sorted(_BUILDERS)
+ARCHITECTURES: list[str] = sorted(BUILDERS)
+
+BUILDERS |= {f"bridge-{name}": functools.partial(_bridge, name) for name in zoo_families.BRIDGE}
+if HookedTransformer is not None:
+    BUILDERS |= {f"hooked-{name}": functools.partial(_hooked, name) for name in zoo_families.HOOKED}
 
 
 def dtypes(name: str) -> list[torch.dtype]:
@@ -282,11 +305,11 @@ def tolerance(name: str, dtype: torch.dtype) -> float:
 
 def build(name: str, dtype: torch.dtype = torch.float32) -> Any:
     """A fresh model in eval mode; its parameters require gradients."""
-    if name not in _BUILDERS:
+    if name not in BUILDERS:
         raise ValueError(f"no model {name!r} in the zoo: expected one of {ARCHITECTURES}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return _BUILDERS[name](dtype)
+        return BUILDERS[name](dtype)
 
 
 @functools.cache

@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_edgeprune.hooks import AttentionSite
 from tl_edgeprune.idle import idle_projections, replaced, resting
 from tl_edgeprune.masked import MaskedModel
 
@@ -66,7 +67,7 @@ class Blocks:
         v: Float[Tensor, "batch pos kv d_head"],
     ) -> Float[Tensor, "batch pos head d_head"]:
         """What the heads give (z) for these queries, keys and values. The shape is recorded."""
-        half = _Attention((q, k, v))
+        half = _Attention((q, k, v), self.sites.attention[layer])
         d_model = self.sites.attention[layer].output.shape[-1]
         calls = self._calls[q.shape[0], q.shape[1]]
         self._leave(layer, q.new_zeros(q.shape[0], q.shape[1], d_model), calls[layer], half)
@@ -150,12 +151,12 @@ class _Start(_Half):
 class _Attention(_Half):
     name, projects = "hook_z", True
 
-    def __init__(self, parts: tuple[Tensor, Tensor, Tensor]) -> None:
+    def __init__(self, parts: tuple[Tensor, Tensor, Tensor], site: AttentionSite) -> None:
         super().__init__()
-        self.parts = dict(enumerate(parts))
+        self.parts, self.site = dict(enumerate(parts)), site
 
     def projected(self, tensor: Tensor, layer: int, part: int) -> Tensor:
-        return self.parts.pop(part).to(tensor.dtype)
+        return self.site.placed(part, self.parts.pop(part).to(tensor.dtype))
 
     def heads(self, z: Tensor, layer: int) -> None:
         if self.parts:

@@ -21,6 +21,7 @@ from torch import Tensor
 from tl_edgeprune import sharding
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.norms import Norm, identity, inverse_rms, norm_function, weight_is_offset
+from tl_edgeprune.refusals import refuse_class, refuse_unsupported
 
 Hook = tuple[str, Callable[..., Tensor | None]]
 # Points of a block that lie on the model's own residual stream or before its projections: what
@@ -64,6 +65,18 @@ class AttentionSite:
     output: Float[Tensor, "head d_head d_model"]
     output_bias: Float[Tensor, " d_model"] | None
     post: PostNorm | None
+    positions: Float[Tensor, "ctx d_model"] | None = None  # shortformer's, for queries and keys
+
+    def placed(
+        self, part: int, x: Float[Tensor, "batch pos head d_head"]
+    ) -> Float[Tensor, "batch pos head d_head"]:
+        """Queries (part 0), keys (1) or values (2) with their positions, where attention itself
+        adds those to the normalised input (shortformer).
+        """
+        if self.positions is None or part == 2:
+            return x
+        places = self.positions[: x.shape[1]].unsqueeze(0)  # [1, pos, d_model]
+        return x + (places @ self.weights[part]).transpose(0, 1)
 
     def scaled(self, z: Float[Tensor, "row head d_head"]) -> Float[Tensor, "row head d_head"]:
         """z, times the post-norm's scale where there is one: heads' outputs are then linear in
@@ -141,7 +154,7 @@ def find_sites(model: Any) -> Sites:
     residual stream does not split into heads and MLPs.
     """
     kind = model_kind(model)
-    _refuse_unsupported(model)
+    refuse_unsupported(model)
     blocks = list(model.blocks)
     find_attention = _hooked_attention if kind == "hooked" else _bridge_attention
     find_mlp = _hooked_mlp if kind == "hooked" else _bridge_mlp
@@ -159,7 +172,8 @@ def find_sites(model: Any) -> Sites:
         final=f"{names[-1]}.hook_resid_post",
         cut=None if kind == "hooked" else "unembed.hook_in",
         parallel=bool(getattr(model.cfg, "parallel_attn_mlp", False)),
-        has_positions=hasattr(model, "pos_embed"),  # the Bridge names the hook point anyway
+        # The Bridge names the hook point anyway.
+        has_positions=hasattr(model, "pos_embed") and not _is_shortformer(model),
         n_kv_heads=attention[0].weights[1].shape[0],
     )
     _check_one_shape(sites)
@@ -167,7 +181,10 @@ def find_sites(model: Any) -> Sites:
 
 
 def model_kind(model: Any) -> str:
-    """ "hooked" or "bridge". Raises TypeError for anything else."""
+    """ "hooked" or "bridge". Raises NotImplementedError for TransformerLens' other classes and
+    TypeError for anything else.
+    """
+    refuse_class(model)
     names = {cls.__name__ for cls in type(model).__mro__}
     if "HookedTransformer" in names:
         return "hooked"
@@ -187,47 +204,6 @@ def is_folded(model: Any) -> bool:
         getattr(model, "compatibility_mode", False)
         or str(getattr(model.cfg, "normalization_type", "")).endswith("Pre")
     )
-
-
-def _refuse_unsupported(model: Any) -> None:
-    cfg = model.cfg
-    name = getattr(cfg, "model_name", type(model).__name__)
-    if any(hasattr(parameter, "placements") for parameter in model.parameters()):
-        raise NotImplementedError(
-            f"{name}: its weights are DTensors (fully_shard or a tensor parallel plan). They "
-            "would not be gathered for the backward pass under masks: load the model whole and use "
-            "tl_edgeprune.sharding.sharded(model)."
-        )
-    if getattr(cfg, "is_encoder_decoder", False) or not hasattr(model, "blocks"):
-        raise NotImplementedError(
-            f"{name}: not a decoder-only transformer, so it has no such graph."
-        )
-    if getattr(cfg, "gated_q_proj", False):
-        raise NotImplementedError(
-            f"{name}: gated query projections (its queries carry an output gate) are not "
-            "supported: the gate reads the query's input but is no part of the query."
-        )
-    for layer, block in enumerate(model.blocks):
-        attention = getattr(block, "attn", None)
-        label = type(attention).__name__
-        if attention is None:
-            raise NotImplementedError(f"{name}: block {layer} has no attention (a hybrid model).")
-        if "MLA" in label or "Latent" in label or "MlaAttention" in label:
-            raise NotImplementedError(
-                f"{name}: multi-head latent attention ({label}) is not supported: its keys and "
-                "values come from a shared compression, so they have no input of their own to mask."
-            )
-        if "gate" in getattr(attention, "_modules", {}):
-            raise NotImplementedError(f"{name}: gated attention ({label}) is not supported.")
-    if getattr(cfg, "n_devices", 1) > 1:
-        raise NotImplementedError(
-            f"{name}: models spread over {cfg.n_devices} devices are not supported. Load it on "
-            "the CPU and share it out: tl_edgeprune.sharding.sharded(model, device)."
-        )
-    if getattr(cfg, "positional_embedding_type", None) == "shortformer":
-        raise NotImplementedError(f"{name}: shortformer position embeddings are not supported.")
-    if getattr(cfg, "load_in_4bit", False):
-        raise NotImplementedError(f"{name}: 4-bit weights are not supported: load it unquantised.")
 
 
 def _check_one_shape(sites: Sites) -> None:
@@ -283,7 +259,12 @@ def _attention_site(model: Any, layer: int, norm: Norm, post: PostNorm | None) -
         output=output.detach(),
         output_bias=None if output_bias is None else output_bias.detach(),
         post=post,
+        positions=model.pos_embed.W_pos.detach() if _is_shortformer(model) else None,
     )
+
+
+def _is_shortformer(model: Any) -> bool:
+    return getattr(model.cfg, "positional_embedding_type", None) == "shortformer"
 
 
 def _output_width(attention: Any, output: Tensor) -> int:

@@ -54,6 +54,7 @@ REFUSED_ARGUMENTS = {
     "start_at_layer": "start_at_layer",
     "stop_at_layer": "stop_at_layer",
     "inputs_embeds": "inputs_embeds",
+    "pixel_values": "pixel_values",
     "shortformer_pos_embed": "shortformer position embeddings",
     "position_ids": "position_ids",
 }
@@ -508,7 +509,8 @@ class _Forward:
                 f"hook_{'qkv'[part]} of block {layer} has nothing to hand on: it fired twice, or "
                 "the block's read was removed inside the context (model.reset_hooks?)."
             )
-        return self.handed.pop(part).to(tensor.dtype)
+        site = self.sites.attention[layer]
+        return site.placed(part, self.handed.pop(part).to(tensor.dtype))
 
     def heads(self, z: Tensor, layer: int) -> Tensor:
         """At hook_z: the heads write. The model goes on with a copy that no gradient follows."""

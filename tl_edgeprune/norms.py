@@ -50,7 +50,7 @@ def _bridge_norm(module: Any, original: Any) -> Norm:
     wrapped = module.use_native_layernorm_autograd or getattr(
         module.config, "layer_norm_folding", False
     )
-    if isinstance(original, torch.nn.LayerNorm):
+    if type(original) is torch.nn.LayerNorm:  # a subclass may read its weight otherwise (Nemotron)
         eps = original.eps if wrapped else module.config.eps
         return LayerNorm(original.weight, original.bias, eps)
     if not wrapped:
