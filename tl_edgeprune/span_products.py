@@ -54,11 +54,11 @@ class Spans:
         ]
         self.products = SpanProducts(flat[self.order], segments)
 
-    def ordered(self, rows: Float[Tensor, "row *rest"]) -> Float[Tensor, "row *rest"]:
+    def ordered(self, rows: Float[Tensor, " row *rest"]) -> Float[Tensor, " row *rest"]:
         """Rows as the model has them, in the order of their spans."""
         return _Reordered.apply(rows, self.order, self.back)
 
-    def restored(self, rows: Float[Tensor, "row *rest"]) -> Float[Tensor, "row *rest"]:
+    def restored(self, rows: Float[Tensor, " row *rest"]) -> Float[Tensor, " row *rest"]:
         """What `ordered` gave, as the model has it."""
         return _Reordered.apply(rows, self.back, self.order)
 
