@@ -191,7 +191,7 @@ def minimality_test(
         n_random: spare effects; two masked forwards each, one for every edge tested.
         tie: an effect exceeds another if it is larger by more than this.
 
-    Raises ValueError for a circuit with no edges or all, or with spans, KeyError for edges that are not in it.
+    Raises ValueError for a circuit with no edges, all or spans, KeyError for edges not in it.
     """
     graph = circuit.graph
     refuse_spans(graph, "minimality_test")

@@ -26,6 +26,7 @@ from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.learned_constants import LearnedConstants
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.objectives import Objective, find_objective
+from tl_edgeprune.positions import task_for
 from tl_edgeprune.tasks.task import Batch, Task
 from tl_edgeprune.teacher import Teacher, check_vocabulary
 
@@ -64,7 +65,7 @@ def optimal_constants(
     with MaskedModel.attach(model, graph if circuit is None else circuit.graph) as run:
         teacher = Teacher(run, task, "mean", batch_size=batch_size, max_bytes=0)
         learned = LearnedConstants(run, task.clean, lr)
-        batches = _endless(teacher.task, batch_size, seed)
+        batches = _endless(task_for(task, run.graph), batch_size, seed)
         bar = tqdm(range(steps), "learning constants", disable=not progress)
         for step in bar:
             lesson = teacher.lesson(next(batches))

@@ -57,30 +57,13 @@ def graph_at(
     return graph.at(map(str, range(lengths[0])))
 
 
-def task_for(task: AnyTask, graph: EdgeGraph) -> AnyTask:
+def task_for(task: Task, graph: EdgeGraph) -> Task:
     """The task, with its spans as the graph names and orders them.
 
     Raises ValueError for spans that the graph has not, and prompts with more positions.
     """
     if not graph.spans:
         return task
-    if not isinstance(task, Task):
-        read = task.read
-        return replace(task, read=lambda places: _placed(read(places), graph))
-    return _placed(task, graph)
-
-
-def refuse_spans(graph: EdgeGraph | None, what: str) -> None:
-    """Raise ValueError for a graph with spans."""
-    if graph is not None and graph.spans:
-        raise ValueError(
-            f"{what} takes edges that are the same at every position, and this graph's have masks "
-            f"of their own in spans ({', '.join(graph.spans[:8])}): use a graph without "
-            "(graph.at(()))."
-        )
-
-
-def _placed(task: Task, graph: EdgeGraph) -> Task:
     if graph.by_position:
         longest = max(map(len, task.clean))
         if longest > graph.n_spans:
@@ -102,6 +85,24 @@ def _placed(task: Task, graph: EdgeGraph) -> Task:
         )
     places = torch.tensor([graph.spans.index(name) for name in names])
     return replace(task, span_names=graph.spans, spans=[places[row] for row in task.spans])
+
+
+def any_task_for(task: AnyTask, graph: EdgeGraph) -> AnyTask:
+    """`task_for`, of a stream chunk by chunk."""
+    if isinstance(task, Task):
+        return task_for(task, graph)
+    read = task.read
+    return replace(task, read=lambda places: task_for(read(places), graph))
+
+
+def refuse_spans(graph: EdgeGraph | None, what: str) -> None:
+    """Raise ValueError for a graph with spans."""
+    if graph is not None and graph.spans:
+        raise ValueError(
+            f"{what} takes edges that are the same at every position, and this graph's have masks "
+            f"of their own in spans ({', '.join(graph.spans[:8])}): use a graph without "
+            "(graph.at(()))."
+        )
 
 
 def _named(task: Task) -> tuple[str, ...]:

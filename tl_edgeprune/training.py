@@ -31,7 +31,7 @@ from tl_edgeprune.masks import (
 from tl_edgeprune.methods.gradients import path_scores
 from tl_edgeprune.methods.mask_ig import mask_path
 from tl_edgeprune.objectives import Objective
-from tl_edgeprune.positions import task_for
+from tl_edgeprune.positions import any_task_for
 from tl_edgeprune.scores import EdgeScores
 from tl_edgeprune.tasks.stream import AnyTask, identity, sample
 from tl_edgeprune.teacher import Teacher
@@ -52,7 +52,7 @@ class Training:
     ) -> None:
         self.ranks = Ranks.current()
         self.pruner, self.run = self.ranks.own(pruner), run
-        self.task, self.loss_of = task_for(task, run.graph), loss_of
+        self.task, self.loss_of = any_task_for(task, run.graph), loss_of
         self.graph = run.graph
         self.started = time.monotonic()
         self.history: History = []

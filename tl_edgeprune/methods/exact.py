@@ -40,8 +40,9 @@ def exact(
     """The rise of the objective when each edge alone is removed from the full model.
 
     A score above 0 says that removing the edge raises the loss. objective: the task's own by
-    default. positions: "span" or "position" for edges with a mask in each. edges: names of those to score, all by default; the others' scores are 0. Raises
-    KeyError for an unknown edge, and ValueError as `find_objective` does.
+    default. positions: "span" or "position" for edges with a mask in each. edges: names of those to
+    score, all by default; the others' scores are 0. Raises KeyError for an unknown edge, and
+    ValueError as `find_objective` does.
     """
     loss_of = find_objective(objective, task)
     check_vocabulary(task, int(model.cfg.d_vocab))

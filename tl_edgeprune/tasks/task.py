@@ -351,7 +351,7 @@ def lay_out_spans(
     spans = []
     for parts, length in zip(marked, lengths, strict=True):
         row = torch.full((length,), place[REST])
-        for name, (start, end) in reversed(parts.items()):
+        for name, (start, end) in reversed([*parts.items()]):
             row[start:end] = place[name]
         spans.append(row)
     return {"span_names": tuple(place), "spans": spans}
