@@ -295,7 +295,8 @@ class EdgeGraph:
     def from_dict(cls, fields: dict[str, Any]) -> EdgeGraph:
         """The graph that `to_dict` described. Raises ValueError for unknown or missing fields."""
         try:
-            return cls(**fields)
+            given = {"spans": (), **fields}
+            return cls(**given | {"spans": tuple(given["spans"])})
         except TypeError as error:
             raise ValueError(f"not the description of an edge graph: {error}") from None
 
