@@ -492,6 +492,9 @@ def test_positions_that_cannot_be_used():
         discover(model, plain, method="eap", positions="span")
     with pytest.raises(ValueError, match="have 5 to 6 tokens"):
         discover(model, plain, method="acdc", positions="position", threshold=0.1)
+    numbered = replace(task, span_names=("0", "1", "2"))
+    with pytest.raises(ValueError, match="names of positions"):
+        discover(model, numbered, method="eap", positions="span")
     with pytest.raises(ValueError, match="ifr takes no positions"):
         discover(model, task, method="ifr", positions="span")
     for method in ("ifr", "hisp", "greedy-output", "subspace-nodes"):

@@ -723,7 +723,7 @@ def _spans_of(
     if spans is None:
         raise ValueError(
             f"the edges of this graph have masks of their own in {graph.n_spans} spans "
-            f"({', '.join(graph.spans[:8])}…), so a run needs to know which positions (of {pos}) "
+            f"({', '.join(graph.spans[:8])}), so a run needs to know which positions (of {pos}) "
             "are whose: give spans=…, [batch, pos], such as batch.spans of a task that has them."
         )
     if spans.shape != tokens.shape or spans.is_floating_point():

@@ -39,14 +39,21 @@ def graph_at(
     """The graph (None: the model's) with edges in each span of a task, at each position, or
     (positions=None) as it is.
 
-    Raises ValueError for a task without spans, prompts of several lengths, and another word.
+    Raises ValueError for a task without spans, or whose spans are named by numbers, for prompts of
+    several lengths, and another word.
     """
     check_positions(positions)
     if positions is None:
         return graph
     graph = graph or EdgeGraph.from_model(model)
     if positions == "span":
-        return graph.at(_named(sample(task)))
+        graph = graph.at(_named(sample(task)))
+        if graph.by_position:
+            raise ValueError(
+                f"the spans of task {task.name!r} have the names of positions "
+                f"({', '.join(graph.spans[:4])}): use positions='position', or give them others."
+            )
+        return graph
     lengths = sorted({len(tokens) for tokens in sample(task).clean})
     if len(lengths) > 1:
         raise ValueError(
