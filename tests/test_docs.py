@@ -15,6 +15,7 @@ from tl_edgeprune.models import smollm2
 ROOT = Path(__file__).parents[1]
 TUTORIAL = ROOT / "docs" / "tutorial.md"
 EVALUATION = ROOT / "docs" / "evaluation.md"
+POSITIONS = ROOT / "docs" / "positions.md"
 FENCE = re.compile(
     r'(?P<slow><!-- slow -->\n)?^```(?P<language>python|json)(?: title="(?P<title>[^"]+)")?\n'
     r"(?P<code>.*?)^```$",
@@ -78,6 +79,12 @@ def test_blocks_on_evaluation_run():
     every = blocks(EVALUATION)
     assert len(every) >= 6
     run(every, EVALUATION)
+
+
+def test_blocks_on_positions_run():
+    every = blocks(POSITIONS)
+    assert len(every) >= 4
+    run(every, POSITIONS)
 
 
 @pytest.mark.slow

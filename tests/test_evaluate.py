@@ -348,9 +348,9 @@ def test_each_circuit_costs_one_masked_forward_a_batch(monkeypatch):
     calls = []
     run_once = MaskedModel.__call__
 
-    def counted(self, *args):
+    def counted(self, *args, **others):
         calls.append(args[0].shape)
-        return run_once(self, *args)
+        return run_once(self, *args, **others)
 
     monkeypatch.setattr(MaskedModel, "__call__", counted)
     evaluate_all(model, circuits, task)

@@ -1,7 +1,8 @@
 """A circuit: a set of edges of one graph, with where it came from. JSON on disk.
 
 An edge is *alive* if it lies on a path of kept edges from the input to the logits. A head's edges
-into its query, key and value all lead to the head: it is reached through any of them.
+into its query, key and value all lead to the head: it is reached through any of them. In a graph
+with spans a path passes from span to span through keys and values alone.
 """
 
 from __future__ import annotations
@@ -97,24 +98,21 @@ class Circuit:
 
     def without_dead_edges(self) -> Circuit:
         """The edges on some path of kept edges from the input to the logits."""
-        graph = self.graph
+        graph, spans, flows = self.graph, self.graph.n_spans, self.graph.flows_into
         kept = [graph.pairs[index] for index in self.mask.nonzero().flatten().tolist()]
-        place = {name: index for index, name in enumerate(graph.sources)}
-        owners = [{place[name] for name in graph.owner(d)} for d in graph.destinations]
-        reached = set(range(graph.n_inputs))
+        reached = set(range(graph.n_inputs * spans))
         for source, destination in sorted(kept):  # a source writes after all that feeds it
-            if source in reached:
-                reached |= owners[destination]
+            if source * spans + destination % spans in reached:
+                reached |= flows[destination]
         useful: set[int] = set()
-        logits = len(graph.destinations) - 1
         for source, destination in sorted(kept, reverse=True):
-            if destination == logits or owners[destination] & useful:
-                useful.add(source)
+            if destination in graph.outputs or flows[destination] & useful:
+                useful.add(source * spans + destination % spans)
         alive = torch.zeros_like(self.mask)
         for index in self.mask.nonzero().flatten().tolist():
             source, destination = graph.pairs[index]
-            leads_on = destination == logits or bool(owners[destination] & useful)
-            alive[index] = source in reached and leads_on
+            leads_on = destination in graph.outputs or bool(flows[destination] & useful)
+            alive[index] = source * spans + destination % spans in reached and leads_on
         return Circuit(graph, alive, dict(self.metadata))
 
     def __repr__(self) -> str:

@@ -49,6 +49,7 @@ from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.knockouts import cut_edge
 from tl_edgeprune.measures import find_measure
 from tl_edgeprune.objectives import Objective
+from tl_edgeprune.positions import refuse_spans
 from tl_edgeprune.sweep import Measured, ablation_of, check_origin, measure_circuits
 from tl_edgeprune.tasks.task import Task
 
@@ -190,9 +191,10 @@ def minimality_test(
         n_random: spare effects; two masked forwards each, one for every edge tested.
         tie: an effect exceeds another if it is larger by more than this.
 
-    Raises ValueError for a circuit with no edges or all, KeyError for edges that are not in it.
+    Raises ValueError for a circuit with no edges, all or spans, KeyError for edges not in it.
     """
     graph = circuit.graph
+    refuse_spans(graph, "minimality_test")
     names = circuit.edges if edges is None else tuple(edges)
     missing = [name for name in names if name not in circuit]
     if missing:

@@ -186,6 +186,11 @@ def _check_names(
                 f"compare: no threshold in the settings of {name!r}: expected a number, or a list "
                 "of one or more, for a run each."
             )
+        if own.get("positions") is not None:
+            raise ValueError(
+                f"compare: positions in the settings of {name!r}. Circuits whose edges have masks "
+                "in spans count other edges than those without: evaluate them apart."
+            )
         if "ablation" in own:
             raise ValueError(
                 f"compare: an ablation in the settings of {name!r}. Figures under different "

@@ -25,6 +25,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -121,8 +122,8 @@ class WholeCuts:
         self.mask[edges] = False
         self._alive = None
 
-    def alive(self) -> Bool[Tensor, " source"]:
-        """Which sources lead to the logits by kept edges."""
+    def alive(self) -> Bool[Tensor, "source span"]:
+        """Which sources, in which span, lead to the logits by kept edges."""
         if self._alive is None:
             self._alive = lead_to_logits(self.graph, self.mask)
         return self._alive
@@ -153,12 +154,19 @@ class WholeCuts:
 
     def _whole(self, lesson: Lesson, mask: Tensor) -> Float[Tensor, " pair"]:
         batch = lesson.batch
-        logits = self.run(batch.clean, mask.to(self.device), lesson.reference, batch.positions)
+        logits = _logits(self.run, lesson, mask.to(self.device))
         return self.loss_of(logits, lesson.full, batch)
 
     @staticmethod
     def _cat(parts: list[Tensor]) -> Float[Tensor, "*candidate pair"]:
         return torch.cat([part.double().cpu() for part in parts], dim=-1)
+
+
+class _Rows(NamedTuple):
+    """The rows of a span."""
+
+    span: int
+    rows: Int[Tensor, " row"]
 
 
 @dataclass
@@ -169,6 +177,8 @@ class _Part:
     reference: Reference  # expanded to the batch
     rows: Int[Tensor, " read"]
     differences: Float[Tensor, "source row d_model"]
+    spans: list[_Rows] | None  # of all rows, and of those that the task reads
+    read_spans: list[_Rows] | None
 
     @property
     def n_rows(self) -> int:
@@ -195,6 +205,11 @@ class _Change:
     def n_rows(self) -> int:
         """Rows of one candidate."""
         return self.base.shape[1]
+
+    @property
+    def spans(self) -> list[_Rows] | None:
+        """The spans of one candidate's rows."""
+        return self.part.read_spans if self.last else self.part.spans
 
     @property
     def values(self) -> Float[Tensor, "source row d_model"]:
@@ -274,8 +289,12 @@ class PartCuts(WholeCuts):
         read = self.graph.reads[place]
         if read.kind == "logits":
             return 0
-        later = self.alive()[self._first_source(read) :]
+        later = self._leads()[self._first_source(read) :]
         return int(later.sum()) if not self.heads_interact else len(later)
+
+    def _leads(self) -> Bool[Tensor, " source"]:
+        """Which sources lead to the logits from some span."""
+        return self.alive().any(1)
 
     def _first_source(self, read: Read) -> int:
         graph = self.graph
@@ -289,8 +308,11 @@ class PartCuts(WholeCuts):
         pairs, pos = batch.clean.shape
         starts = torch.arange(pairs, device=self.device)[:, None] * pos
         mask = self.mask.to(self.device)
-        differences = self.run.differences(batch.clean, lesson.reference, mask)
-        part = _Part(lesson, reference, (batch.positions + starts).flatten(), differences)
+        differences = self.run.differences(batch.clean, lesson.reference, mask, batch.spans)
+        rows = (batch.positions + starts).flatten()
+        spans = batch.spans.flatten() if self.graph.spans and batch.spans is not None else None
+        by_span = [_by_span(some) for some in (spans, None if spans is None else spans[rows])]
+        part = _Part(lesson, reference, rows, differences, *by_span)
         self._parts.append(part)
         self._refresh()
         change = _Change(part, 1, differences[:0])
@@ -308,7 +330,8 @@ class PartCuts(WholeCuts):
         change = _Change(part, len(cuts), self._buffer(part, place, len(cuts)))
         self._changes.append(change)
         read = self.graph.reads[place]
-        kept = self._weights[place] * (~cuts).to(self._weights[place])
+        weights = self._weights[place]
+        kept = weights * (~cuts).view(-1, *weights.shape).to(weights)
         if read.kind == "logits":
             change.keep_read_rows(0)
             return self._objective(change, self._mix_cut(change, place, kept, [0]))
@@ -326,7 +349,7 @@ class PartCuts(WholeCuts):
         seen = [s for s in change.sources if s < read.n_sources]
         if not seen:
             return
-        hit = (weights[:, seen] != 0).any(1).nonzero().flatten().tolist()
+        hit = (weights[..., seen] != 0).flatten(1).any(1).nonzero().flatten().tolist()
         touched = [d for d in hit if self._matters(read, d)]
         if touched:
             if read.kind == "mlp" and read.layer == self.graph.n_layers - 1:
@@ -412,21 +435,21 @@ class PartCuts(WholeCuts):
     def _mix(self, change: _Change, place: int, destinations: list[int]) -> _Inputs:
         """What destinations read: unchanged sources' mix, the same for all, and changed ones'."""
         weights = self._weights[place][destinations]
-        n = weights.shape[1]
+        n = weights.shape[-1]
         # Sources change in rising order, so those that a read sees come first.
         changed = [source for source in change.sources if source < n]
         same = weights.clone()
-        same[:, changed] = 0
-        base = _product(same, change.base) + change.part.stream(place, change.last)
-        weights, values = weights[:, changed], change.values[: len(changed)]
-        return partial(_mixed, base, weights, values, change.n_rows)
+        same[..., changed] = 0
+        base = _product(same, change.base, change.spans) + change.part.stream(place, change.last)
+        weights, values = weights[..., changed], change.values[: len(changed)]
+        return partial(_mixed, base, weights, values, change.n_rows, change.spans)
 
     def _mix_cut(
         self, change: _Change, place: int, kept: Tensor, destinations: list[int]
     ) -> _Inputs:
         """What destinations of the cut read itself now read, each candidate its own."""
-        weights = kept[:, destinations]  # [candidate, dst, source]
-        x = _product(weights.flatten(0, 1), change.base)
+        weights = kept[:, destinations]  # [candidate, dst, (span,) source]
+        x = _product(weights.flatten(0, 1), change.base, change.spans)
         x = x.view(*weights.shape[:2], *x.shape[1:]) + change.part.stream(place, change.last)
         return lambda candidate: x[candidate]
 
@@ -434,9 +457,8 @@ class PartCuts(WholeCuts):
         self, part: _Part, place: int, destinations: list[int]
     ) -> Float[Tensor, "dst row d_model"]:
         """What destinations read in the current run."""
-        return _product(self._weights[place][destinations], part.differences) + part.stream(
-            place, False
-        )
+        mix = _product(self._weights[place][destinations], part.differences, part.spans)
+        return mix + part.stream(place, False)
 
     def _objective(self, change: _Change, inputs: _Inputs) -> Float[Tensor, "candidate pair"]:
         """Each pair's objective where the logits read the inputs."""
@@ -464,30 +486,32 @@ class PartCuts(WholeCuts):
         dtype = self.run.sites.attention[0].output.dtype
         mask = self.mask.to(self.device, dtype)
         self._weights = [
-            mask[read.edges].view(read.n_destinations, read.n_sources) for read in self.graph.reads
+            mask[read.edges].view(-1, *self.graph.spans and (self.graph.n_spans,), read.n_sources)
+            for read in self.graph.reads
         ]
 
     def _changed(self, place: int, cuts: Tensor) -> list[int]:
         """Destinations that lose an edge in some candidate."""
-        lost = (cuts & self._weights[place].bool().cpu()).any(2).any(0)
+        weights = self._weights[place].bool().cpu()
+        lost = (cuts.view(-1, *weights.shape) & weights).flatten(2).any(2).any(0)
         return lost.nonzero().flatten().tolist()
 
     def _matters(self, read: Read, destination: int) -> bool:
         """Whether what a destination reads can change the logits."""
         if read.kind == "mlp":
-            return bool(self.alive()[self.graph.mlp_source(read.layer)])
+            return bool(self._leads()[self.graph.mlp_source(read.layer)])
         first = self.graph.first_head(read.layer)
         heads = [first + h for h in self._heads_of(destination)]
         if self.heads_interact:
             heads = list(range(first, first + self.graph.n_heads))
-        return bool(self.alive()[heads].any())
+        return bool(self._leads()[heads].any())
 
     def _touched_heads(self, layer: int, touched: list[int]) -> list[int]:
         if self.heads_interact:
             return list(range(self.graph.n_heads))
         first = self.graph.first_head(layer)
-        heads = {h for d in touched for h in self._heads_of(d)}
-        return sorted(h for h in heads if self.alive()[first + h])
+        heads, leads = {h for d in touched for h in self._heads_of(d)}, self._leads()
+        return sorted(h for h in heads if leads[first + h])
 
     def _head_of(self, part: int, destination: int) -> int | None:
         """Which of the queries' (0), keys' (1) or values' (2) heads a destination is, if any."""
@@ -533,14 +557,24 @@ class PartCuts(WholeCuts):
 
 def _mixed(
     base: Float[Tensor, "dst row d_model"],
-    weights: Float[Tensor, "dst source"],
+    weights: Float[Tensor, "dst *span source"],
     values: Float[Tensor, "source candidate_rows d_model"],
     n_rows: int,
+    spans: list[_Rows] | None,
     candidate: int,
 ) -> Float[Tensor, "dst row d_model"]:
     """base + weights @ the candidate's own rows of the values."""
     rows = values[:, candidate * n_rows : (candidate + 1) * n_rows]
+    if spans is not None:
+        return base + _product(weights, rows, spans)
     return torch.addmm(base.flatten(1), weights, rows.flatten(1)).view(base.shape)
+
+
+def _by_span(spans: Int[Tensor, " row"] | None) -> list[_Rows] | None:
+    """The rows of each span that there is."""
+    if spans is None:
+        return None
+    return [_Rows(span, (spans == span).nonzero()[:, 0]) for span in spans.unique().tolist()]
 
 
 def _rows(tensor: Tensor, rows: list[int]) -> Tensor:
@@ -551,10 +585,19 @@ def _rows(tensor: Tensor, rows: list[int]) -> Tensor:
 
 
 def _product(
-    weights: Float[Tensor, "dst source"], values: Float[Tensor, "any_source row d_model"]
+    weights: Float[Tensor, "dst *span source"],
+    values: Float[Tensor, "any_source row d_model"],
+    spans: list[_Rows] | None = None,
 ) -> Float[Tensor, "dst row d_model"]:
-    """weights @ the first sources; of sparse weights, only the sources that any of them wants."""
-    n = weights.shape[1]
+    """weights @ the first sources, span by span; of sparse weights, only the sources that any of
+    them wants.
+    """
+    n = weights.shape[-1]
+    if spans is not None:
+        product = values.new_empty(len(weights), *values.shape[1:])
+        for span, rows in spans:
+            product[:, rows] = _product(weights[:, span], values[:n, rows])
+        return product
     wanted = (weights != 0).any(0).nonzero().flatten()
     block = values[:n]
     if 2 * len(wanted) < n:
@@ -565,29 +608,31 @@ def _product(
 # ----------------------------------------------------------------------------------- structure
 
 
-def lead_to_logits(graph: EdgeGraph, mask: Bool[Tensor, " edge"]) -> Bool[Tensor, " source"]:
-    """Which sources have a path of kept edges to the logits."""
-    alive = torch.zeros(graph.n_sources, dtype=torch.bool)
+def lead_to_logits(graph: EdgeGraph, mask: Bool[Tensor, " edge"]) -> Bool[Tensor, "source span"]:
+    """Which sources, in which span, have a path of kept edges to the logits (in any span)."""
+    alive = torch.zeros(graph.n_sources, graph.n_spans, dtype=torch.bool)
     for read in reversed(graph.reads):
-        block = mask[read.edges].view(read.n_destinations, read.n_sources)
-        alive[: read.n_sources] |= (block & leading(graph, read, alive)[:, None]).any(0)
+        block = mask[read.edges].view(-1, graph.n_spans, read.n_sources)
+        leads = leading(graph, read, alive).view(-1, graph.n_spans, 1)
+        alive[: read.n_sources] |= (block & leads).any(0).T
     return alive
 
 
 def leading(
-    graph: EdgeGraph, read: Read, alive: Bool[Tensor, " source"]
+    graph: EdgeGraph, read: Read, alive: Bool[Tensor, "source span"]
 ) -> Bool[Tensor, " destination"]:
-    """Which destinations of a read flow into a source that leads to the logits."""
+    """Which destinations of a read flow into a source that leads to the logits.
+
+    Keys and values may be read from every span.
+    """
     if read.kind == "logits":
-        return torch.ones(1, dtype=torch.bool)
+        return torch.ones(graph.n_spans, dtype=torch.bool)
     if read.kind == "mlp":
-        return alive[graph.mlp_source(read.layer)].view(1)
+        return alive[graph.mlp_source(read.layer)]
     first = graph.first_head(read.layer)
     heads = alive[first : first + graph.n_heads]
-    if not graph.split_qkv:
-        return heads
-    groups = heads.view(graph.n_kv_heads, -1).any(1)
-    return torch.cat([heads, groups, groups])
+    groups = heads.view(graph.n_kv_heads, -1).any(1).repeat_interleave(graph.n_spans)
+    return torch.cat([heads.flatten(), groups, groups]) if graph.split_qkv else groups
 
 
 @torch.no_grad()
@@ -605,12 +650,12 @@ def heads_interact(run: MaskedModel, lesson: Lesson) -> bool:
     lesson = _some(lesson)
     mask = torch.ones(graph.n_edges, dtype=torch.bool, device=lesson.full.device)
     last = graph.reads[-1].edges
-    mask[last][graph.first_head(0)] = False
+    mask[last].view(graph.n_spans, -1)[:, graph.first_head(0)] = False
     block = mask[graph.reads[0].edges].view(-1, graph.reads[0].n_sources)
     for read in graph.reads[1:-1]:  # a0.h0 leads nowhere
         mask[read.edges].view(-1, read.n_sources)[:, graph.first_head(0) :][:, :1] = False
     before = _logits(run, lesson, mask)
-    block[0] = False  # nor does it read anything, with its queries
+    block[: graph.n_spans] = False  # nor does it read anything, with its queries
     return float((_logits(run, lesson, mask) - before).abs().max()) > 1e-4 * float(
         before.abs().max()
     )
@@ -626,7 +671,8 @@ def _some(lesson: Lesson, pairs: int = 2) -> Lesson:
 
 
 def _logits(run: MaskedModel, lesson: Lesson, mask: Tensor) -> Float[Tensor, "batch read vocab"]:
-    return run(lesson.batch.clean, mask, lesson.reference, lesson.batch.positions)
+    batch = lesson.batch
+    return run(batch.clean, mask, lesson.reference, batch.positions, spans=batch.spans)
 
 
 @torch.no_grad()

@@ -5,6 +5,8 @@
 3. A destination reads every source before it, so it reads a *prefix* of the list of sources, and
    the graph is a list of reads: dense blocks [destination, source] laid end to end in one flat
    vector of `n_edges`. Every mask and every score in the package is such a vector.
+4. With spans (named parts of the prompt) each destination is one destination a span: it reads there
+   and nowhere else, and its edges are named `a0.h3->a5.h2<q>@S2`.
 
 Edge Pruning, Bhaskar et al. 2024, section 3; the names are those of EAP-IG and of the MIB
 benchmark.
@@ -13,7 +15,9 @@ benchmark.
 from __future__ import annotations
 
 import difflib
-from dataclasses import asdict, dataclass
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
@@ -42,7 +46,8 @@ class EdgeGraph:
 
     n_kv_heads is n_heads unless keys and values are shared by groups of heads. `split_qkv=False`
     gives each head one destination; `split_embeddings=True` gives token and position embeddings a
-    source each. Parallel blocks' MLPs read what their attention reads.
+    source each. Parallel blocks' MLPs read what their attention reads. spans: names of the parts of
+    the prompt that have edges of their own; none: an edge is the same at every position.
     """
 
     n_layers: int
@@ -52,8 +57,11 @@ class EdgeGraph:
     parallel: bool = False
     split_qkv: bool = True
     split_embeddings: bool = False
+    spans: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "spans", tuple(self.spans))
+        check_span_names(self.spans)
         if min(self.n_layers, self.n_heads, self.n_kv_heads) < 1:
             raise ValueError(f"{self!r}: layers and heads must be 1 or more.")
         if self.n_heads % self.n_kv_heads:
@@ -80,6 +88,20 @@ class EdgeGraph:
         from tl_edgeprune.hooks import find_sites
 
         return find_sites(model).graph(split_qkv=split_qkv, split_embeddings=split_embeddings)
+
+    def at(self, spans: Iterable[str]) -> EdgeGraph:
+        """This graph with edges of their own in each of these spans (none: the same everywhere)."""
+        return replace(self, spans=tuple(spans))
+
+    @property
+    def n_spans(self) -> int:
+        """Masks that an edge of the model has: one a span, or one."""
+        return max(1, len(self.spans))
+
+    @property
+    def by_position(self) -> bool:
+        """Whether each position is a span, named by its number."""
+        return bool(self.spans) and self.spans == tuple(map(str, range(len(self.spans))))
 
     @property
     def grouped(self) -> bool:
@@ -122,6 +144,7 @@ class EdgeGraph:
             kind: Literal["attention", "mlp", "logits"], layer: int, rows: int, sources: int
         ) -> None:
             nonlocal destination, edge
+            rows *= self.n_spans
             reads.append(Read(kind, layer, destination, rows, sources, edge))
             destination += rows
             edge += rows * sources
@@ -154,7 +177,10 @@ class EdgeGraph:
         for layer in range(self.n_layers):
             names += self._attention_names(layer)
             names += [f"m{layer}"] if self.has_mlp else []
-        return (*names, "logits")
+        names.append("logits")
+        if self.spans:
+            names = [f"{name}@{span}" for name in names for span in self.spans]
+        return tuple(names)
 
     def _attention_names(self, layer: int) -> list[str]:
         heads = [f"a{layer}.h{head}" for head in range(self.n_heads)]
@@ -203,6 +229,14 @@ class EdgeGraph:
         if not arrow:
             first = self.edges[0]
             return f"{name!r} is no edge: one is written 'source->destination', as {first!r}."
+        span = destination.rpartition("@")[2] if "@" in destination else ""
+        if bool(span) != bool(self.spans) or (span and span not in self.spans):
+            what = f"no span {span!r}" if span else "edges in spans only"
+            return (
+                f"unknown edge {name!r}: this graph has {what}. Its spans are "
+                f"{', '.join(self.spans) or 'none'}"
+                f"{f', as in {self.edges[0]!r}' if self.spans else ''}."
+            )
         sources = _nearest(source, self.sources)
         destinations = _nearest(destination, self.destinations)
         near = [f"{s}->{d}" for s in sources for d in destinations if f"{s}->{d}" in self._index][
@@ -221,7 +255,7 @@ class EdgeGraph:
 
     def owner(self, destination: str) -> tuple[str, ...]:
         """Sources that a destination's input flows into: its head, its group's heads, its MLP."""
-        node = destination.partition("<")[0]
+        node = destination.partition("@")[0].partition("<")[0]
         if node == "logits":
             return ()
         layer, _, part = node.partition(".")
@@ -231,16 +265,53 @@ class EdgeGraph:
         group = int(part[2:])
         return tuple(f"{layer}.h{head}" for head in range(group * size, (group + 1) * size))
 
+    @cached_property
+    def flows_into(self) -> tuple[frozenset[int], ...]:
+        """For each destination, the nodes that its input may flow into.
+
+        A node is a source at a span, source * n_spans + span. Queries and MLPs act where they read;
+        keys and values may be read from any span.
+        """
+        place = {name: index for index, name in enumerate(self.sources)}
+        flows = []
+        for row, name in enumerate(self.destinations):
+            here = re.fullmatch(r"m\d+|[^<]*<q>", name.partition("@")[0]) is not None
+            at = (row % self.n_spans,) if here else range(self.n_spans)
+            owners = [place[owner] * self.n_spans for owner in self.owner(name)]
+            flows.append(frozenset(first + span for first in owners for span in at))
+        return tuple(flows)
+
+    @cached_property
+    def outputs(self) -> range:
+        """The logits' places among the destinations, one a span."""
+        last = self.reads[-1]
+        return range(last.first_destination, last.first_destination + last.n_destinations)
+
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        fields = asdict(self) | {"spans": list(self.spans)}
+        return fields if self.spans else {k: v for k, v in fields.items() if k != "spans"}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> EdgeGraph:
         """The graph that `to_dict` described. Raises ValueError for unknown or missing fields."""
         try:
-            return cls(**fields)
+            given = {"spans": (), **fields}
+            return cls(**given | {"spans": tuple(given["spans"])})
         except TypeError as error:
             raise ValueError(f"not the description of an edge graph: {error}") from None
+
+
+def check_span_names(spans: tuple[str, ...]) -> None:
+    """Raise ValueError for names that edges could not be told apart by."""
+    bad = [name for name in spans if not isinstance(name, str) or not _SPAN_NAME.fullmatch(name)]
+    if bad or len(set(spans)) < len(spans):
+        raise ValueError(
+            f"spans {', '.join(map(repr, bad or spans))}: expected names that differ, of letters, "
+            "digits and any of +-_.' (as in a0.h3->a5.h2<q>@S1+1)."
+        )
+
+
+_SPAN_NAME = re.compile(r"[\w+\-.']+")
 
 
 def _nearest(name: str, known: tuple[str, ...]) -> list[str]:

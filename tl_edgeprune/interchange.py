@@ -41,6 +41,7 @@ from torch import Tensor
 from tl_edgeprune.circuit import Circuit
 from tl_edgeprune.files import write_whole
 from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.positions import refuse_spans
 from tl_edgeprune.scores import EdgeScores
 
 SHARED = ("same", "sum", "mean")
@@ -152,7 +153,7 @@ def to_networkx(circuit: Circuit) -> Any:
     of kind="inside" lead from a head's query, key and value to the head itself (a shared key to
     every head of its group), so that a walk can go on.
 
-    Raises ImportError where networkx is not installed.
+    Raises ImportError where networkx is not installed, ValueError for a circuit with spans.
     """
     try:
         import networkx
@@ -160,6 +161,7 @@ def to_networkx(circuit: Circuit) -> Any:
         raise ImportError(
             "Circuit.to_networkx needs networkx: install it with pip install networkx."
         ) from None
+    refuse_spans(circuit.graph, "Circuit.to_networkx")
     graph, found = circuit.graph, networkx.DiGraph()
     for name in ("input", "tok", "pos"):
         if name in graph.sources:
@@ -190,6 +192,7 @@ def _description(name: str) -> dict[str, Any]:
 
 def check_graph(graph: EdgeGraph) -> None:
     """Raise ValueError for a graph that EAP-IG's files cannot hold."""
+    refuse_spans(graph, "EAP-IG's and MIB's format")
     if graph.split_embeddings:
         raise ValueError(
             "EAP-IG's and MIB's graphs have one input, this one has two (split_embeddings=True): "

@@ -43,6 +43,7 @@ from tl_edgeprune.idle import idle_work, resting
 from tl_edgeprune.norms import identity
 from tl_edgeprune.projections import project
 from tl_edgeprune.residual import BufferPool, Stream, WholeStream
+from tl_edgeprune.span_products import Spans
 
 # Reads that share one pass over the buffer: those of four blocks with an MLP. More would save
 # little (few passes are left) and cost memory (their mixes wait until they are read).
@@ -69,6 +70,7 @@ def masked(
     ablation: Ablation | None = None,
     prompts: Sequence[Tensor] | Int[Tensor, "prompt pos"] | None = None,
     positions: Int[Tensor, "batch read"] | None = None,
+    spans: Int[Tensor, "batch pos"] | None = None,
     graph: EdgeGraph | None = None,
 ) -> Iterator[Any]:
     """The model itself, its edges masked for as long as the context lasts.
@@ -81,6 +83,8 @@ def masked(
             "mean-positional" (means over `prompts`), or Constants that were learned.
         positions: the positions whose logits are wanted, [batch, read]: the model then gives
             [batch, read, d_vocab] in place of [batch, pos, d_vocab].
+        spans: each position's span, as its place among the graph's spans (`batch.spans`), for a
+            circuit or mask with spans. One by position needs none.
         graph: the mask's graph, where it is not `EdgeGraph.from_model(model)`.
 
     Yields the model. Weights are frozen inside; hooks, flags, gradients and mode are on leaving as
@@ -96,7 +100,7 @@ def masked(
     with MaskedModel.attach(model, _wanted_graph(circuit_or_mask, graph)) as run:
         check_mask(mask, run.graph)
         reference = run.reference(kind, corrupted=corrupted, prompts=prompts)
-        run.set(mask=mask, reference=reference, positions=positions)
+        run.set(mask=mask, reference=reference, positions=positions, spans=spans)
         with run.shadowed():
             yield model
 
@@ -106,6 +110,7 @@ def _graph_of(sites: Sites, wanted: EdgeGraph | None) -> EdgeGraph:
     if wanted is None:
         return sites.graph(split_qkv=True, split_embeddings=False)
     actual = sites.graph(split_qkv=wanted.split_qkv, split_embeddings=wanted.split_embeddings)
+    actual = actual.at(wanted.spans)
     if wanted != actual:
         raise ValueError(
             f"the circuit or mask is for another model: its graph is {wanted}, this model's "
@@ -200,6 +205,7 @@ class _Inputs:
     held: Held | None = None
     contract: Tensor | None = None
     whole: bool = False
+    spans: Tensor | None = None
 
 
 class MaskedModel:
@@ -250,23 +256,37 @@ class MaskedModel:
         held: Held | None = None,
         contract: Float[Tensor, "source row d_model"] | None = None,
         whole: bool = False,
+        spans: Int[Tensor, "batch pos"] | None = None,
     ) -> Float[Tensor, "batch read d_vocab"]:
         """Logits under a mask, at `positions` or everywhere.
 
         `held`: sources to hold. `contract`: the differences that the mask's gradient is taken
         against, where they are not this run's own. `whole`: the mask is 1 everywhere (only its
-        gradient is wanted), and reads need no products.
+        gradient is wanted), and reads need no products. `spans`: each position's, where the graph
+        has them (it is of no account where not).
         """
         before = self._inputs
-        self._inputs = _Inputs(mask, reference, positions, held, contract, whole)
+        self._inputs = _Inputs(mask, reference, positions, held, contract, whole, spans)
         try:
             return self._run(tokens)
         finally:
             self._inputs = before
 
-    def set(self, *, mask: Tensor, reference: Reference, positions: Tensor | None = None) -> None:
+    def set(
+        self,
+        *,
+        mask: Tensor,
+        reference: Reference,
+        positions: Tensor | None = None,
+        spans: Tensor | None = None,
+    ) -> None:
         """What the model's own forwards run with, inside `shadowed`."""
-        self._inputs = _Inputs(mask, reference, positions)
+        if spans is not None and not self.graph.spans:
+            raise ValueError(
+                "spans=… belongs to a circuit or mask of a graph with spans, and this one's edges "
+                "are the same at every position: leave spans out, or give graph=graph.at(names)."
+            )
+        self._inputs = _Inputs(mask, reference, positions, spans=spans)
 
     def reference(
         self,
@@ -302,6 +322,7 @@ class MaskedModel:
         tokens: Int[Tensor, "batch pos"],
         reference: Reference,
         mask: Shaped[Tensor, " edge"] | None = None,
+        spans: Int[Tensor, "batch pos"] | None = None,
     ) -> Float[Tensor, "source row d_model"]:
         """Each source's output in the run on `tokens` under `mask` (unmasked by default), less its
         reference.
@@ -309,9 +330,11 @@ class MaskedModel:
         whole = mask is None
         if mask is None:
             mask = self.sites.attention[0].output.new_ones(self.graph.n_edges)
+            spans = torch.zeros_like(tokens)  # one is as another
         kept: list[Tensor] = []
         nowhere = tokens.new_empty((len(tokens), 0))
-        before, self._inputs = self._inputs, _Inputs(mask, reference, nowhere, whole=whole)
+        before = self._inputs
+        self._inputs = _Inputs(mask, reference, nowhere, whole=whole, spans=spans)
         try:
             with torch.no_grad():
                 self._run(tokens, keep=kept)
@@ -469,11 +492,14 @@ class _Forward:
         self.reference = fitting(inputs.reference, tokens)
         weight = self.sites.attention[0].output  # mask and positions may come from another device
         self.positions = _checked_positions(inputs.positions, tokens, weight.device)
+        self.spans = _spans_of(inputs.spans, tokens, self.graph, weight.device)
         self.held, self.contract = inputs.held, inputs.contract
+        if self.contract is not None and self.spans is not None:
+            self.contract = self.contract.index_select(1, self.spans.order)
         # In a parallel block the MLP reads after the heads wrote, but not what they wrote.
         self.whole = inputs.whole and not self.graph.parallel
         self.blocks = [
-            part.view(read.n_destinations, read.n_sources)
+            part.view(-1, *self.graph.spans and (self.graph.n_spans,), read.n_sources)
             for part, read in zip(
                 inputs.mask.to(weight).split(
                     [r.n_destinations * r.n_sources for r in self.graph.reads]
@@ -521,6 +547,7 @@ class _Forward:
             )
         site = self.sites.attention[layer]
         rows = site.scaled(z.reshape(-1, *z.shape[2:])) - self.reference.z[layer].flatten(0, 1)
+        rows = self._ordered(rows)
         bias = None
         if self.reference.bias_in_heads and site.output_bias is not None:
             bias = site.output_bias / site.output.shape[0]
@@ -530,12 +557,12 @@ class _Forward:
         return z.detach()
 
     def mlp_in(self, tensor: Tensor, layer: int) -> Tensor:
-        x = self._read("mlp", layer)[0]
+        x = self._restored(self._read("mlp", layer)[0])
         return self.sites.mlp[layer].norm(x).view(tensor.shape)
 
     def mlp_out(self, y: Tensor, layer: int) -> Tensor:
         source = self.graph.mlp_source(layer)
-        difference = (y - self.reference.mlp[layer]).flatten(0, 1)
+        difference = self._ordered((y - self.reference.mlp[layer]).flatten(0, 1))
         self._stream.write(source, self._or_held(source, difference))
         return y.detach()
 
@@ -547,7 +574,7 @@ class _Forward:
     def logits_in(self, resid: Tensor) -> Tensor:
         """At the last residual stream: what the logits read, at the read positions only."""
         if self.positions is None:
-            return self._read("logits", self.graph.n_layers)[0].view(resid.shape)
+            return self._restored(self._read("logits", self.graph.n_layers)[0]).view(resid.shape)
         rows = (
             self.positions + torch.arange(self.batch, device=resid.device)[:, None] * self.pos
         ).flatten()
@@ -585,7 +612,9 @@ class _Forward:
                 )
         if keep is not None:
             assert self._stream.differences is not None
-            keep.append(self._stream.differences.clone())
+            differences = self._stream.differences
+            back = None if self.spans is None else self.spans.back
+            keep.append(differences.clone() if back is None else differences.index_select(1, back))
         self._stream.close()
 
     def abandon(self) -> None:
@@ -605,38 +634,51 @@ class _Forward:
                 f"block 0 got shape {tuple(resid.shape)} for tokens [{self.batch}, {self.pos}]."
             )
         kind = WholeStream if self.whole else Stream
-        self.stream = kind(self.graph.n_sources, resid.flatten(0, 1), self.pool, self.contract)
+        products = None if self.spans is None else self.spans.products
+        like = resid.flatten(0, 1)
+        self.stream = kind(self.graph.n_sources, like, self.pool, self.contract, products)
         inputs = ablations.split_inputs(self.graph, resid, self.embedding)
         for source, (value, reference) in enumerate(
             zip(inputs, self.reference.inputs, strict=True)
         ):
-            difference = (value - reference).flatten(0, 1)
+            difference = self._ordered((value - reference).flatten(0, 1))
             self.stream.write(source, self._or_held(source, difference))
 
     def _read(self, kind: str, layer: int, rows: Tensor | None = None) -> Tensor:
         place = self.read_of[kind, layer]
         self.reads += 1
         mask = self.blocks[place]
-        reference = self.reference.streams[place].flatten(0, 1)
+        reference = self._ordered(self.reference.streams[place].flatten(0, 1))
+        if rows is not None and self.spans is not None:
+            rows = self.spans.back[rows]
         if kind == "logits" or self.whole:
             return self._stream.read(mask, reference, rows)
         start = place - place % READS_AHEAD
         if place == start:
             self._read_ahead(start)
         first = self.graph.reads[start].n_sources
-        return self._stream.read_rest(mask[:, first:], reference)
+        return self._stream.read_rest(mask[..., first:], reference)
 
     def _read_ahead(self, start: int) -> None:
         """Mix the sources so far for the reads from `start` on, in one pass over the buffer."""
         first = self.graph.reads[start].n_sources
         places = range(start, min(start + READS_AHEAD, len(self.graph.reads) - 1))
-        blocks = [self.blocks[place][:, :first] for place in places]
+        blocks = [self.blocks[place][..., :first] for place in places]
         self._stream.read_ahead(torch.cat(blocks))
 
     def _by_head(
         self, x: Float[Tensor, "head row d_head"]
     ) -> Float[Tensor, "batch pos head d_head"]:
-        return x.transpose(0, 1).reshape(self.batch, self.pos, x.shape[0], x.shape[2])
+        rows = self._restored(x.transpose(0, 1))
+        return rows.reshape(self.batch, self.pos, x.shape[0], x.shape[2])
+
+    def _ordered(self, rows: Tensor) -> Tensor:
+        """Rows as the stream has them."""
+        return rows if self.spans is None else self.spans.ordered(rows)
+
+    def _restored(self, rows: Tensor) -> Tensor:
+        """Rows of the stream as the model has them."""
+        return rows if self.spans is None else self.spans.restored(rows)
 
 
 def fitting(reference: Reference, tokens: Tensor) -> Reference:
@@ -671,6 +713,29 @@ def _checked_positions(
     return positions.to(device, torch.long)
 
 
+def _spans_of(
+    spans: Tensor | None, tokens: Tensor, graph: EdgeGraph, device: torch.device
+) -> Spans | None:
+    """Where the spans of these tokens are, if the graph has any."""
+    if not graph.spans:
+        return None
+    batch, pos = tokens.shape
+    if spans is None and graph.by_position and pos <= graph.n_spans:
+        spans = torch.arange(pos, device=device).expand(batch, pos)
+    if spans is None:
+        raise ValueError(
+            f"the edges of this graph have masks of their own in {graph.n_spans} spans "
+            f"({', '.join(graph.spans[:8])}), so a run needs to know which positions (of {pos}) "
+            "are whose: give spans=…, [batch, pos], such as batch.spans of a task that has them."
+        )
+    if spans.shape != tokens.shape or spans.is_floating_point():
+        raise ValueError(
+            f"spans has shape {tuple(spans.shape)} and type {spans.dtype}, expected whole numbers "
+            f"of the tokens' shape, {tuple(tokens.shape)}."
+        )
+    return Spans(spans.to(device, torch.long), graph.n_spans)
+
+
 def _refuse_generation(*_: Any, **__: Any) -> None:
     raise ValueError(
         "generate is not supported inside masked: its prompts grow token by token, and the "
@@ -699,9 +764,11 @@ def _check_once(run: MaskedModel) -> None:
         reference, other = run.record(tokens.flip(0))
         kept = torch.ones(run.graph.n_edges, device=tokens.device)
         cut = torch.zeros_like(kept)
-        cut[run.graph.reads[-1].edges][run.graph.n_inputs :] = 1.0
-        errors = [_relative(run(tokens, kept, reference), plain)]
-        errors.append(_relative(run(tokens, cut, reference), other))
+        to_logits = cut[run.graph.reads[-1].edges].view(run.graph.n_spans, -1)
+        to_logits[:, run.graph.n_inputs :] = 1.0
+        spans = torch.zeros_like(tokens)
+        errors = [_relative(run(tokens, kept, reference, spans=spans), plain)]
+        errors.append(_relative(run(tokens, cut, reference, spans=spans), other))
     tolerance = 0.25 if plain.dtype in (torch.float16, torch.bfloat16) else 1e-3
     name = getattr(run.model.cfg, "model_name", "this model")
     if not errors[0] <= tolerance:

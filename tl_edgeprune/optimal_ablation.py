@@ -26,6 +26,7 @@ from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.learned_constants import LearnedConstants
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.objectives import Objective, find_objective
+from tl_edgeprune.positions import task_for
 from tl_edgeprune.tasks.task import Batch, Task
 from tl_edgeprune.teacher import Teacher, check_vocabulary
 
@@ -64,13 +65,15 @@ def optimal_constants(
     with MaskedModel.attach(model, graph if circuit is None else circuit.graph) as run:
         teacher = Teacher(run, task, "mean", batch_size=batch_size, max_bytes=0)
         learned = LearnedConstants(run, task.clean, lr)
-        batches = _endless(task, batch_size, seed)
+        batches = _endless(task_for(task, run.graph), batch_size, seed)
         bar = tqdm(range(steps), "learning constants", disable=not progress)
         for step in bar:
             lesson = teacher.lesson(next(batches))
+            batch = lesson.batch
             mask = _kept(circuit, run.graph, generator).to(teacher.device)
-            logits = run(lesson.batch.clean, mask, learned.reference(), lesson.batch.positions)
-            loss = loss_of(logits, lesson.full, lesson.batch).mean()
+            reference = learned.reference()
+            logits = run(batch.clean, mask, reference, batch.positions, spans=batch.spans)
+            loss = loss_of(logits, lesson.full, batch).mean()
             if not bool(torch.isfinite(loss)):
                 raise ValueError(f"the objective is {float(loss)} at step {step}: try a lower lr.")
             loss.backward()

@@ -111,6 +111,6 @@ def _mean_loss(
     total, on_device = 0.0, mask.float().to(teacher.device)
     for lesson in each_lesson(teacher, batch_size=batch_size):
         batch = lesson.batch
-        logits = run(batch.clean, on_device, lesson.reference, batch.positions)
+        logits = run(batch.clean, on_device, lesson.reference, batch.positions, spans=batch.spans)
         total += float(loss_of(logits, lesson.full, batch).sum())
     return total / len(teacher.task)

@@ -37,6 +37,7 @@ from tl_edgeprune.masks import (
 )
 from tl_edgeprune.objectives import Objective, find_objective
 from tl_edgeprune.placement import placed
+from tl_edgeprune.positions import check_positions, graph_at
 from tl_edgeprune.recompute import RecomputedModel
 from tl_edgeprune.regularisers import Attachment
 from tl_edgeprune.scores import EdgeScores
@@ -133,6 +134,8 @@ class EdgePruner:
         hard_share: the last part of the run whose forward pass keeps exactly the top edges (as many
             as the step's budget; none without one).
         split_qkv, split_embeddings: of the graph.
+        positions: "span" for edges with a mask in each span of the task, "position" with one at
+            each position (positions.py); None for one mask everywhere. n_edges counts them all.
         bias_in_heads: under zero ablation, remove each head's share of the output bias with it.
         recompute: run blocks again in backward, from the buffer of differences alone: memory is
             then two buffers and one half block, whatever the depth (recompute.py).
@@ -165,6 +168,7 @@ class EdgePruner:
         hard_share: float = 0.4,
         split_qkv: bool = True,
         split_embeddings: bool = False,
+        positions: str | None = None,
         bias_in_heads: bool = False,
         recompute: bool = False,
         dtype: torch.dtype | None = None,
@@ -187,6 +191,7 @@ class EdgePruner:
         has_budget = n_edges is not None or isinstance(self.controller, ExactBudget)
         self.hard_share = hard_share if has_budget else 0.0
         self.split_qkv, self.split_embeddings = split_qkv, split_embeddings
+        self.positions = positions
         self.bias_in_heads, self.recompute = bias_in_heads, recompute
         self.dtype, self.device = dtype, device
         self.seed, self.checkpoint, self.checkpoint_every = seed, checkpoint, checkpoint_every
@@ -238,6 +243,7 @@ class EdgePruner:
         graph = EdgeGraph.from_model(
             model, split_qkv=self.split_qkv, split_embeddings=self._has_two_embeddings(model)
         )
+        graph = graph_at(model, graph, task, self.positions) or graph
         if self.n_edges is not None:
             check_budget(self.n_edges, graph)
         engine = RecomputedModel if self.recompute else MaskedModel
@@ -295,6 +301,12 @@ class EdgePruner:
             raise ValueError(
                 f"init_scores={self.init_scores!r}: expected 'mask-ig', EdgeScores, a tensor or "
                 "None."
+            )
+        check_positions(self.positions)
+        if self.positions is not None and self.recompute:
+            raise ValueError(
+                f"positions={self.positions!r} with recompute=True is not supported: recomputed "
+                "blocks have one mask for all positions. Leave one of the two out."
             )
         if self.node_controller is not None and not self.node_masks:
             raise ValueError("node_controller needs node_masks=True.")

@@ -73,8 +73,13 @@ class RecomputedModel(MaskedModel):
     @contextmanager
     def attach(cls, model: Any, graph: EdgeGraph | None = None) -> Iterator[RecomputedModel]:
         """As `MaskedModel.attach`. Raises NotImplementedError for a model whose blocks cannot be
-        run by halves.
+        run by halves, and for a graph with spans.
         """
+        if graph is not None and graph.spans:
+            raise NotImplementedError(
+                "recompute=True has one mask for all positions, and this graph has masks of their "
+                "own in its spans: use recompute=False, or leave positions out."
+            )
         with super().attach(model, graph) as run:
             assert isinstance(run, RecomputedModel)
             _check_once(run)
@@ -94,8 +99,9 @@ class RecomputedModel(MaskedModel):
         held: Held | None = None,
         contract: Float[Tensor, "source row d_model"] | None = None,
         whole: bool = False,
+        spans: Int[Tensor, "batch pos"] | None = None,
     ) -> Float[Tensor, "batch read d_vocab"]:
-        """As `MaskedModel`'s; `whole` changes nothing."""
+        """As `MaskedModel`'s; `whole` changes nothing, and there are no spans."""
         if not (self._trusted and torch.is_grad_enabled()):
             return super().__call__(tokens, mask, reference, positions, held, contract, whole)
         self._checked_call(tokens, {})

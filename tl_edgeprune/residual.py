@@ -54,6 +54,41 @@ def add_rows(
     buffer.transpose(0, 1).index_put_((rows,), more.transpose(0, 1), accumulate=True)
 
 
+class Products:
+    """What a read and its backward multiply: here all rows by one mask [destination, source]."""
+
+    def mixed(
+        self, mask: Tensor, base: Tensor, block: Tensor, rows: Tensor | None
+    ) -> Float[Tensor, "destination row d_model"]:
+        """base + mask @ block; `rows`: which rows of the forward these are, where not all."""
+        x = torch.addmm(base.reshape(1, -1), mask, block.flatten(1))
+        return x.view(len(mask), *base.shape)
+
+    def mix(self, mask: Tensor, block: Tensor, out: Tensor) -> None:
+        """out[:] = mask @ block."""
+        torch.mm(mask, block.flatten(1), out=out.flatten(1))
+
+    def add(self, mask: Tensor, block: Tensor, x: Tensor) -> None:
+        """x += mask @ block."""
+        x.flatten(1).addmm_(mask, block.flatten(1))
+
+    def add_back(self, mask: Tensor, grad: Tensor, gradients: Tensor) -> None:
+        """gradients += mask.T @ grad."""
+        gradients.flatten(1).addmm_(mask.T, grad.reshape(len(grad), -1))
+
+    def back_at(
+        self, mask: Tensor, grad: Tensor, rows: Int[Tensor, " read"]
+    ) -> Float[Tensor, "source read d_model"]:
+        """mask.T @ grad, of these rows of the forward."""
+        return torch.einsum("ds,drm->srm", mask, grad)
+
+    def of_mask(
+        self, mask: Tensor, grad: Tensor, block: Tensor, rows: Tensor | None
+    ) -> Float[Tensor, "destination *span source"]:
+        """The mask's gradient, grad @ block.T."""
+        return grad.reshape(len(grad), -1) @ block.flatten(1).T
+
+
 class BufferPool:
     """Buffers of finished forwards, kept for the next ones: a fresh one costs a page fault a
     page. They belong to forwards of one kind (rows, dtype, device); another kind empties the pool.
@@ -108,12 +143,14 @@ class Stream:
         like: Float[Tensor, "row d_model"],
         pool: BufferPool,
         contract: Float[Tensor, "source row d_model"] | None = None,
+        products: Products | None = None,
     ) -> None:
         """`like`: rows, width, dtype and device. `contract`: differences that the mask's gradient
         is taken against in place of this forward's own (EAP-IG: the run is interpolated, they are
-        not).
+        not). `products`: of masks that differ from span to span (span_products.py).
         """
         self._pool = pool
+        self.products = products or Products()
         self.contract = contract
         self._shape = (n_sources, *like.shape)
         pool.start(like)
@@ -147,30 +184,32 @@ class Stream:
 
     def read(
         self,
-        mask: Float[Tensor, "destination source"],
+        mask: Float[Tensor, "destination *span source"],
         reference: Float[Tensor, "row d_model"],
         rows: Int[Tensor, " read"] | None = None,
     ) -> Float[Tensor, "destination read d_model"]:
         """What destinations with these mask rows read, at all rows or only at `rows`."""
-        self._check_written(0, mask.shape[1])
+        self._check_written(0, mask.shape[-1])
         x, self._token = _Read.apply(self._token, mask, reference, self, rows)
         return x
 
-    def read_ahead(self, mask: Float[Tensor, "destination source"]) -> None:
+    def read_ahead(self, mask: Float[Tensor, "destination *span source"]) -> None:
         """Mix the sources so far for the destinations of the next reads, in their order."""
-        self._check_written(0, mask.shape[1])
+        self._check_written(0, mask.shape[-1])
         values = self._take(len(mask))
         self._mixes.append(values)
-        self._ahead = _Ahead(mask.shape[1], values)
+        self._ahead = _Ahead(mask.shape[-1], values)
         self._token = _ReadAhead.apply(self._token, mask, self, self._ahead)
 
     def read_rest(
-        self, mask: Float[Tensor, "destination source"], reference: Float[Tensor, "row d_model"]
+        self,
+        mask: Float[Tensor, "destination *span source"],
+        reference: Float[Tensor, "row d_model"],
     ) -> Float[Tensor, "destination row d_model"]:
         """The next destinations' read: `mask` is of the sources since `read_ahead`."""
         ahead = self._ahead
         assert ahead is not None and ahead.taken + len(mask) <= len(ahead.values)
-        self._check_written(ahead.first, mask.shape[1])
+        self._check_written(ahead.first, mask.shape[-1])
         x, self._token = _ReadRest.apply(self._token, mask, reference, self, ahead, ahead.taken)
         ahead.taken += len(mask)
         return x
@@ -245,9 +284,7 @@ class Stream:
     def mixed(self, mask: Tensor, reference: Tensor, rows: Tensor | None) -> Tensor:
         """What a read gives, [destination, row, d_model]."""
         base = reference if rows is None else reference[rows]
-        block = self.block(0, mask.shape[1], rows).flatten(1)  # [source, row*d_model]
-        x = torch.addmm(base.reshape(1, -1), mask, block)
-        return x.view(mask.shape[0], -1, self._shape[-1])
+        return self.products.mixed(mask, base, self.block(0, mask.shape[-1], rows), rows)
 
     def block(self, first: int, count: int, rows: Tensor | None, contract: bool = False) -> Tensor:
         """The differences of some sources, or what the mask's gradient takes in their place."""
@@ -262,11 +299,11 @@ class Stream:
 
     def add_gradients(self, mask: Tensor, grad: Tensor, first: int, rows: Tensor | None) -> None:
         """gradients[first : first + n] += mask.T @ grad, at `rows` where given."""
-        block = self.gradients()[first : first + mask.shape[1]]
+        gradients = self.gradients()[first : first + mask.shape[-1]]
         if rows is not None:
-            add_rows(block, rows, torch.einsum("ds,drm->srm", mask, grad))
+            add_rows(gradients, rows, self.products.back_at(mask, grad, rows))
         else:
-            block.flatten(1).addmm_(mask.T, grad.reshape(grad.shape[0], -1))
+            self.products.add_back(mask, grad, gradients)
 
     def _new_gradients(self) -> Tensor:
         assert self.differences is not None
@@ -409,8 +446,7 @@ class _ReadAhead(torch.autograd.Function):
         stream.number(ctx)
         ctx.save_for_backward(mask)
         ctx.ahead = ahead
-        block = stream.block(0, mask.shape[1], None).flatten(1)  # [source, row*d_model]
-        torch.mm(mask, block, out=ahead.values.flatten(1))
+        stream.products.mix(mask, stream.block(0, mask.shape[-1], None), ahead.values)
         return token.clone()
 
     @staticmethod
@@ -444,9 +480,8 @@ class _ReadRest(torch.autograd.Function):
         ctx.ahead, ctx.taken = ahead, taken
         # `.data`: no view in autograd's eyes, since later reads write to its neighbours.
         x = ahead.values[taken : taken + len(mask)].data.add_(reference)
-        if mask.shape[1]:
-            block = stream.block(ahead.first, mask.shape[1], None)
-            x.flatten(1).addmm_(mask, block.flatten(1))
+        if mask.shape[-1]:
+            stream.products.add(mask, stream.block(ahead.first, mask.shape[-1], None), x)
         return x, token.clone()
 
     @staticmethod
@@ -458,7 +493,7 @@ class _ReadRest(torch.autograd.Function):
         gradients = stream.take_ahead_gradients(ahead)
         gradients[ctx.taken : ctx.taken + len(mask)].copy_(grad)
         grad_mask = _mask_gradient(ctx, mask, grad, ahead.first, None)
-        if mask.shape[1]:
+        if mask.shape[-1]:
             stream.add_gradients(mask, grad, ahead.first, None)
         grad_reference = grad.sum(0) if ctx.needs_input_grad[2] else None
         stream.end_backward(ctx.operation)
@@ -471,5 +506,5 @@ def _mask_gradient(
     """The gradient of a read's mask, input 1 of its operation."""
     if not ctx.needs_input_grad[1]:
         return None
-    against = ctx.stream.block(first, mask.shape[1], rows, contract=True)
-    return grad.reshape(grad.shape[0], -1) @ against.flatten(1).T
+    against = ctx.stream.block(first, mask.shape[-1], rows, contract=True)
+    return ctx.stream.products.of_mask(mask, grad, against, rows)

@@ -201,20 +201,20 @@ def _from_the_logits(graph: EdgeGraph, scores: list[float], k: int) -> list[int]
         for read in graph.reads
         for row in range(read.n_destinations)
     ]
-    place = {name: index for index, name in enumerate(graph.sources)}
-    fed_by: list[list[int]] = [[] for _ in graph.sources]  # destinations that feed a source
-    for destination, name in enumerate(graph.destinations):
-        for owner in graph.owner(name):
-            fed_by[place[owner]].append(destination)
-    logits = len(graph.destinations) - 1
-    heap = [(-scores[edge], edge) for edge in incoming[logits]]
+    spans = graph.n_spans
+    fed_by: list[list[int]] = [[] for _ in range(graph.n_sources * spans)]  # what feeds a node
+    for destination, nodes in enumerate(graph.flows_into):
+        for node in nodes:
+            fed_by[node].append(destination)
+    heap = [(-scores[edge], edge) for logits in graph.outputs for edge in incoming[logits]]
     heapq.heapify(heap)
-    reached = {logits}
+    reached = {*graph.outputs}
     chosen: list[int] = []
     while heap and len(chosen) < k:
         _, edge = heapq.heappop(heap)
         chosen.append(edge)
-        for destination in fed_by[graph.pairs[edge][0]]:
+        source, at = graph.pairs[edge]
+        for destination in fed_by[source * spans + at % spans]:
             if destination not in reached:
                 reached.add(destination)
                 for other in incoming[destination]:

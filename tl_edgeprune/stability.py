@@ -19,6 +19,7 @@ from torch import Tensor
 from tl_edgeprune.circuit import Circuit, check_budget
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.methods import registry
+from tl_edgeprune.positions import graph_at
 from tl_edgeprune.tasks.task import Task
 
 
@@ -86,7 +87,8 @@ def stability(
     runs = tuple(itertools.product(every_seed, resamples))
     if len(runs) < 2:
         _refuse(method, every_seed)
-    check_budget(size, settings.get("graph") or EdgeGraph.from_model(model))
+    graph = settings.get("graph") or EdgeGraph.from_model(model)
+    check_budget(size, graph_at(model, graph, task, settings.get("positions")) or graph)
     circuits = []
     for seed, resample in runs:
         pairs = task if resample is None else bootstrap(task, resample)

@@ -20,6 +20,7 @@ from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.hooks import is_folded
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.objectives import Objective
+from tl_edgeprune.positions import task_for
 from tl_edgeprune.tasks.task import Task
 from tl_edgeprune.teacher import Lesson, check_vocabulary, full_logits
 
@@ -52,6 +53,7 @@ def sweep(
     Raises ValueError for tokens outside the vocabulary, and where the full model gives NaN.
     """
     check_vocabulary(task, int(model.cfg.d_vocab))
+    task = task_for(task, graph)
     full, own = _Collected(), [_Collected() for _ in masks]
     with torch.no_grad(), MaskedModel.attach(model, graph) as run:
         lessons = _lessons(run, task, ablation, batch_size)
@@ -89,7 +91,7 @@ def check_origin(
     """Raise ValueError unless the graph, and where it matters the weights, are the model's."""
     actual = EdgeGraph.from_model(
         model, split_qkv=graph.split_qkv, split_embeddings=graph.split_embeddings
-    )
+    ).at(graph.spans)
     if graph != actual:
         raise ValueError(
             f"the {what} is for another model: its graph is {graph}, this model's is {actual}."
@@ -131,7 +133,8 @@ def _logits(run: MaskedModel, mask: Tensor, lesson: Lesson, nothing: Tensor | No
     if nothing is not None and not bool(mask.any()):
         return nothing
     batch = lesson.batch
-    return run(batch.clean, mask.to(lesson.full.device), lesson.reference, batch.positions)
+    mask = mask.to(lesson.full.device)
+    return run(batch.clean, mask, lesson.reference, batch.positions, spans=batch.spans)
 
 
 class _Collected:

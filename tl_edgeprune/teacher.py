@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from tl_edgeprune.ablation import Reference
 from tl_edgeprune.constants import Ablation
 from tl_edgeprune.masked import MaskedModel
+from tl_edgeprune.positions import any_task_for
 from tl_edgeprune.tasks.stream import AnyTask, sample
 from tl_edgeprune.tasks.task import Batch, Task
 
@@ -59,7 +60,7 @@ class Teacher:
 
         Means are taken over the corrupted prompts of the task, or of a stream's first chunk.
         """
-        self.run, self.task, self.ablation = run, task, ablation
+        self.run, self.task, self.ablation = run, any_task_for(task, run.graph), ablation
         self.device = run.sites.attention[0].output.device
         self._targeted = targets
         self._fixed: Reference | None = None

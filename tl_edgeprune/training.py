@@ -31,6 +31,7 @@ from tl_edgeprune.masks import (
 from tl_edgeprune.methods.gradients import path_scores
 from tl_edgeprune.methods.mask_ig import mask_path
 from tl_edgeprune.objectives import Objective
+from tl_edgeprune.positions import any_task_for
 from tl_edgeprune.scores import EdgeScores
 from tl_edgeprune.tasks.stream import AnyTask, identity, sample
 from tl_edgeprune.teacher import Teacher
@@ -51,7 +52,7 @@ class Training:
     ) -> None:
         self.ranks = Ranks.current()
         self.pruner, self.run = self.ranks.own(pruner), run
-        self.task, self.loss_of = task, loss_of
+        self.task, self.loss_of = any_task_for(task, run.graph), loss_of
         self.graph = run.graph
         self.started = time.monotonic()
         self.history: History = []
@@ -64,7 +65,7 @@ class Training:
             )
         self.teacher = Teacher(
             run,
-            task,
+            self.task,
             pruner.ablation if self.constants is None else self.constants.constants().detached(),
             batch_size=pruner.batch_size,
             bias_in_heads=pruner.bias_in_heads,
@@ -81,7 +82,9 @@ class Training:
         self.node_log_alpha = self._node_log_alpha()
         self.source_of_edge = edge_ends(self.graph, self.device)[0]
         self.optimizer, self.multipliers = self._optimizers()
-        self.feed = Feed(task, pruner.batch_size, lambda epoch: _mixed(pruner.seed, EPOCHS + epoch))
+        self.feed = Feed(
+            self.task, pruner.batch_size, lambda epoch: _mixed(pruner.seed, EPOCHS + epoch)
+        )
         self.place = self.feed.place
 
     # -------------------------------------------------------------------------------- the loop
@@ -121,7 +124,8 @@ class Training:
             lesson = self.teacher.lesson(batch)
             mask, penalty = self._draw(target, progress, generator)
             reference = lesson.reference if self.constants is None else self.constants.reference()
-            logits = self.run(lesson.batch.clean, mask, reference, lesson.batch.positions)
+            batch = lesson.batch
+            logits = self.run(batch.clean, mask, reference, batch.positions, spans=batch.spans)
             loss = self.loss_of(logits, lesson.full, lesson.batch).mean() * share
             ((loss + penalty / self.ranks.size) / self.pruner.accumulate).backward()
             losses.append(float(loss.detach()))

@@ -45,6 +45,7 @@ from tl_edgeprune.methods import bisect
 from tl_edgeprune.methods.gradients import origin
 from tl_edgeprune.methods.sequence import one_by_one
 from tl_edgeprune.objectives import Objective, find_objective
+from tl_edgeprune.positions import graph_at
 from tl_edgeprune.tasks.task import Task
 from tl_edgeprune.teacher import Teacher, check_vocabulary
 
@@ -60,6 +61,7 @@ def acdc(
     objective: str | Objective | None = None,
     search: str = "exact",
     graph: EdgeGraph | None = None,
+    positions: str | None = None,
     ablation: Ablation = "counterfactual",
     batch_size: int = 8,
     progress: bool = False,
@@ -73,6 +75,8 @@ def acdc(
         objective: what should stay low; the task's own by default.
         search: "exact", the published sequence; or "bisect", many edges at once and far fewer
             runs, for an objective with a gradient.
+        positions: "span" or "position" for edges with a mask in each (positions.py); within a
+            destination, spans are visited from the last to the first.
         batch_size: pairs that run together. Every pair of the task is used, whatever it is.
         checkpoint: a JSON file to save to every half minute; if it is there, the run goes on.
 
@@ -85,6 +89,7 @@ def acdc(
     _check(threshold, search)
     loss_of = find_objective(objective, task)
     check_vocabulary(task, int(model.cfg.d_vocab))
+    graph = graph_at(model, graph, task, positions)
     about = origin(
         model,
         task,
@@ -155,7 +160,9 @@ def _reporter(cuts: WholeCuts, bar: Any, saved: _Saved) -> Callable[[int], None]
 
 
 def _digest(task: Task) -> str:
-    return digest([[t.tolist() for t in prompts] for prompts in (task.clean, task.corrupted)])
+    spans = (task.spans,) if task.spans else ()
+    prompts = (task.clean, task.corrupted, *spans)
+    return digest([[tokens.tolist() for tokens in field] for field in prompts])
 
 
 class _Saved:

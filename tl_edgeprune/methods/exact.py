@@ -19,6 +19,7 @@ from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.methods.gradients import origin
 from tl_edgeprune.objectives import Objective, find_objective
+from tl_edgeprune.positions import graph_at
 from tl_edgeprune.scores import EdgeScores
 from tl_edgeprune.tasks.task import Task
 from tl_edgeprune.teacher import Teacher, check_vocabulary
@@ -30,6 +31,7 @@ def exact(
     *,
     objective: str | Objective | None = None,
     graph: EdgeGraph | None = None,
+    positions: str | None = None,
     ablation: Ablation = "counterfactual",
     batch_size: int = 8,
     edges: Iterable[str] | None = None,
@@ -38,11 +40,13 @@ def exact(
     """The rise of the objective when each edge alone is removed from the full model.
 
     A score above 0 says that removing the edge raises the loss. objective: the task's own by
-    default. edges: names of those to score, all by default; the others' scores are 0. Raises
-    KeyError for an unknown edge, and ValueError as `find_objective` does.
+    default. positions: "span" or "position" for edges with a mask in each. edges: names of those to
+    score, all by default; the others' scores are 0. Raises KeyError for an unknown edge, and
+    ValueError as `find_objective` does.
     """
     loss_of = find_objective(objective, task)
     check_vocabulary(task, int(model.cfg.d_vocab))
+    graph = graph_at(model, graph, task, positions)
     with MaskedModel.attach(model, graph) as run:
         wanted = list(range(run.graph.n_edges))
         if edges is not None:

@@ -29,6 +29,7 @@ from tl_edgeprune.objectives import (
     has_logit_diff,
     kl,
 )
+from tl_edgeprune.positions import check_positions, graph_at
 from tl_edgeprune.scores import EdgeScores
 from tl_edgeprune.tasks.task import Task
 from tl_edgeprune.teacher import Lesson, Teacher, check_vocabulary, shown
@@ -53,6 +54,7 @@ def scores_along(
     *,
     metadata: dict[str, Any],
     graph: EdgeGraph | None = None,
+    positions: str | None = None,
     ablation: Ablation = "counterfactual",
     batch_size: int = 8,
     progress: bool = False,
@@ -60,8 +62,10 @@ def scores_along(
 ) -> EdgeScores:
     """The mean of -d loss / d mask over a path's points, as scores with their origin.
 
+    `positions`: "span" or "position" for edges with a mask in each (positions.py).
     `magnitudes`: of each point's and batch's absolute values in place of signed ones.
     """
+    check_positions(positions)
     loss_of = find_objective(objective, task)
 
     def scores(run: MaskedModel, teacher: Teacher) -> Float[Tensor, " edge"]:
@@ -81,6 +85,7 @@ def scores_along(
         model,
         task,
         graph=graph,
+        positions=positions,
         metadata=metadata,
         batch_size=batch_size,
         targets=loss_of not in WITHOUT_TARGETS,
@@ -97,6 +102,7 @@ def scored(
     batch_size: int = 8,
     by_magnitude: bool = True,
     targets: bool = True,
+    positions: str | None = None,
 ) -> EdgeScores:
     """What `score` gives for the model with hooks attached and the task's teacher, with its origin.
 
@@ -104,6 +110,7 @@ def scored(
     the full model's answers are looked at.
     """
     check_vocabulary(task, int(model.cfg.d_vocab))
+    graph = graph_at(model, graph, task, positions)
     with MaskedModel.attach(model, graph) as run:
         kind = metadata.get("ablation", "counterfactual")
         teacher = Teacher(run, task, kind, batch_size=batch_size, targets=targets, visits=0)
@@ -173,6 +180,7 @@ def edge_gradient(
             batch.positions,
             point.held,
             point.contract,
+            spans=batch.spans,
             whole=bool((point.mask == 1).all()),
         )
         loss = loss_of(logits, lesson.full, batch).sum()

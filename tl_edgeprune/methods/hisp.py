@@ -26,6 +26,7 @@ from tl_edgeprune.methods.gradients import (
     scored,
 )
 from tl_edgeprune.objectives import Objective, find_objective
+from tl_edgeprune.positions import refuse_spans
 from tl_edgeprune.scores import EdgeScores
 from tl_edgeprune.tasks.task import Task
 from tl_edgeprune.teacher import Teacher
@@ -41,6 +42,7 @@ def hisp(
     progress: bool = False,
 ) -> EdgeScores:
     """Edge scores >= 0 from nodes' importance; one gradient a pair. objective: as for EAP."""
+    refuse_spans(graph, "hisp")
     objective = differentiable_at_one(objective, task, "HISP")
     loss_of = find_objective(objective, task)
 

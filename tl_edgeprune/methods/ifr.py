@@ -17,6 +17,7 @@ from torch import Tensor
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.methods.gradients import each_lesson, scored
+from tl_edgeprune.positions import refuse_spans
 from tl_edgeprune.scores import EdgeScores
 from tl_edgeprune.tasks.task import Task
 from tl_edgeprune.teacher import Teacher
@@ -31,6 +32,8 @@ def ifr(
     progress: bool = False,
 ) -> EdgeScores:
     """Shares of every destination's input, 0 to 1; those of one destination add up to 1."""
+
+    refuse_spans(graph, "ifr")
 
     def scores(run: MaskedModel, teacher: Teacher) -> Float[Tensor, " edge"]:
         total = torch.zeros(run.graph.n_edges)

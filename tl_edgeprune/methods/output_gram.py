@@ -13,6 +13,7 @@ from tl_edgeprune.constants import Ablation
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.methods.gradients import each_lesson, scored
+from tl_edgeprune.positions import refuse_spans
 from tl_edgeprune.scores import EdgeScores
 from tl_edgeprune.tasks.task import Task
 from tl_edgeprune.teacher import Teacher
@@ -33,6 +34,8 @@ def scores_of_gram(
     by_magnitude: bool = True,
 ) -> EdgeScores:
     """The scores that a method makes of the graph and the task's `output_gram`."""
+
+    refuse_spans(graph, method)
 
     def scores(run: MaskedModel, teacher: Teacher) -> Float[Tensor, " edge"]:
         gram = output_gram(run, teacher, batch_size=batch_size, progress=progress)

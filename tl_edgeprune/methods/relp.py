@@ -40,11 +40,13 @@ def relp(
     *,
     objective: str | Objective | None = None,
     graph: EdgeGraph | None = None,
+    positions: str | None = None,
     ablation: Ablation = "counterfactual",
     batch_size: int = 8,
     progress: bool = False,
 ) -> EdgeScores:
-    """Signed scores, one backward pass. objective: as for EAP.
+    """Signed scores, one backward pass. objective: as for EAP; positions: "span" or "position" for
+    edges with a mask in each.
 
     Raises NotImplementedError, naming the part, for norms after attention or MLP, mixtures of
     experts, and norms or activations that the hook points do not reach.
@@ -59,7 +61,15 @@ def relp(
             )
 
     metadata = {"method": "relp", "objective": objective, "ablation": ablation}
-    return scored(relevance, model, task, graph=graph, metadata=metadata, batch_size=batch_size)
+    return scored(
+        relevance,
+        model,
+        task,
+        graph=graph,
+        positions=positions,
+        metadata=metadata,
+        batch_size=batch_size,
+    )
 
 
 @contextmanager

@@ -106,8 +106,8 @@ def parse_node(name: str) -> Node:
 
 
 def parse_edge(name: str) -> Edge:
-    """Parse an edge name such as `a0.h3->a5.h2<q>`."""
-    source, arrow, target = name.partition("->")
+    """Parse an edge name such as `a0.h3->a5.h2<q>`; edges of all spans lie on one another."""
+    source, arrow, target = name.partition("@")[0].partition("->")
     if not arrow:
         raise ValueError(f"edge name {name!r}: expected 'source->destination', as in 'm0->logits'.")
     port = _PORT.search(target)

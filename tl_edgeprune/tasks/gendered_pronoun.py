@@ -2,7 +2,8 @@
 
     I think that Mary is a kind teacher, isn't -> she, not he
 
-The corrupted prompt has a name of the other gender, of as many tokens.
+The corrupted prompt has a name of the other gender, of as many tokens. Its spans: name, adjective,
+noun, END, and the rest.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import random
 from transformers import PreTrainedTokenizerBase
 
 from tl_edgeprune.tasks.recipe import Example, Recipe, mixed_radix, register_recipe
+from tl_edgeprune.tasks.tokens import filled
 from tl_edgeprune.tasks.words import by_length
 
 SENTENCES = (
@@ -49,12 +51,16 @@ def gendered_pronoun(tokenizer: PreTrainedTokenizerBase) -> Recipe:
     def make(number: int, generator: random.Random) -> Example:
         sentence, adjective, noun, person = mixed_radix(number, sizes)
         name, pronoun, others = people[person]
-        clean, corrupted = (
-            SENTENCES[sentence].format(name=who, adjective=ADJECTIVES[adjective], noun=NOUNS[noun])
+        words = {"adjective": ADJECTIVES[adjective], "noun": NOUNS[noun]}
+        (clean, found), (corrupted, _) = (
+            filled(SENTENCES[sentence], name=who, **words)
             for who in (name, generator.choice(others))
         )
         other = "he" if pronoun == "she" else "she"
-        return Example(f"{pronoun}-{sentence}", clean, corrupted, f" {pronoun}", f" {other}")
+        parts = (found["name"][0], found["adjective"][0], found["noun"][0])
+        return Example(
+            f"{pronoun}-{sentence}", clean, corrupted, f" {pronoun}", f" {other}", parts=parts
+        )
 
     return Recipe(math.prod(sizes), make, f"{len(people)} names can be exchanged for others")
 

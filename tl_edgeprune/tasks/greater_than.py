@@ -8,6 +8,7 @@
 3. Tokenizers that write a year as two pieces (17|42) answer with two digits. Those that write digit
    by digit (1|7|4|2) answer with the decade: right are those after the beginning's, wrong those
    before it, and its own, which may be either, is in neither set.
+4. Its spans: noun, XX and YY (the beginning's century and year), END, and the rest.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from tl_edgeprune.tasks.recipe import Example, Recipe, mixed_radix, register_recipe
-from tl_edgeprune.tasks.tokens import answers_in_context, encode
+from tl_edgeprune.tasks.tokens import answers_in_context, encode, filled
 
 SENTENCES = (
     "The {event} began in {century}{year} and ended in {century}",
@@ -34,6 +35,7 @@ EVENTS = tuple(
 )
 CENTURIES = tuple(range(11, 20))
 FIRST = "01"  # the corrupted prompts' year
+SPANS = {"event": "noun", "century": "XX", "year": "YY"}  # of the beginning
 
 
 class Years(NamedTuple):
@@ -65,12 +67,15 @@ def greater_than(tokenizer: PreTrainedTokenizerBase) -> Recipe:
     def make(number: int, generator: random.Random) -> Example:
         sentence, event, start = mixed_radix(number, sizes)
         century, year = years[start]
-        clean, corrupted = (
-            SENTENCES[sentence].format(event=EVENTS[event], century=century.century, year=begun)
-            for begun in (year, FIRST)
+        words = {"event": EVENTS[event], "century": str(century.century)}
+        (clean, found), (corrupted, _) = (
+            filled(SENTENCES[sentence], **words, year=begun) for begun in (year, FIRST)
         )
+        parts = (found[field][0]._replace(name=SPANS[field]) for field in SPANS)
         right, wrong = century.right[year], century.wrong[year]
-        return Example(f"sentence-{sentence}", clean, corrupted, right=right, wrong=wrong)
+        return Example(
+            f"sentence-{sentence}", clean, corrupted, right=right, wrong=wrong, parts=(*parts,)
+        )
 
     return Recipe(math.prod(sizes), make, f"{len(years)} years are written in the same pieces")
 

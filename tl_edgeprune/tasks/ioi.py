@@ -8,6 +8,7 @@
 2. The corrupted prompt has three other names, all different, in the three name slots, as in ACDC
    and Edge Pruning: nothing in it says who the answer is.
 3. Only names that are one token in context are used, so both prompts have the same length.
+4. Its spans are those of Wang et al.: IO, S1, S1+1 (the token after S1), S2, END, and the rest.
 
 `ioi` mixes all sentences and both orders; `ioi-t1` has one sentence in one order.
 """
@@ -21,6 +22,7 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from tl_edgeprune.tasks.recipe import Example, Recipe, mixed_radix, register_recipe
+from tl_edgeprune.tasks.tokens import Part, filled
 from tl_edgeprune.tasks.words import single_tokens
 
 SENTENCES = (  # a language model of 135 M parameters does the task on each of them, in both orders
@@ -52,6 +54,7 @@ NAMES = tuple(
     "Victoria William".split()
 )
 ORDERS = ("ABBA", "BABA")
+SPANS = ("IO", "S1", "S2")  # the answer's name, and the other's first and second mention
 NAMES_NEEDED = 5  # two clean, three corrupted
 
 
@@ -72,8 +75,15 @@ class Choice(NamedTuple):
     place: str
     object: str
 
-    def text(self, names: tuple[str, str, str]) -> str:
-        return self.template.sentence.format(*names, place=self.place, object=self.object)
+    def text(self, names: tuple[str, str, str]) -> tuple[str, tuple[Part, ...]]:
+        """The prompt with these names, and where the spans of the clean one are."""
+        slots = dict(zip("012", names, strict=True))
+        text, found = filled(self.template.sentence, **slots, place=self.place, object=self.object)
+        spans = [part for slot in slots for part in found[slot]]
+        if self.template.order == "BABA":
+            spans[:2] = reversed(spans[:2])
+        io, s1, s2 = (part._replace(name=n) for part, n in zip(spans, SPANS, strict=True))
+        return text, (io, s1, Part("S1+1", s1.end + 1, s1.end + 2), s2)
 
     def names(self) -> tuple[str, str, str]:
         people = {"A": self.answer, "B": self.subject}
@@ -114,12 +124,14 @@ def recipe(tokenizer: PreTrainedTokenizerBase, templates: tuple[Template, ...]) 
         choice = Choice(templates[template], *people, PLACES[place], OBJECTS[gift])
         strangers = [name for name in names if name not in people]
         first, second, third = generator.sample(strangers, 3)
+        clean, parts = choice.text(choice.names())
         return Example(
             choice.template.label,
-            choice.text(choice.names()),
-            choice.text((first, second, third)),
+            clean,
+            choice.text((first, second, third))[0],
             answer=f" {choice.answer}",
             distractor=f" {choice.subject}",
+            parts=parts,
         )
 
     return Recipe(math.prod(sizes), make, f"{len(names)} names are one token each")

@@ -13,7 +13,10 @@
 4. Where many answers are right, "right" and "wrong" list them, each as it follows the prompt and of
    one token: {"clean": "The war lasted from 1742 to 17", …, "right": ["43"], "wrong": ["01", "02"]}
    Such a line needs no tags (both texts then end where the answer begins), and may have them.
-5. A line with "split" belongs to that split; a line without serves every split.
+5. Named parts of the prompt, for edges with a mask in each: {…, "spans": {"name": [1, 3]}}, from a
+   token up to but without another, counted as the model gets them (BOS too). If one line has them,
+   all must. What is in no part is the span "rest".
+6. A line with "split" belongs to that split; a line without serves every split.
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from tl_edgeprune.tasks.task import SET_FIELDS, Task
+from tl_edgeprune.graph import check_span_names
+from tl_edgeprune.tasks.task import SET_FIELDS, Task, lay_out_spans
 from tl_edgeprune.tasks.tokens import (
     answer_in_context,
     encode,
@@ -63,8 +67,9 @@ def from_jsonl(
 
     Raises:
         ValueError: with the file and the line: no JSON object, a missing key, no answer or more
-            than one, an answer that merges with the prompt, texts of two lengths, or sets of right
-            and wrong texts that are not of one token each, repeat or overlap.
+            than one, an answer that merges with the prompt, texts of two lengths, sets of right
+            and wrong texts that are not of one token each, repeat or overlap, or spans outside the
+            prompt or over one another.
     """
     path = Path(path)
     lines = enumerate(path.read_text(encoding="utf-8").split("\n"), start=1)
@@ -80,7 +85,7 @@ def read_pairs(
     model: nn.Module,
     prepend_bos: bool | None,
     split: str | None,
-) -> tuple[list[dict[str, torch.Tensor]], bool]:
+) -> tuple[list[dict[str, Any]], bool]:
     """Encoded pairs of a split, and whether they begin with BOS.
 
     Args:
@@ -108,9 +113,10 @@ def read_pairs(
     return pairs, prepend_bos
 
 
-def task_of(name: str, pairs: list[dict[str, torch.Tensor]], prepend_bos: bool) -> Task:
+def task_of(name: str, pairs: list[dict[str, Any]], prepend_bos: bool) -> Task:
     """Encoded pairs as a task."""
     fields: dict[str, Any] = {field: [pair[field] for pair in pairs] for field in pairs[0]}
+    fields |= lay_out_spans(fields.pop("spans"), [*map(len, fields["clean"])])
     return Task(name, **fields, prepend_bos=prepend_bos)
 
 
@@ -135,8 +141,10 @@ def checked_record(record: dict[str, Any]) -> dict[str, Any]:
 
 def encode_pair(
     record: dict[str, Any], tokenizer: PreTrainedTokenizerBase, prepend_bos: bool
-) -> dict[str, torch.Tensor]:
-    """A record's token ids, by a Task's fields; ValueError for texts that make no pair."""
+) -> dict[str, Any]:
+    """A record's token ids and its spans, by a Task's fields; ValueError for texts that make no
+    pair.
+    """
     text = cut(record["clean"])
     sets = _sets(record, tokenizer, text.prompt)
     if text.answer is None and not sets["right"]:
@@ -152,13 +160,15 @@ def encode_pair(
     forced = max(0, len(clean.answer) - 1)
     positions = torch.arange(len(clean.prompt) - 1, len(clean.prompt) + forced)
     same_count = len(corrupted.answer) == len(clean.answer)
+    tokens = clean.prompt + clean.answer[:forced]
     return {
-        "clean": torch.tensor(clean.prompt + clean.answer[:forced]),
+        "clean": torch.tensor(tokens),
         "corrupted": torch.tensor(corrupted.prompt + (corrupted.answer or clean.answer)[:forced]),
         "positions": positions,
         "answers": torch.tensor(clean.answer, dtype=torch.long),
         "distractors": torch.tensor(corrupted.answer if same_count else [], dtype=torch.long),
         **{name: torch.tensor(tokens, dtype=torch.long) for name, tokens in sets.items()},
+        "spans": _spans(record.get("spans"), len(tokens)),
     }
 
 
@@ -191,6 +201,30 @@ def _sets(
                 )
             owner[tokens[0]] = name
     return {name: [token for token, its in owner.items() if its == name] for name in SET_FIELDS}
+
+
+def _spans(given: Any, length: int) -> dict[str, tuple[int, int]]:
+    """A record's "spans", {name: (start, end)} in tokens; ValueError for impossible ones."""
+    if given is None:
+        return {}
+    if not isinstance(given, dict) or not given:
+        raise ValueError(f'"spans" is {given!r}, expected {{"name": [start, end], …}} in tokens.')
+    check_span_names(tuple(given))
+    taken: dict[int, str] = {}
+    for name, ends in given.items():
+        whole = isinstance(ends, list) and len(ends) == 2 and all(type(end) is int for end in ends)
+        if not whole or not 0 <= ends[0] < ends[1] <= length:
+            raise ValueError(
+                f'"spans" has {name!r}: {ends!r}, expected [start, end] with 0 <= start < end <= '
+                f"{length}, the prompt's tokens."
+            )
+        twice = [at for at in range(*ends) if taken.setdefault(at, name) != name]
+        if twice:
+            raise ValueError(
+                f'"spans": token {twice[0]} is in {taken[twice[0]]!r} and in {name!r}; each token '
+                "belongs to one span."
+            )
+    return {name: (start, end) for name, (start, end) in given.items()}
 
 
 def _check_marked(answer: list[int], text: str | None, sets: dict[str, list[int]]) -> None:

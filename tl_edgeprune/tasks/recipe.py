@@ -23,10 +23,12 @@ from transformers import PreTrainedTokenizerBase
 from tl_edgeprune.tasks.order import Order
 from tl_edgeprune.tasks.registry import register, register_stream
 from tl_edgeprune.tasks.stream import TaskStream
-from tl_edgeprune.tasks.task import Task
+from tl_edgeprune.tasks.task import Task, lay_out_spans
 from tl_edgeprune.tasks.tokens import (
+    Part,
     answer_in_context,
     encode,
+    encode_parts,
     resolve_prepend_bos,
     tokenizer_of,
 )
@@ -37,7 +39,9 @@ class Example(NamedTuple):
 
     group: the label of its template. answer, distractor: as they follow the clean prompt, with
     their space; None where only sets of tokens are right and wrong. right, wrong: those sets, as
-    token ids; with an answer, `wrong` alone lists all that it must beat.
+    token ids; with an answer, `wrong` alone lists all that it must beat. parts: the clean prompt's
+    named parts, which stand at the corrupted prompt's same tokens: the task's spans, with "END" for
+    the last token and "rest" for what has no name.
     """
 
     group: str
@@ -47,6 +51,7 @@ class Example(NamedTuple):
     distractor: str | None = None
     right: tuple[int, ...] = ()
     wrong: tuple[int, ...] = ()
+    parts: tuple[Part, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -133,18 +138,24 @@ def task_of(
     prepend_bos: bool,
 ) -> Task:
     """Examples as token ids."""
-    rows = [encode_example(tokenizer, example, prepend_bos) for example in examples]
+    rows, marked = zip(
+        *(encode_example(tokenizer, example, prepend_bos) for example in examples), strict=True
+    )
     fields: dict[str, Any] = {field: [row[field] for row in rows] for field in rows[0]}
+    fields |= lay_out_spans(marked, [*map(len, fields["clean"])])
     groups = tuple(example.group for example in examples)
     return Task(name, **fields, prepend_bos=prepend_bos, groups=groups)
 
 
 def encode_example(
     tokenizer: PreTrainedTokenizerBase, example: Example, prepend_bos: bool
-) -> dict[str, Tensor]:
-    """An example's token ids, by a Task's fields."""
+) -> tuple[dict[str, Tensor], dict[str, tuple[int, int]]]:
+    """An example's token ids, by a Task's fields, and where its parts are among them."""
     shared, answer, distractor = _told_apart(tokenizer, example)
-    clean = encode(tokenizer, example.clean, prepend_bos) + shared
+    clean, parts = encode_parts(tokenizer, example.clean, prepend_bos, example.parts)
+    clean += shared
+    if parts:
+        parts = {"END": (len(clean) - 1, len(clean))} | parts
     fields = {
         "clean": clean,
         "corrupted": encode(tokenizer, example.corrupted, prepend_bos) + shared,
@@ -154,7 +165,8 @@ def encode_example(
         "right": answer if answer and example.wrong else example.right,
         "wrong": example.wrong,
     }
-    return {field: torch.tensor(tokens, dtype=torch.long) for field, tokens in fields.items()}
+    tensors = {field: torch.tensor(tokens, dtype=torch.long) for field, tokens in fields.items()}
+    return tensors, parts
 
 
 def mixed_radix(number: int, sizes: Sequence[int]) -> list[int]:

@@ -126,4 +126,6 @@ def identity(task: AnyTask) -> Any:
     """JSON values that are equal for equal pairs in equal order."""
     if isinstance(task, TaskStream):
         return task.identity
-    return [[tokens.tolist() for tokens in prompts] for prompts in (task.clean, task.corrupted)]
+    spans = (task.spans,) if task.spans else ()
+    fields = (task.clean, task.corrupted, *spans)
+    return [[tokens.tolist() for tokens in field] for field in fields]

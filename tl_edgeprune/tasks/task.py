@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,10 +17,14 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from tl_edgeprune.graph import check_span_names
+
 Tokens = Sequence[Int[Tensor, " _pos"]]
 PAIR_FIELDS = ("clean", "corrupted", "positions", "answers", "distractors")
 SET_FIELDS = ("right", "wrong")
+OPTIONAL_FIELDS = ("groups", "spans")  # one a pair, or nothing at all
 NO_TOKEN = -1
+REST = "rest"  # the span of tokens that no other span has
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,8 @@ class Batch:
 
     `indices` are the pairs' places in the task. `answers` and `distractors` have no columns where
     the task has none. `right` and `wrong` are sets of tokens, filled up with NO_TOKEN (-1); None
-    where no pair of the batch has any.
+    where no pair of the batch has any. `spans`: each position's place in the task's `span_names`;
+    None where the task has none.
     """
 
     clean: Int[Tensor, "batch pos"]
@@ -40,6 +45,7 @@ class Batch:
     indices: Int[Tensor, " batch"]
     right: Int[Tensor, "batch right"] | None = None
     wrong: Int[Tensor, "batch wrong"] | None = None
+    spans: Int[Tensor, "batch pos"] | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -76,11 +82,14 @@ class Task:
         objective: name of the loss that fits the task: "kl", "mse", "logit-diff" or "prob-diff".
         prepend_bos: whether the prompts begin with the tokenizer's BOS token (it is in `clean`).
         groups: a label per pair, such as its template; may be empty.
+        span_names: names of the parts of a prompt ("IO", "S1", …), for edges with a mask in each;
+            may be empty.
+        spans: the part that each token belongs to, as its place in span_names [pos].
 
     Raises:
         ValueError: no pairs; two lengths in a pair; positions out of range or not rising;
-            answers, distractors or groups that are not aligned; sets of tokens that repeat or
-            share a token, or for several read positions.
+            answers, distractors, groups or spans that are not aligned; sets of tokens that repeat
+            or share a token, or for several read positions; spans without a name.
     """
 
     name: str
@@ -94,21 +103,26 @@ class Task:
     groups: tuple[str, ...] = ()
     right: Tokens = ()
     wrong: Tokens = ()
+    span_names: tuple[str, ...] = ()
+    spans: Tokens = ()
 
     def __post_init__(self) -> None:
         if len(self.clean) == 0:
             raise ValueError(f"task {self.name!r} has no prompt pairs: at least one is needed.")
-        for field in (*PAIR_FIELDS, *SET_FIELDS):
+        for field in (*PAIR_FIELDS, *SET_FIELDS, "spans"):
             object.__setattr__(self, field, _as_long(getattr(self, field), field))
         for field in ("answers", "distractors", *SET_FIELDS):
             if not getattr(self, field):
                 nothing = (torch.empty(0, dtype=torch.long),) * len(self)
                 object.__setattr__(self, field, nothing)
-        object.__setattr__(self, "groups", tuple(self.groups))
+        for field in ("groups", "span_names"):
+            object.__setattr__(self, field, tuple(getattr(self, field)))
+        check_span_names(self.span_names)
         _check_counts(self)
         for pair in range(len(self)):
             _check_pair(self, pair)
             _check_sets(self, pair)
+            _check_spans(self, pair)
 
     @classmethod
     def aligned(
@@ -121,7 +135,7 @@ class Task:
         fields |= {"clean": clean, "corrupted": corrupted, "positions": positions}
         lengths = zip(map(len, clean), map(len, corrupted), strict=True)
         kept = [pair for pair, (ours, theirs) in enumerate(lengths) if ours == theirs]
-        for field in (*PAIR_FIELDS, *SET_FIELDS, "groups"):
+        for field in (*PAIR_FIELDS, *SET_FIELDS, *OPTIONAL_FIELDS):
             if len(fields.get(field, ())):
                 fields[field] = tuple(fields[field][pair] for pair in kept)
         return cls(name, **fields)
@@ -163,8 +177,10 @@ class Task:
         fields: dict[str, Any] = {
             f: tuple(getattr(self, f)[i] for i in indices) for f in (*PAIR_FIELDS, *SET_FIELDS)
         }
-        groups = tuple(self.groups[i] for i in indices) if self.groups else ()
-        return replace(self, **fields, groups=groups)
+        for field in OPTIONAL_FIELDS:
+            values = getattr(self, field)
+            fields[field] = tuple(values[i] for i in indices) if values else ()
+        return replace(self, **fields)
 
     def split(self, share: float, seed: int = 0) -> tuple[Task, Task]:
         """Two tasks, the first with `share` of the pairs, at random and the same for one seed.
@@ -210,7 +226,8 @@ class Task:
     def _batch(self, pairs: list[int]) -> Batch:
         fields = {f: torch.stack([getattr(self, f)[i] for i in pairs]) for f in PAIR_FIELDS}
         right, wrong = (_padded([getattr(self, f)[i] for i in pairs]) for f in SET_FIELDS)
-        return Batch(**fields, indices=torch.tensor(pairs), right=right, wrong=wrong)
+        spans = torch.stack([self.spans[i] for i in pairs]) if self.spans else None
+        return Batch(**fields, indices=torch.tensor(pairs), right=right, wrong=wrong, spans=spans)
 
     def _pairs_by_prompt(self) -> list[list[int]]:
         return _grouped(tuple(tokens.tolist()) for tokens in self.clean)
@@ -253,9 +270,10 @@ def _as_long(tensors: Sequence, field: str) -> tuple[Tensor, ...]:
 
 
 def _check_counts(task: Task) -> None:
-    for field in (*PAIR_FIELDS[1:], *SET_FIELDS, "groups"):
+    for field in (*PAIR_FIELDS[1:], *SET_FIELDS, *OPTIONAL_FIELDS):
         count = len(getattr(task, field))
-        if count != len(task) and not (field == "groups" and count == 0):
+        needless = field == "groups" or (field == "spans" and not task.span_names)
+        if count != len(task) and not (needless and count == 0):
             raise ValueError(
                 f"task {task.name!r}: {len(task)} clean prompts, but {count} {field}: each pair "
                 "needs its own."
@@ -300,6 +318,43 @@ def _check_sets(task: Task, pair: int) -> None:
             f"prompt pair {pair}: right {_short(right)} and wrong {_short(wrong)}, expected token "
             "ids from 0 up, none of them twice or in both."
         )
+
+
+def _check_spans(task: Task, pair: int) -> None:
+    if not task.spans:
+        return
+    spans, length, names = task.spans[pair], len(task.clean[pair]), task.span_names
+    if len(spans) != length or spans.min() < 0 or spans.max() >= len(names):
+        raise ValueError(
+            f"prompt pair {pair}: spans {_short(spans.tolist())} for {length} tokens, expected one "
+            f"for each, from 0 to {len(names) - 1}: places in span_names ({', '.join(names)})."
+        )
+
+
+def lay_out_spans(
+    marked: Sequence[Mapping[str, tuple[int, int]]], lengths: Sequence[int]
+) -> dict[str, Any]:
+    """Named parts of each prompt, {name: (start, end)} in tokens, as a Task's fields.
+
+    Of tokens that two names claim, the first name has them; REST has those that none claims. No
+    fields where no prompt has any names. Raises ValueError where only some have.
+    """
+    without = [pair for pair, parts in enumerate(marked) if not parts]
+    if len(without) == len(marked):
+        return {}
+    if without:
+        raise ValueError(
+            f"prompt pair {without[0]} has no spans, and others have: give each pair its own."
+        )
+    names = [name for name in dict.fromkeys(n for parts in marked for n in parts) if name != REST]
+    place = {name: number for number, name in enumerate([*names, REST])}
+    spans = []
+    for parts, length in zip(marked, lengths, strict=True):
+        row = torch.full((length,), place[REST])
+        for name, (start, end) in reversed([*parts.items()]):
+            row[start:end] = place[name]
+        spans.append(row)
+    return {"span_names": tuple(place), "spans": spans}
 
 
 def _short(tokens: list[int]) -> str:

@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
+import string
+from collections import defaultdict
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tl_edgeprune.models.quiet import quiet
+
+
+class Part(NamedTuple):
+    """A named part of a text, in characters."""
+
+    name: str
+    start: int
+    end: int
+
+
+def filled(template: str, **values: str) -> tuple[str, dict[str, list[Part]]]:
+    """template.format(**values), and where each field's value stands, each time that it does."""
+    text, places = "", defaultdict(list)
+    for before, field, _, _ in string.Formatter().parse(template):
+        text += before
+        if field is not None:
+            start = len(text)
+            text += values[field]
+            places[field].append(Part(field, start, len(text)))
+    return text, places
 
 
 def tokenizer_of(model: nn.Module) -> PreTrainedTokenizerBase:
@@ -45,7 +68,26 @@ def _as_published(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, prepend_bos: bool) -> list[int]:
     """Token ids of a text, with no special token but BOS where it is asked for."""
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return encode_parts(tokenizer, text, prepend_bos, ())[0]
+
+
+def encode_parts(
+    tokenizer: PreTrainedTokenizerBase, text: str, prepend_bos: bool, parts: Iterable[Part]
+) -> tuple[list[int], dict[str, tuple[int, int]]]:
+    """`encode`, and the tokens [start, end) that have a character of each part.
+
+    No parts where the tokenizer does not tell where its tokens come from (those in Python).
+    """
+    encoded = tokenizer(text, add_special_tokens=False)
+    ids, found = encoded["input_ids"], {}
+    for part in parts if encoded.is_fast else ():
+        tokens = [encoded.char_to_token(at) for at in range(part.start, part.end)]
+        inside = [token + prepend_bos for token in tokens if token is not None]
+        found[part.name] = (min(inside), max(inside) + 1)
+    return _with_bos(tokenizer, ids, prepend_bos), found
+
+
+def _with_bos(tokenizer: PreTrainedTokenizerBase, ids: list[int], prepend_bos: bool) -> list[int]:
     if not prepend_bos:
         return ids
     if tokenizer.bos_token_id is None:

@@ -1,7 +1,8 @@
 """Prompts for the compiled programs of `models`: BOS and one to five tokens, lengths mixed.
 
 Every position but BOS is read, and the objective is the mean squared error, since logits are the
-program's output itself. The corrupted prompt is another prompt of the same length.
+program's output itself. The corrupted prompt is another prompt of the same length. Each token is a
+span: BOS, t1, t2, …
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ def build(name: str, model: nn.Module, n: int, seed: int, prepend_bos: bool | No
         objective="mse",
         prepend_bos=True,
         groups=tuple(f"length-{len(prompt) - 1}" for prompt in clean),
+        span_names=("BOS", *(f"t{place}" for place in range(1, config["model"]["n_ctx"]))),
+        spans=[torch.arange(len(prompt)) for prompt in clean],
     )
 
 
