@@ -4,16 +4,15 @@
 
 For each model and method: the area under the ROC curve over edges and over nodes, the share of the
 known circuit's edges among as many top ones, and seconds. Counterfactual ablation and 64 pairs for
-all; the methods' own defaults but for batches of 16. What is drawn (pairs, gates, random scores) is
-drawn from each seed, and figures are means over the seeds. ACDC gives a circuit for each
-threshold: an edge's score is the highest threshold that keeps it.
+all; the methods' own defaults but for batches of 16. Pairs, gates and random scores are drawn from
+each seed, and figures are means over the seeds. ACDC gives a circuit for each threshold: an edge's
+score is the highest threshold that keeps it.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import inspect
 import math
 import time
 from pathlib import Path
@@ -28,6 +27,7 @@ from tl_edgeprune.models import semi_synthetic, tracr
 
 RESULTS = Path(__file__).parent / "results" / "ground-truth"
 PAIRS = 64
+RANDOM = 100  # repeats of random scores
 THRESHOLDS = torch.logspace(-6, 1, 15).tolist()  # in nats
 FIELDS = ("model", "method", "edge_auc", "node_auc", "found", "seconds", "seeds")
 
@@ -73,17 +73,12 @@ def rows(name: str, methods: list[str], seeds: int) -> list[dict[str, Any]]:
     model = models.load(name, device="cpu")
     found = []
     for method in methods:
-        repeats = range(seeds if is_drawn(method) else 1)
-        each = [figures(model, name, method, seed) for seed in repeats]
+        repeats = RANDOM if method == "random" else seeds
+        each = [figures(model, name, method, seed) for seed in range(repeats)]
         row = {field: mean(one[field] for one in each) for field in FIELDS[2:6]}
-        found.append({"model": name, "method": method} | row | {"seeds": len(repeats)})
+        found.append({"model": name, "method": method} | row | {"seeds": repeats})
         print(row_text(found[-1]), flush=True)
     return found
-
-
-def is_drawn(method: str) -> bool:
-    """Whether a method draws anything itself."""
-    return "seed" in settings_of(method) or "seed" in inspect.signature(METHODS[method]).parameters
 
 
 def row_text(row: dict[str, Any]) -> str:

@@ -39,10 +39,10 @@ def known_circuit(name: str, ablation: str = "zero") -> frozenset[str]:
     """Names of the edges of a shipped model's circuit.
 
     Of a compiled program: the edges whose cut, each alone, raises the mean squared error (all
-    positions but BOS, every prompt). For all but `tracr-sort` and `tracr-shuffle-dyck`, which have
-    edges that stand in for one another, the set alone keeps the error below 1e-12. Those of
-    xproportion and reverse under zero ablation are what Conmy et al. 2023 (ACDC, arXiv 2304.14997)
-    publish. Of a semi-synthetic model: the circuit that it was trained to have.
+    positions but BOS, every prompt); the set alone keeps it below 1e-12. Those of xproportion and
+    reverse under zero ablation are what Conmy et al. 2023 (ACDC, arXiv 2304.14997) publish;
+    that of length under counterfactual ablation is empty, since both prompts of a pair are of
+    one length. Of a semi-synthetic model: the circuit that it was trained to have.
 
     Args:
         name: "tracr-…" or "siit-…", as `models.list()` says them.
