@@ -1,6 +1,6 @@
 """Every method against circuits that are known: compiled programs and semi-synthetic models.
 
-    python benchmarks/ground_truth.py [--only siit-sum …] [--methods eap …] [--seeds 3] [--out FOLDER]
+    python benchmarks/ground_truth.py [--only siit-sum …] [--methods eap …] [--seeds 3]
 
 For each model and method: the area under the ROC curve over edges and over nodes, the share of the
 known circuit's edges among as many top ones, and seconds. Counterfactual ablation and 64 pairs for

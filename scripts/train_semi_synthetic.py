@@ -1,6 +1,6 @@
 """Train the semi-synthetic models that come with the package, and write them for it.
 
-    python scripts/train_semi_synthetic.py           # into tl_edgeprune/models/semi_synthetic_weights/
+    python scripts/train_semi_synthetic.py    # into tl_edgeprune/models/semi_synthetic_weights/
 
 Minutes on one core. Beside the weights goes a JSON file: sizes, circuit, settings, and how often
 the model says what its causal model says, with and without interventions.

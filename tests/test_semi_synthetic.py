@@ -22,6 +22,7 @@ except ImportError:  # TransformerLens 4
 
 CLASSES = ("bridge", "hooked") if HookedTransformer else ("bridge",)
 NAMES = semi_synthetic.NAMES
+QUICKEST = [n if n == "siit-lookup" else pytest.param(n, marks=pytest.mark.slow) for n in NAMES]
 
 
 @cache
@@ -39,7 +40,7 @@ def tokens_under(model: Any, mask: Tensor, clean: Tensor, other: Tensor) -> Tens
         return model(clean)[:, -1].argmax(-1)
 
 
-# ------------------------------------------------------------------------------------- causal models
+# ----------------------------------------------------------------------------------- causal models
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -54,7 +55,8 @@ def test_swapping_nothing_or_every_first_read(name):
 
 
 def test_answers_by_hand():
-    assert EXAMPLES["siit-sum"].answers(torch.tensor([[3, 2, 0, 4], [1, 0, 3, 4]])).tolist() == [1, 3]
+    total = torch.tensor([[3, 2, 0, 4], [1, 0, 3, 4]])
+    assert EXAMPLES["siit-sum"].answers(total).tolist() == [1, 3]
     lookup = torch.tensor([[2, 5, 0, 8, 1, 3, 0]])
     assert EXAMPLES["siit-lookup"].answers(lookup).tolist() == [8]
     branch = torch.tensor([[3, 2, 1, 2], [3, 2, 1, 0]])
@@ -81,7 +83,7 @@ def test_causal_models_that_cannot_be_are_refused(variables, message):
         CausalModel("wrong", graph, 3, lambda n, generator: torch.zeros(n, 2), variables)
 
 
-# ------------------------------------------------------------------------------------------ training
+# ---------------------------------------------------------------------------------------- training
 
 
 @pytest.mark.parametrize("cls", CLASSES)
@@ -90,7 +92,7 @@ def test_what_is_trained_is_what_the_package_masks(cls, seed, share):
     """Cuts in the training's own network are those of the masked model, edge by edge."""
     name, generator = "siit-branch", torch.Generator().manual_seed(seed)
     graph, model = EXAMPLES[name].graph, load(name, cls)
-    state = {key: tensor for key, tensor in semi_synthetic.read_state(name).items()}
+    state = semi_synthetic.read_state(name)
     clean, other = prompts(name, 3, seed), prompts(name, 3, seed + 1)
     cut = torch.rand(graph.n_edges, generator=generator) < share
     _, said = network.run(state, graph, other)
@@ -193,14 +195,14 @@ def test_zero_ablation_has_no_known_circuit():
         models.known_circuit("siit-sum", "zero")
 
 
-# -------------------------------------------------------------------------------------------- methods
+# ----------------------------------------------------------------------------------------- methods
 
 
 def known(name: str) -> Circuit:
     return Circuit.from_edges(EXAMPLES[name].graph, EXAMPLES[name].edges)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", QUICKEST)
 def test_exact_patching_ranks_the_circuit_first(name):
     task = tasks.load(name, load(name), 32)
     assert roc(discover(load(name), task, method="exact"), known(name)).auc > 0.99
@@ -216,9 +218,7 @@ def test_gradients_rank_the_circuit_high_and_chance_does_not(name):
     assert abs(mean - 0.5) < 0.1
 
 
-@pytest.mark.parametrize(
-    "name", [n if n == "siit-lookup" else pytest.param(n, marks=pytest.mark.slow) for n in NAMES]
-)
+@pytest.mark.parametrize("name", QUICKEST)
 def test_edge_pruning_finds_the_circuit(name):
     wanted = known(name)
     pruner = EdgePruner(wanted.n_edges, steps=100, batch_size=16, seed=0, progress=False)

@@ -19,13 +19,15 @@ from tl_edgeprune import Circuit, EdgeGraph, masked, models, tasks
 from tl_edgeprune.models import tracr
 
 NAMES = ("tracr-xproportion", "tracr-reverse")
-QUICK = (*NAMES, "tracr-hist", "tracr-pair-balance")
 CASES = [(name, ablation) for name in NAMES for ablation in ("zero", "counterfactual")]
-SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 5))]
+SLOW = pytest.mark.slow
+SEEDS = [0, *(pytest.param(seed, marks=SLOW) for seed in range(1, 5))]
+QUICK = [*CASES, ("tracr-hist", "counterfactual"), ("tracr-pair-balance", "zero")]
 EVERY_CASE = [
-    case if case[0] in QUICK else pytest.param(*case, marks=pytest.mark.slow)
-    for case in [(name, ablation) for name in tracr.NAMES for ablation in ("zero", "counterfactual")]
-    if models.known_circuit(*case)  # both prompts of a pair have one length: nothing to find
+    (name, ablation) if (name, ablation) in QUICK else pytest.param(name, ablation, marks=SLOW)
+    for name in tracr.NAMES
+    for ablation in ("zero", "counterfactual")
+    if models.known_circuit(name, ablation)  # of length under counterfactual ablation: none
 ]
 
 

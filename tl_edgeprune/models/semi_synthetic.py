@@ -1,9 +1,9 @@
 """Semi-synthetic models: real, trained weights, and a circuit that is known.
 
-`siit-sum`, `siit-lookup`, `siit-branch`: what each computes, and by which heads and MLPs, is written
-down in siit/examples.py; scripts/train_semi_synthetic.py trained them (siit/training.py) and
-wrote how well it went beside the weights. They have layer norms, GELU MLPs, learned positions and
-causal attention, and answer at the last position.
+`siit-sum`, `siit-lookup`, `siit-branch`: what each computes, and by which heads and MLPs, is
+written down in siit/examples.py; scripts/train_semi_synthetic.py trained them (siit/training.py)
+and wrote how well it went beside the weights. They have layer norms, GELU MLPs, learned positions
+and causal attention, and answer at the last position.
 
 InterpBench: Gupta, Arcuschin, Kwa and Garriga-Alonso 2024, arXiv 2407.14494.
 """
@@ -80,8 +80,15 @@ def train_semi_synthetic(
             f"steps={steps}, batch_size={batch_size}, d_model={d_model}: expected 1 or more, and a "
             f"width that {causal.graph.n_heads} heads share."
         )
-    how = {"steps": steps, "lr": lr, "batch_size": batch_size, "seed": seed}
-    state = training.train(causal, d_model=d_model, progress=progress, **how)
+    state = training.train(
+        causal,
+        d_model=d_model,
+        steps=steps,
+        lr=lr,
+        batch_size=batch_size,
+        seed=seed,
+        progress=progress,
+    )
     with quiet():
         own = training.sizes(causal, d_model)
         model = build(causal.name, own, state, cls, device, dtype or torch.float32).eval()

@@ -76,7 +76,7 @@ def build(compiled: Compiled, cls: str, device: torch.device, dtype: torch.dtype
         "default_prepend_bos": False,
     }
     model = plain.build(config["name"], settings, compiled.state, cls, device, dtype)
-    model.compiled_program = config
+    model.compiled_program = config  # type: ignore[assignment]
     return model
 
 

@@ -71,6 +71,7 @@ def _lookup() -> CausalModel:
 
 def _branch() -> CausalModel:
     """Tokens 0 to 3; prompts are first, tag, second, flag."""
+
     def draw(n: int, generator: torch.Generator) -> Tensor:
         tokens = torch.randint(DIGITS, (n, 4), generator=generator)
         same = torch.rand(n, generator=generator) < 0.5

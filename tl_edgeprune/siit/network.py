@@ -66,8 +66,7 @@ def run(
 
     Edges that are `cut` carry what their source says in `other`, a run of its own.
     """
-    weights = state["pos_embed.W_pos"][: tokens.shape[1]]
-    said = [state["embed.W_E"][tokens] + weights]
+    said = [state["embed.W_E"][tokens] + state["pos_embed.W_pos"][: tokens.shape[1]]]
 
     def read(place: int) -> Float[Tensor, "destination batch pos d_model"]:
         block = graph.reads[place]
@@ -106,5 +105,6 @@ def _heads(
     )
     scores = einsum(q, k, "h b q e, h b k e -> h b q k") / math.sqrt(q.shape[-1])
     ahead = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-    mixed = einsum(scores.masked_fill(ahead, -torch.inf).softmax(-1), v, "h b q k, h b k e -> h b q e")
+    pattern = scores.masked_fill(ahead, -torch.inf).softmax(-1)
+    mixed = einsum(pattern, v, "h b q k, h b k e -> h b q e")
     return list(einsum(mixed, state[f"{attention}.W_O"], "h b p e, h e d -> h b p d"))

@@ -12,7 +12,8 @@ carry its variable; cuts make every other edge carry nothing.
 
 Gupta, Arcuschin, Kwa and Garriga-Alonso 2024, "InterpBench" (arXiv 2407.14494), section 3, swap and
 cut nodes; here it is edges (a node's, all at once, among them), since edges are what circuits
-are made of in this package, and so a head's queries, keys and values are told apart.
+are made of in this package, and so a head's queries, keys and values are told apart. Interchange
+intervention training: Geiger et al. 2022, arXiv 2112.00826.
 """
 
 from __future__ import annotations
@@ -164,7 +165,8 @@ def accuracies(state: State, causal: CausalModel, n: int = 4096, seed: int = 1) 
     shares = {}
     with torch.no_grad():
         for kind, some in kinds.items():
-            acts = (some.cut.any(1) if kind != "task" else torch.ones(n, dtype=torch.bool)).nonzero()
             logits, wanted = _answers(state, causal, clean, other, some)
-            shares[kind] = (logits.argmax(-1) == wanted)[acts].double().mean().item()
+            right = (logits.argmax(-1) == wanted).double()
+            acted = slice(None) if kind == "task" else some.cut.any(1)
+            shares[kind] = right[acted].mean().item()
     return shares

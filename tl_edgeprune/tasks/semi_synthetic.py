@@ -44,13 +44,13 @@ def pairs(causal: CausalModel, n: int, seed: int = 0) -> Task:
         answers, others = causal.answers(clean), causal.answers(other)
         kept = (answers != others).nonzero().flatten()
         found += zip(clean[kept], other[kept], answers[kept], others[kept], strict=True)
-    clean, corrupted, answers, distractors = zip(*found[:n], strict=True)
+    prompts, corrupted, right, distractors = zip(*found[:n], strict=True)
     return Task(
         causal.name,
-        clean=clean,
+        clean=prompts,
         corrupted=corrupted,
-        positions=[torch.tensor([len(prompt) - 1]) for prompt in clean],
-        answers=[answer[None] for answer in answers],
+        positions=[torch.tensor([len(prompt) - 1]) for prompt in prompts],
+        answers=[answer[None] for answer in right],
         distractors=[other[None] for other in distractors],
     )
 

@@ -37,9 +37,7 @@ def load_program(model: nn.Module, n: int, seed: int, prepend_bos: bool | None) 
     return build(config, n, seed, prepend_bos)
 
 
-def load_shipped(
-    name: str, model: nn.Module, n: int, seed: int, prepend_bos: bool | None
-) -> Task:
+def load_shipped(name: str, model: nn.Module, n: int, seed: int, prepend_bos: bool | None) -> Task:
     """Prompts for a program that comes with the package."""
     config = tracr.read_config(name)
     _check_model(name, model, config)
