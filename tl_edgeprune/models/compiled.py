@@ -50,7 +50,9 @@ def from_tracr(
         causal: whether positions see only those before them (the program is then Tracr's causal
             one).
         mlp_exactness: how sharp the steps of compiled numerical functions are.
-        cls, device, dtype: as for `models.load`.
+        cls, device: as for `models.load`.
+        dtype: None means float64: the steps magnify rounding by mlp_exactness, and a program that
+            stands on an edge of one says something else in float32.
 
     Raises:
         ImportError: Tracr is not installed; the message says how.
@@ -70,7 +72,7 @@ def from_tracr(
         mlp_exactness=mlp_exactness,
     )
     with quiet():
-        return tracr.build(compiled, cls, device, dtype or torch.float32).eval()
+        return tracr.build(compiled, cls, device, dtype or torch.float64).eval()
 
 
 def compile_program(
@@ -90,13 +92,26 @@ def compile_program(
             f"models.from_tracr: got {type(program).__name__}, expected a tracr.rasp.rasp.SOp, "
             "such as tracr.compiler.lib.make_hist()."
         )
+    if isinstance(program, rasp.TokensType | rasp.IndicesType):
+        raise ValueError(
+            f"models.from_tracr: {program.label} is in the embedding already and needs no layer, so "
+            "there is no circuit to look for."
+        )
     if len(tokens) < 2 or max_seq_len < 1:
         raise ValueError(
             f"models.from_tracr: {len(tokens)} different tokens and max_seq_len={max_seq_len}; "
             "expected two tokens or more (a prompt needs another one to be corrupted with) and "
             "max_seq_len of 1 or more."
         )
-    made = _compile(compiler, program, tokens, max_seq_len, causal, mlp_exactness)
+    made = compiler.compile_rasp_to_model(
+        program,
+        vocab=set(tokens),
+        max_seq_len=max_seq_len,
+        causal=causal,
+        compiler_bos=BOS,
+        compiler_pad=PAD,
+        mlp_exactness=mlp_exactness,
+    )
     values = list(getattr(made.output_encoder, "encoding_map", {}))
     labels = [f"{program.label}:{value}" for value in values] or [program.label]
     rows = [made.residual_labels.index(label) for label in labels]
@@ -128,31 +143,6 @@ def _tracr() -> tuple[ModuleType, ModuleType]:
             'pip install "tl_edgeprune[tracr]" (tracr-pypi, JAX and dm-haiku).'
         ) from error
     return compiling, rasp
-
-
-def _compile(
-    compiler: ModuleType,
-    program: Any,
-    tokens: list[Any],
-    max_seq_len: int,
-    causal: bool,
-    mlp_exactness: float,
-) -> Any:
-    try:
-        return compiler.compile_rasp_to_model(
-            program,
-            vocab=set(tokens),
-            max_seq_len=max_seq_len,
-            causal=causal,
-            compiler_bos=BOS,
-            compiler_pad=PAD,
-            mlp_exactness=mlp_exactness,
-        )
-    except IndexError as error:  # Tracr looks for the last of no layers
-        raise ValueError(
-            f"models.from_tracr: {program.label} is in the embedding already and needs no layer, "
-            "so there is no circuit to look for."
-        ) from error
 
 
 def _sizes(made: Any, max_seq_len: int, n_outputs: int) -> dict[str, int]:
