@@ -26,7 +26,7 @@ def test_what_is_necessary_is_possible(name):
 
 @pytest.mark.parametrize("name", tracr.NAMES)
 def test_impossible_edges_carry_nothing(name):
-    """All of them cut at once, in favour of nothing or of another prompt: not a bit changes."""
+    """All of them cut at once, in favour of nothing or of another prompt: nothing changes."""
     model = models.load(name, device="cpu", dtype=torch.float64)
     possible = possible_edges(model)
     assert 0 < possible.n_edges < possible.graph.n_edges

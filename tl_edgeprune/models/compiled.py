@@ -94,8 +94,8 @@ def compile_program(
         )
     if isinstance(program, rasp.TokensType | rasp.IndicesType):
         raise ValueError(
-            f"models.from_tracr: {program.label} is in the embedding already and needs no layer, so "
-            "there is no circuit to look for."
+            f"models.from_tracr: {program.label} is in the embedding already and needs no layer, "
+            "so there is no circuit to look for."
         )
     if len(tokens) < 2 or max_seq_len < 1:
         raise ValueError(
