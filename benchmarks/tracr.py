@@ -1,4 +1,4 @@
-"""Edge Pruning against circuits that are known: two compiled programs, two ablations, five seeds.
+"""Edge Pruning against circuits that are known: compiled programs, two ablations, five seeds.
 
     python benchmarks/tracr.py [--seeds 5]
 
@@ -28,13 +28,15 @@ from tl_edgeprune import (
     models,
     tasks,
 )
+from tl_edgeprune.models import tracr
 
 CASES = [
     (name, ablation)
     for ablation in ("zero", "counterfactual")
-    for name in ("tracr-xproportion", "tracr-reverse")
+    for name in tracr.NAMES
+    if models.known_circuit(name, ablation)
 ]
-PAIRS = 60  # 3, 9, 16, 16 and 16 pairs of one to five tokens: every length in one batch
+PAIRS = 60  # of three tokens: 3, 9, 16, 16 and 16 pairs of one to five, each length in one batch
 
 
 def prune(model: Any, name: str, ablation: str, seed: int) -> PruneResult:
@@ -94,12 +96,16 @@ def row(method: str, run: Callable[..., PruneResult], name: str, ablation: str, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5)
-    seeds = parser.parse_args().seeds
+    parser.add_argument("--only", nargs="*", choices=tracr.NAMES, default=tracr.NAMES)
+    args = parser.parse_args()
+    seeds = args.seeds
     torch.set_num_threads(1)
     print(f"{'program':<20}{'ablation':<16}{'settings':<11}{'edges':>9}{'exact':>11}{'s a run':>9}")
     for name, ablation in CASES:
-        print(row("ours", prune, name, ablation, seeds), flush=True)
-    print(row("published", prune_as_published, "tracr-xproportion", "zero", seeds), flush=True)
+        if name in args.only:
+            print(row("ours", prune, name, ablation, seeds), flush=True)
+    if "tracr-xproportion" in args.only:
+        print(row("published", prune_as_published, "tracr-xproportion", "zero", seeds), flush=True)
 
 
 if __name__ == "__main__":

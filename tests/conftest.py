@@ -38,7 +38,9 @@ CLASSLESS = (
     *("solved", "task_families", "task_tables", "training", "wrong_settings"),
 )
 # Of these, only what is of a HookedTransformer is quick there.
-HALF = ("acdc", "evaluate", "notebooks", "positions", "tracr")
+HALF = (
+    "acdc", "evaluate", "ground_truth", "notebooks", "positions", "semi_synthetic", "tracr"
+)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -87,6 +87,21 @@ def test_blocks_on_positions_run():
     run(every, POSITIONS)
 
 
+def test_quick_blocks_on_ground_truth_run(monkeypatch):
+    page = ROOT / "docs" / "ground_truth.md"
+    change_defaults(monkeypatch, progress=False)
+    quick = [block for block in blocks(page) if not block.slow]
+    assert len(quick) >= 2
+    run(quick, page)
+
+
+@pytest.mark.slow
+def test_slow_blocks_on_ground_truth_run(monkeypatch):
+    pytest.importorskip("tracr", reason="needs tl_edgeprune[tracr]")
+    page = ROOT / "docs" / "ground_truth.md"
+    run([block for block in blocks(page) if block.slow], page)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(smollm2.wheel_folder() is None, reason=f"needs {smollm2.REQUIREMENT}")
 def test_slow_blocks_of_the_tutorial_run(tmp_path, monkeypatch):

@@ -41,12 +41,36 @@ def prompts(name: str) -> list[Tensor]:
     ]
 
 
+def balanced(said: list[str]) -> bool:
+    depths = [said[: i + 1].count("(") - said[: i + 1].count(")") for i in range(len(said))]
+    return min(depths) >= 0 and depths[-1] == 0
+
+
+RULES = {
+    "tracr-xproportion": lambda said: [
+        said[: i + 1].count("x") / (i + 1) for i in range(len(said))
+    ],
+    "tracr-reverse": lambda said: [int(token) for token in reversed(said)],
+    "tracr-hist": lambda said: [said.count(token) for token in said],
+    "tracr-sort": lambda said: sorted(int(token) for token in said),
+    "tracr-length": lambda said: [len(said)] * len(said),
+    "tracr-pair-balance": lambda said: [
+        (said[: i + 1].count("(") - said[: i + 1].count(")")) / (i + 1) for i in range(len(said))
+    ],
+    "tracr-shuffle-dyck": lambda said: [balanced(said)] * len(said),
+}
+
+
 def expected(name: str, tokens: Tensor) -> Tensor:
     """What the program should say after BOS, straight from its definition."""
-    if name == "tracr-reverse":
-        return nn.functional.one_hot(tokens[:, 1:].flip(1), 3).float()
-    is_x = (tokens[:, 1:] == 3).float()
-    return (is_x.cumsum(1) / torch.arange(1, tokens.shape[1]))[..., None]
+    config = tracr.read_config(name)
+    words = {index: token for token, index in config["vocab"].items()}
+    said = [RULES[name]([words[i] for i in prompt[1:].tolist()]) for prompt in tokens]
+    values = config["outputs"]
+    if not values:
+        return torch.tensor(said)[..., None]
+    columns = torch.tensor([[values.index(value) for value in row] for row in said])
+    return nn.functional.one_hot(columns, len(values)).float()
 
 
 @pytest.mark.parametrize("cls", CLASSES)
@@ -61,12 +85,12 @@ def test_tracr_computes_its_program_on_every_prompt(name, cls):
 
 @pytest.mark.parametrize("cls", CLASSES)
 @pytest.mark.parametrize("name", tracr.NAMES)
-def test_tracr_agrees_with_the_compilers_own_outputs(name, cls):
-    model = models.load(name, cls=cls)
-    for example in tracr.read_config(name)["examples"]:
+def test_tracr_agrees_with_the_programs_own_outputs(name, cls):
+    model, config = models.load(name, cls=cls), tracr.read_config(name)
+    for example in config["examples"]:
         with torch.no_grad():
             logits = model(torch.tensor([example["tokens"]]))[0, 1:]
-        said = logits.argmax(-1) if name == "tracr-reverse" else logits[:, 0]
+        said = logits.argmax(-1) if config["outputs"] else logits[:, 0]
         torch.testing.assert_close(said.tolist(), example["output"], atol=1e-6, rtol=0)
 
 
@@ -144,7 +168,7 @@ def test_known_circuits_are_sufficient_and_every_edge_is_needed(name, n_edges, a
 
 
 def test_unknown_circuit_says_what_is_known():
-    with pytest.raises(ValueError, match=r"tracr-reverse \(zero\)"):
+    with pytest.raises(ValueError, match=r"tracr-reverse, .* \(zero, counterfactual\)"):
         models.known_circuit("tracr-reverse", "mean")
 
 

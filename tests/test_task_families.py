@@ -23,7 +23,7 @@ from tl_edgeprune.tasks import (
 )
 from tl_edgeprune.tasks.recipe import Example, Recipe
 
-NAMES = tuple(name for name in tasks.list() if not name.startswith("tracr"))
+NAMES = tuple(name for name in tasks.list() if not name.startswith(("tracr", "siit")))
 FAMILIES = [(name, {}) for name in NAMES] + [
     ("arithmetic", {"operation": "minus"}),
     ("boolean-expressions", {"form": "few-shot", "shots": 2}),

@@ -16,10 +16,20 @@ import torch
 from torch import Tensor
 
 from tl_edgeprune import Circuit, EdgeGraph, masked, models, tasks
+from tl_edgeprune.models import tracr
 
 NAMES = ("tracr-xproportion", "tracr-reverse")
 CASES = [(name, ablation) for name in NAMES for ablation in ("zero", "counterfactual")]
-SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 5))]
+SLOW = pytest.mark.slow
+SEEDS = [0, *(pytest.param(seed, marks=SLOW) for seed in range(1, 5))]
+QUICK = [("tracr-hist", "counterfactual"), ("tracr-pair-balance", "zero")]
+UNSOLVED = ("tracr-shuffle-dyck", "zero")  # 23 of its 24 edges
+OTHERS = [
+    (name, ablation) if (name, ablation) in QUICK else pytest.param(name, ablation, marks=SLOW)
+    for name in tracr.NAMES[2:]
+    for ablation in ("zero", "counterfactual")
+    if models.known_circuit(name, ablation)  # of length under counterfactual ablation: none
+]
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +64,14 @@ def errors(model: Any, name: str, masks: Tensor, ablation: str) -> Tensor:
 def test_training_recovers_the_known_circuit_exactly(benchmark, name, ablation, seed):
     result = benchmark.prune(models.load(name, device="cpu"), name, ablation, seed)
     assert set(result.circuit.edges) == models.known_circuit(name, ablation)
+
+
+@pytest.mark.parametrize(("name", "ablation"), OTHERS)
+def test_training_recovers_what_cutting_one_by_one_finds(benchmark, name, ablation):
+    """Exactly, but for one edge of the largest program's under zero ablation."""
+    found = benchmark.prune(models.load(name, device="cpu"), name, ablation, 0).circuit
+    missed = models.known_circuit(name, ablation) - set(found.edges)
+    assert len(missed) <= ((name, ablation) == UNSOLVED)
 
 
 @pytest.mark.parametrize(("name", "ablation"), CASES)

@@ -16,6 +16,7 @@ from tl_edgeprune.constants import Constants
 from tl_edgeprune.evaluate import Evaluation, evaluate
 from tl_edgeprune.faithfulness import FaithfulnessCurve, faithfulness_curve, mib_faithfulness
 from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.ground_truth import necessary_edges, possible_edges
 from tl_edgeprune.knockouts import Completeness, Minimality, completeness, minimality
 from tl_edgeprune.masked import masked
 from tl_edgeprune.masks import ExactBudget, Lagrangian, Penalty
@@ -64,8 +65,10 @@ __all__ = [
     "minimality",
     "minimality_test",
     "models",
+    "necessary_edges",
     "optimal_constants",
     "polish",
+    "possible_edges",
     "precision_recall",
     "roc",
     "stability",

@@ -4,6 +4,8 @@
     models.load("tracr-reverse", cls="hooked")       # a HookedTransformer, under TransformerLens 3
     models.load("gpt2")                              # from the Hugging Face hub
     models.load(my_model)                            # your own object, unchanged
+    models.from_tracr(program, vocab="abc", max_seq_len=5)     # your own RASP program, compiled
+    models.known_circuit("siit-sum", "counterfactual")         # what there is to find in some
 
 Models are in float32 and eval mode, with the weights as they were trained (nothing is folded).
 """
@@ -17,19 +19,50 @@ import torch
 from torch import nn
 from transformer_lens.model_bridge import TransformerBridge
 
-from tl_edgeprune.models import smollm2, tracr
+from tl_edgeprune.models import semi_synthetic, smollm2, tracr
+from tl_edgeprune.models.compiled import from_tracr
 from tl_edgeprune.models.folder import is_model_folder, load_folder
 from tl_edgeprune.models.quiet import quiet
-from tl_edgeprune.models.tracr import known_circuit
+from tl_edgeprune.models.semi_synthetic import train_semi_synthetic
 
-__all__ = ["known_circuit", "list", "load"]
+__all__ = ["from_tracr", "known_circuit", "list", "load", "train_semi_synthetic"]
 
 CLASSES = ("bridge", "hooked")
 
 
 def list() -> tuple[str, ...]:
     """Names that `load` knows without the Hugging Face hub."""
-    return ("smollm2-135m", *tracr.NAMES)
+    return ("smollm2-135m", *tracr.NAMES, *semi_synthetic.NAMES)
+
+
+def known_circuit(name: str, ablation: str = "zero") -> frozenset[str]:
+    """Names of the edges of a shipped model's circuit.
+
+    Of a compiled program: the edges whose cut, each alone, raises the mean squared error (all
+    positions but BOS, every prompt); the set alone keeps it below 1e-12. Those of xproportion and
+    reverse under zero ablation are what Conmy et al. 2023 (ACDC, arXiv 2304.14997) publish;
+    that of length under counterfactual ablation is empty, since both prompts of a pair are of
+    one length. Of a semi-synthetic model: the circuit that it was trained to have.
+
+    Args:
+        name: "tracr-…" or "siit-…", as `models.list()` says them.
+        ablation: "zero", or "counterfactual" (then what all prompts share needs no edge).
+            Semi-synthetic models have theirs under "counterfactual".
+
+    Raises:
+        ValueError: no circuit is known for that model or that ablation.
+    """
+    edges = None
+    for family in (tracr, semi_synthetic):
+        if name in family.NAMES:
+            edges = family.known_circuit(name, ablation)
+    if edges is None:
+        raise ValueError(
+            f"known_circuit({name!r}, ablation={ablation!r}): circuits are known for "
+            f"{', '.join(tracr.NAMES)} (zero, counterfactual) and "
+            f"{', '.join(semi_synthetic.NAMES)} (counterfactual)."
+        )
+    return edges
 
 
 def load(
@@ -58,11 +91,7 @@ def load(
     """
     if not isinstance(name_or_object, str):
         return _checked_object(name_or_object, device, dtype)
-    if cls not in CLASSES:
-        raise ValueError(f"models.load(cls={cls!r}): expected one of {', '.join(CLASSES)}.")
-    if cls == "hooked":
-        _require_hooked()
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = placed_device("models.load", cls, device)
     with quiet():
         return _load(name_or_object, cls, device, dtype or torch.float32).eval()
 
@@ -81,12 +110,21 @@ def _checked_object(model: Any, device: Any, dtype: torch.dtype | None) -> nn.Mo
     return model
 
 
-def _require_hooked() -> None:
+def placed_device(call: str, cls: str, device: str | torch.device | None) -> torch.device:
+    """Where a model goes; raises for a class that is unknown or not there, as `load` does."""
+    if cls not in CLASSES:
+        raise ValueError(f"{call}(cls={cls!r}): expected one of {', '.join(CLASSES)}.")
+    if cls == "hooked":
+        _require_hooked(call)
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _require_hooked(call: str) -> None:
     try:
         from transformer_lens import HookedTransformer  # noqa: F401
     except ImportError as error:
         raise ImportError(
-            'models.load(cls="hooked"): this TransformerLens has no HookedTransformer (4.0 removed '
+            f'{call}(cls="hooked"): this TransformerLens has no HookedTransformer (4.0 removed '
             'it). Use cls="bridge", or install "transformer-lens>=3.9,<4".'
         ) from error
 
@@ -96,7 +134,9 @@ def _load(name: str, cls: str, device: torch.device, dtype: torch.dtype) -> nn.M
     if name == "smollm2-135m":
         return (smollm2.load_hooked if hooked else smollm2.load_bridge)(device, dtype)
     if name in tracr.NAMES:
-        return (tracr.load_hooked if hooked else tracr.load_bridge)(name, device, dtype)
+        return tracr.build(tracr.shipped(name), cls, device, dtype)
+    if name in semi_synthetic.NAMES:
+        return semi_synthetic.load(name, cls, device, dtype)
     if not hooked and is_model_folder(name):
         return load_folder(name, device, dtype)
     try:

@@ -26,6 +26,7 @@ from tl_edgeprune.tasks import (  # noqa: F401  (they register themselves)
     induction,
     ioi,
     mcqa,
+    semi_synthetic,
     subject_verb_agreement,
     tracr,
 )

@@ -1,4 +1,4 @@
-"""Prompts for the compiled programs of `models`: BOS and one to five tokens, lengths mixed.
+"""Prompts for compiled programs (models/tracr.py): BOS and its tokens, lengths mixed.
 
 Every position but BOS is read, and the objective is the mean squared error, since logits are the
 program's output itself. The corrupted prompt is another prompt of the same length. Each token is a
@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,31 +23,51 @@ from tl_edgeprune.tasks.task import Task
 Prompt = tuple[int, ...]
 
 
-@register("tracr-xproportion")
-def load_xproportion(model: nn.Module, n: int, seed: int, prepend_bos: bool | None) -> Task:
-    return build("tracr-xproportion", model, n, seed, prepend_bos)
+MOST = 4096  # different prompts of one length
 
 
-@register("tracr-reverse")
-def load_reverse(model: nn.Module, n: int, seed: int, prepend_bos: bool | None) -> Task:
-    """Its logits' columns are tokens, so it has answers too: the prompt in reverse."""
-    task = build("tracr-reverse", model, n, seed, prepend_bos)
+@register("tracr")
+def load_program(model: nn.Module, n: int, seed: int, prepend_bos: bool | None) -> Task:
+    """Prompts for whatever compiled program the model is."""
+    config = tracr.config_of(model)
+    if config is None:
+        raise ValueError(
+            f"tasks.load('tracr'): {type(model).__name__} is no compiled program: make one with "
+            "models.from_tracr, or load one of " + ", ".join(tracr.NAMES) + "."
+        )
+    return build(config, n, seed, prepend_bos)
+
+
+def load_shipped(name: str, model: nn.Module, n: int, seed: int, prepend_bos: bool | None) -> Task:
+    """Prompts for a program that comes with the package."""
+    config = tracr.read_config(name)
+    _check_model(name, model, config)
+    task = build(config, n, seed, prepend_bos)
+    if name != "tracr-reverse":
+        return task
+    # Its logits' columns are tokens, so it has answers too: the prompt in reverse.
     answers = tuple(tokens[1:].flip(0) for tokens in task.clean)
     return Task(**vars(task) | {"answers": answers})
 
 
-def build(name: str, model: nn.Module, n: int, seed: int, prepend_bos: bool | None) -> Task:
+for _name in tracr.NAMES:
+    register(_name)(partial(load_shipped, _name))
+
+
+def build(config: dict[str, Any], n: int, seed: int, prepend_bos: bool | None) -> Task:
     """n pairs; all prompts come before any comes again, and then with another corrupted prompt.
 
-    Raises:
-        ValueError: the model has another vocabulary, or prepend_bos is False.
+    Of a length that has more than `MOST` prompts, that many are drawn. Raises ValueError where
+    prepend_bos is False.
     """
-    config = tracr.read_config(name)
-    _check_model(name, model, config, prepend_bos)
+    if prepend_bos is False:
+        raise ValueError(
+            f"tasks.load({config['name']!r}): the program needs BOS, so prepend_bos is True."
+        )
     by_length = _prompts(config, random.Random(seed))
     clean, corrupted = zip(*itertools.islice(_pairs(by_length), n), strict=True)
     return Task(
-        name,
+        config["name"],
         clean=[torch.tensor(prompt) for prompt in clean],
         corrupted=[torch.tensor(prompt) for prompt in corrupted],
         positions=[torch.arange(1, len(prompt)) for prompt in clean],
@@ -59,13 +80,22 @@ def build(name: str, model: nn.Module, n: int, seed: int, prepend_bos: bool | No
 
 
 def _prompts(config: dict[str, Any], generator: random.Random) -> list[list[Prompt]]:
-    """All prompts of each length, shuffled."""
-    lengths = range(1, config["model"]["n_ctx"])
-    by_length = [
-        [(config["bos"], *rest) for rest in itertools.product(config["tokens"], repeat=length)]
-        for length in lengths
-    ]
-    return [generator.sample(prompts, len(prompts)) for prompts in by_length]
+    """The prompts of each length, all of them or `MOST`, shuffled."""
+    tokens, found = config["tokens"], []
+    for length in range(1, config["model"]["n_ctx"]):
+        total = len(tokens) ** length
+        numbers = generator.sample(range(total), min(total, MOST))
+        found.append([(config["bos"], *_written(n, tokens, length)) for n in numbers])
+    return found
+
+
+def _written(number: int, tokens: list[int], length: int) -> Prompt:
+    """A number in the tokens' own base, as so many digits."""
+    digits = []
+    for _ in range(length):
+        number, digit = divmod(number, len(tokens))
+        digits.append(tokens[digit])
+    return tuple(reversed(digits))
 
 
 def _pairs(by_length: list[list[Prompt]]) -> Iterator[tuple[Prompt, Prompt]]:
@@ -78,9 +108,7 @@ def _pairs(by_length: list[list[Prompt]]) -> Iterator[tuple[Prompt, Prompt]]:
                     yield prompts[place], prompts[(place + shift) % len(prompts)]
 
 
-def _check_model(
-    name: str, model: nn.Module, config: dict[str, Any], prepend_bos: bool | None
-) -> None:
+def _check_model(name: str, model: nn.Module, config: dict[str, Any]) -> None:
     for size in ("d_vocab", "d_vocab_out", "n_ctx"):
         found = getattr(getattr(model, "cfg", None), size, None)
         if found != config["model"][size]:
@@ -88,5 +116,3 @@ def _check_model(
                 f"tasks.load({name!r}): the model has {size}={found}, the task is for "
                 f"{size}={config['model'][size]}: use models.load({name!r})."
             )
-    if prepend_bos is False:
-        raise ValueError(f"tasks.load({name!r}): the program needs BOS, so prepend_bos is True.")

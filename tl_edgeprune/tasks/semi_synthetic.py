@@ -1,0 +1,59 @@
+"""Prompts for semi-synthetic models (models/semi_synthetic.py), from the causal model of each.
+
+The output is read at the last position. The corrupted prompt is one whose right answer is another
+one, which is the distractor.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import nn
+
+from tl_edgeprune.siit.causal import CausalModel
+from tl_edgeprune.siit.examples import EXAMPLES
+from tl_edgeprune.tasks.registry import register
+from tl_edgeprune.tasks.task import Task
+
+AT_ONCE = 64
+
+
+def load(name: str, model: nn.Module, n: int, seed: int, prepend_bos: bool | None) -> Task:
+    """n pairs for a shipped model. Raises ValueError for a model of other sizes, or with BOS."""
+    causal = EXAMPLES[name]
+    wanted = {"d_vocab": causal.n_tokens, "n_layers": causal.graph.n_layers}
+    for size, expected in wanted.items():
+        found = getattr(getattr(model, "cfg", None), size, None)
+        if found != expected:
+            raise ValueError(
+                f"tasks.load({name!r}): the model has {size}={found}, the task is for "
+                f"{size}={expected}: use models.load({name!r})."
+            )
+    if prepend_bos:
+        raise ValueError(f"tasks.load({name!r}): the model knows no BOS, so prepend_bos is False.")
+    return pairs(causal, n, seed)
+
+
+def pairs(causal: CausalModel, n: int, seed: int = 0) -> Task:
+    """n random pairs of a causal model's prompts; the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    found: list[tuple[torch.Tensor, ...]] = []
+    while len(found) < n:
+        clean, other = causal.draw(AT_ONCE, generator), causal.draw(AT_ONCE, generator)
+        answers, others = causal.answers(clean), causal.answers(other)
+        kept = (answers != others).nonzero().flatten()
+        found += zip(clean[kept], other[kept], answers[kept], others[kept], strict=True)
+    prompts, corrupted, right, distractors = zip(*found[:n], strict=True)
+    return Task(
+        causal.name,
+        clean=prompts,
+        corrupted=corrupted,
+        positions=[torch.tensor([len(prompt) - 1]) for prompt in prompts],
+        answers=[answer[None] for answer in right],
+        distractors=[other[None] for other in distractors],
+    )
+
+
+for _name in EXAMPLES:
+    register(_name)(partial(load, _name))
