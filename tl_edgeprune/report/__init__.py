@@ -1,8 +1,21 @@
-"""Pictures: the training curve, a comparison, a circuit as a drawing and as a page."""
+"""Pictures: a circuit as a page, as a drawing and as DOT text, and plots of what was measured."""
 
 from tl_edgeprune.report.circuit_figure import draw_circuit
 from tl_edgeprune.report.circuit_html import write_html
 from tl_edgeprune.report.comparison import plot_comparison
+from tl_edgeprune.report.dot import to_dot
+from tl_edgeprune.report.faithfulness import plot_faithfulness
+from tl_edgeprune.report.heads import plot_heads
 from tl_edgeprune.report.history import plot_history
+from tl_edgeprune.report.stability import plot_stability
 
-__all__ = ["draw_circuit", "plot_comparison", "plot_history", "write_html"]
+__all__ = [
+    "draw_circuit",
+    "plot_comparison",
+    "plot_faithfulness",
+    "plot_heads",
+    "plot_history",
+    "plot_stability",
+    "to_dot",
+    "write_html",
+]
