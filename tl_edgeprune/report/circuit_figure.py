@@ -182,8 +182,8 @@ def _draw_ports(axes: Axes, layout: Layout, neutral: bool) -> None:
                 if e.kind == kind}  # fmt: skip
         color = MUTED if neutral else KIND_COLORS[kind]
         for end in sorted(ends):
-            axes.plot([end.x], [end.y + 1], marker=KIND_MARKERS[kind], color=color, markersize=4,
-                      markeredgecolor="white", markeredgewidth=0.4, zorder=5)  # fmt: skip
+            axes.plot([end.x], [end.y + 1], marker=KIND_MARKERS[kind], color=color, markersize=4.5,
+                      markeredgecolor="white", markeredgewidth=0, zorder=5)  # fmt: skip
 
 
 def _draw_nodes(axes: Axes, layout: Layout) -> None:
@@ -211,7 +211,7 @@ def _draw_nodes(axes: Axes, layout: Layout) -> None:
 
 def _node_color(kind: str, share: float) -> tuple[float, float, float]:
     """Darker for nodes with more edges; `share` is of the most connected node's."""
-    base = to_rgb("#f4eefb" if kind == "mlp" else "white")
+    base = to_rgb("#fbf2f8" if kind == "mlp" else "white")
     ink = to_rgb(INK)
     shade = _HUB_SHADE * share**0.5
     return tuple((1 - shade) * b + shade * i for b, i in zip(base, ink, strict=True))

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 from typing import Any
 
-import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from tl_edgeprune.circuit import Circuit, check_scores
@@ -148,7 +149,7 @@ def page_of(
     if mode == "sizes":
         order.sort(key=lambda place: drawn[place].n_edges)
         drawn, figures, labels = _in(order, drawn), _in(order, figures), _in(order, labels)
-    union = Circuit(circuit.graph, _union(drawn))
+    union = reduce(or_, drawn)
     if result is not None:
         scores = result.scores if scores is None else scores
         history = result.history if history is None else history
@@ -179,16 +180,6 @@ def page_of(
 
 def _in(order: Sequence[int], things: Sequence[Any]) -> list[Any]:
     return [things[place] for place in order]
-
-
-def _union(circuits: Sequence[Circuit]) -> Bool[Tensor, " edge"]:
-    first = circuits[0]
-    for each in circuits:
-        if each.graph != first.graph:
-            raise ValueError(
-                f"circuits of different graphs cannot share a page: {first.graph} and {each.graph}."
-            )
-    return torch.stack([each.mask for each in circuits]).any(0)
 
 
 def _names(names: Sequence[str] | None, circuits: Sequence[Circuit], mode: str) -> list[str]:
