@@ -251,6 +251,12 @@ def test_the_slider_chooses_among_circuits(show: Any) -> None:
         assert view.drawn() == size
         assert f"{size} edges" in view.text("#size-name")
         assert f"{0.5 / size:.3f} nats" in view.text("#measures")
+        alive = SCORES.top(size, alive=True).n_edges
+        assert view.text("[data-kind=dead] span") == str(size - alive)
+        view.tab.locator("[data-kind=dead]").click()
+        assert view.drawn() == alive
+        view.tab.locator("[data-kind=dead]").click()
+        view.tab.locator("#size-range").focus()
 
 
 def test_two_circuits_are_laid_on_each_other(show: Any) -> None:

@@ -56,8 +56,8 @@ class PageNode:
 class PageEdge:
     """An edge: its nodes by their places in the list, and its Bezier curve, x and y in turn.
 
-    dead: on no path from the input to the logits. rank: 0 for the strongest, by the scores.
-    circuits: which of the page's circuits have it. facts: what an explanation says of it.
+    circuits: which of the page's circuits have it. dead: those in which it is on no path from the
+    input to the logits. rank: 0 for the strongest, by the scores. facts: what an explanation says.
     """
 
     name: str
@@ -65,7 +65,7 @@ class PageEdge:
     destination: int
     kind: str  # q, k, v, attn, mlp or logits
     curve: tuple[float, ...]
-    dead: bool
+    dead: tuple[int, ...]
     score: float | None
     rank: int
     circuits: tuple[int, ...]
@@ -267,11 +267,12 @@ def _edges(
 ) -> list[PageEdge]:
     place = {node.name: i for i, node in enumerate(layout.nodes)}
     has = [set(each.edges) for each in circuits]
-    living = set().union(*(each.edges for each in alive))
+    living = [set(each.edges) for each in alive]
     order = list(range(len(layout.edges)))
     if weights is not None:
         order.sort(key=lambda i: -weights[i][1])
     rank = {i: place for place, i in enumerate(order)}
+    holders = [tuple(n for n, own in enumerate(has) if e.name in own) for e in layout.edges]
     return [
         PageEdge(
             name=edge.name,
@@ -279,10 +280,10 @@ def _edges(
             destination=place[edge.destination],
             kind=edge.kind,
             curve=tuple(round(c, 1) for point in layout.curves[i] for c in point),
-            dead=edge.name not in living,
+            dead=tuple(n for n in holders[i] if edge.name not in living[n]),
             score=None if weights is None else float(f"{weights[i][0]:.6g}"),
             rank=rank[i],
-            circuits=tuple(n for n, names in enumerate(has) if edge.name in names),
+            circuits=holders[i],
             facts=facts.get(edge.name, {}),
         )
         for i, edge in enumerate(layout.edges)

@@ -61,6 +61,7 @@ document.addEventListener("keydown", event => {
 });
 
 function start() {
+  applyFilters();
   sortEdges();
   readPalette();
   drawBack();

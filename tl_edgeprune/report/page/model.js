@@ -32,6 +32,7 @@ const SIDES = {
 nodes.forEach((node, place) => Object.assign(node, {place, reads: [], writes: [], kin: new Set()}));
 edges.forEach((edge, place) => {
   edge.place = place;
+  edge.deadIn = edge.dead;
   edge.side = edge.circuits.length === 2 ? "shared" : edge.circuits[0] === 0 ? "a" : "b";
   edge.from = nodes[edge.source];
   edge.to = nodes[edge.destination];
@@ -62,6 +63,9 @@ function inSize(edge) {
   return !page.scored || edge.rank < state.size;
 }
 
+/* Dead in the circuit that the slider chooses; of two, in each that has it. */
+const isDead = edge => page.mode === "sizes" ? edge.deadIn.includes(state.size) : edge.deadIn.length === edge.circuits.length;
+
 /* Filters by layer keep what touches a layer of the range. */
 function isShown(edge) {
   return state.kinds.has(edge.kind) && (!edge.dead || state.dead) && inSize(edge)
@@ -77,6 +81,7 @@ function applyFilters() {
   state.shown = 0;
   for (const node of nodes) Object.assign(node, {total: 0, nIn: 0, nOut: 0});
   for (const edge of edges) {
+    edge.dead = isDead(edge);
     edge.shown = isShown(edge);
     if (!edge.shown) continue;
     state.shown += 1;

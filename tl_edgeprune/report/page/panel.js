@@ -69,7 +69,7 @@ function showMeasures() {
     return;
   }
   const [only] = chosen;
-  section.replaceChildren(...(names.length ? [make("h2", {}, page.mode === "sizes" ? `Measures, ${only.name}` : "Measures"),
+  section.replaceChildren(...(names.length ? [make("h2", {}, page.mode === "sizes" || state.size < edges.length ? `Measures of all ${count(only.n_edges, "edge")}` : "Measures"),
     factList(Object.entries(only.measures))] : []));
 }
 

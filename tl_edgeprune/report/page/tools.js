@@ -5,6 +5,8 @@ const SIZE_STEPS = 200;  // of the slider over edges, which is logarithmic
 
 function refresh() {
   applyFilters();
+  if (page.mode === "sizes") sortEdges();
+  countChips();
   drawDegrees();
   drawJoins();
   showCounts();
@@ -20,16 +22,23 @@ function refreshSoon() {
   pending ||= requestAnimationFrame(() => { pending = 0; refresh(); });
 }
 
-/* A button that is on or off. */
-function chip(symbol, label, total, attributes, flip) {
+/* A button that is on or off, with the number of edges of this size that pass its test. */
+function chip(symbol, label, test, attributes, flip) {
+  const total = make("span");
   const made = make("button", {
     class: "chip", type: "button", "aria-pressed": "true", ...attributes,
     click: () => {
       made.setAttribute("aria-pressed", flip());
       refresh();
     },
-  }, symbol, label, make("span", {}, number(total)));
+  }, symbol, label, total);
+  chips.push({total, test});
   return made;
+}
+const chips = [];
+
+function countChips() {
+  for (const {total, test} of chips) total.textContent = number(edges.filter(edge => inSize(edge) && test(edge)).length);
 }
 
 function flipIn(set, value) {
@@ -39,18 +48,16 @@ function flipIn(set, value) {
 
 function buildChips() {
   for (const [kind, label] of Object.entries(page.kinds)) {
-    const total = edges.filter(edge => edge.kind === kind).length;
-    byId("kinds").append(chip(symbol(kind), label, total, {"data-kind": kind}, () => flipIn(state.kinds, kind)));
+    byId("kinds").append(chip(symbol(kind), label, edge => edge.kind === kind, {"data-kind": kind}, () => flipIn(state.kinds, kind)));
   }
-  const dead = edges.filter(edge => edge.dead).length;
+  const dead = edges.some(edge => edge.deadIn.length);
   const deadSymbol = make("svg", {class: "mark", width: 16, height: 12, viewBox: "0 -6 16 12", "aria-hidden": "true"},
     make("line", {x1: 0, x2: 16, y1: 0, y2: 0, stroke: "var(--muted)", "stroke-width": 2, "stroke-dasharray": "2 2.6"}));
-  if (dead) byId("kinds").append(chip(deadSymbol, "dead", dead, {"data-kind": "dead", title: "Edges on no path from the input to the logits"}, () => (state.dead = !state.dead)));
+  if (dead) byId("kinds").append(chip(deadSymbol, "dead", edge => edge.dead, {"data-kind": "dead", title: "Edges on no path from the input to the logits"}, () => (state.dead = !state.dead)));
   if (page.mode !== "overlay") return;
   byId("sides").hidden = false;
   for (const [side, label] of Object.entries(SIDES)) {
-    const total = edges.filter(edge => edge.side === side).length;
-    byId("sides").append(chip(sideSymbol(side), label, total, {"data-side": side}, () => flipIn(state.sides, side)));
+    byId("sides").append(chip(sideSymbol(side), label, edge => edge.side === side, {"data-side": side}, () => flipIn(state.sides, side)));
   }
 }
 
