@@ -34,8 +34,8 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 CLASSLESS = (
     *("circuit_tests", "cli", "compare", "distributed", "docs", "faithfulness", "folder"),
     *("interchange", "knockouts", "learned_constants", "masks", "measures", "objectives"),
-    *("planner", "polish", "report", "residual", "roc", "scores", "stability", "stream"),
-    *("solved", "task_families", "task_tables", "training", "wrong_settings"),
+    *("planner", "polish", "report", "report_page", "residual", "roc", "scores", "stability"),
+    *("stream", "solved", "task_families", "task_tables", "training", "wrong_settings"),
 )
 # Of these, only what is of a HookedTransformer is quick there.
 HALF = (

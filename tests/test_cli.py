@@ -110,7 +110,7 @@ def test_prune_writes_what_it_says(run: Path, model: str, task: str) -> None:
     _, _, note = load_checkpoint(run / "checkpoint.safetensors")
     assert len(note["history"]) == 30
     assert (run / "history.png").read_bytes()[:4] == b"\x89PNG"
-    assert "KL, held out" in (run / "circuit.html").read_text(encoding="utf-8")
+    assert "KL to the full model" in (run / "circuit.html").read_text(encoding="utf-8")
     assert not [p for p in run.iterdir() if p.name.startswith(".") and p.name != ".lock"]
 
 
@@ -137,7 +137,24 @@ def test_show_writes_a_page(run: Path, tmp_path: Path) -> None:
     page = tmp_path / "new" / "x.html"
     scores = ["--scores", run / "scores.safetensors", "--title", "Gifts & names"]
     assert told("show", run / "circuit.json", "--out", page, *scores).exit_code == 0
-    assert "Gifts &amp; names" in page.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
+    assert "Gifts &amp; names" in text and "KL to the full model" in text  # of evaluation.json
+
+
+def test_show_draws_two_circuits_in_every_form(run: Path, tmp_path: Path) -> None:
+    circuit = Circuit.load(run / "circuit.json")
+    other = tmp_path / "other.json"
+    EdgeScores.load(run / "scores.safetensors").top(30).save(other)
+    files = {name: tmp_path / "new" / f"x.{name}" for name in ("html", "svg", "png", "dot")}
+    pictures = [word for name in ("svg", "png", "dot") for word in (f"--{name}", files[name])]
+    arguments = ["--out", files["html"], "--other", other, *pictures]
+    assert told("show", run / "circuit.json", *arguments).exit_code == 0
+    assert '"mode":"overlay"' in files["html"].read_text(encoding="utf-8")
+    assert "in both (20)" in files["svg"].read_text(encoding="utf-8")
+    assert files["png"].read_bytes()[:4] == b"\x89PNG"
+    assert files["dot"].read_text(encoding="utf-8") == circuit.to_dot()
+    wrong = mistake("show", run / "circuit.json", "--svg", tmp_path / "x.png")
+    assert "its name must end in .svg" in wrong
 
 
 def test_discover_saves_scores_and_a_circuit(model: str, task: str, tmp_path: Path) -> None:

@@ -22,7 +22,8 @@ from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.methods import registry
 from tl_edgeprune.objectives import kl
 from tl_edgeprune.report import plot_comparison
-from tl_edgeprune.report.comparison import _floor, _ticks
+from tl_edgeprune.report.axes import round_ticks
+from tl_edgeprune.report.comparison import _floor
 
 SIZES = (5, 12)
 QUICK = {"edge-pruning": {"steps": 4, "batch_size": 4}}
@@ -427,9 +428,9 @@ def test_what_counts_as_zero_is_drawn_below_all_else():
     assert _floor(pandas.Series([1.0, 0.3, 1e-9, 0.0])) == pytest.approx(0.1)
     assert _floor(pandas.Series([1.0, 0.3])) == float("-inf")
     assert _floor(pandas.Series([0.0, 0.0])) == 1.0
-    assert _ticks([200.0, 10_000.0], 6) == [200, 500, 1000, 2000, 5000, 10_000]
-    assert _ticks([1e-4, 10.0], 7) == pytest.approx([1e-4, 1e-3, 1e-2, 1e-1, 1, 10])
-    assert _ticks([0.0, float("nan")], 6) == []
+    assert round_ticks([200.0, 10_000.0], 6) == [200, 500, 1000, 2000, 5000, 10_000]
+    assert round_ticks([1e-4, 10.0], 7) == pytest.approx([1e-4, 1e-3, 1e-2, 1e-1, 1, 10])
+    assert round_ticks([0.0, float("nan")], 6) == []
 
 
 # -------------------------------------------------------------------------------------------- costs

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
+import re
 import struct
 import sys
 from html.parser import HTMLParser
@@ -12,12 +14,26 @@ from pathlib import Path
 import matplotlib
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from tl_edgeprune.circuit import Circuit
+from tl_edgeprune.faithfulness import FaithfulnessCurve
 from tl_edgeprune.graph import EdgeGraph
-from tl_edgeprune.report import draw_circuit, plot_history, write_html
-from tl_edgeprune.report.history import smooth
-from tl_edgeprune.report.layout import circuit_layout, parse_edge, parse_node
+from tl_edgeprune.report import (
+    draw_circuit,
+    plot_faithfulness,
+    plot_heads,
+    plot_history,
+    plot_stability,
+    write_html,
+)
+from tl_edgeprune.report.curves import smooth
+from tl_edgeprune.report.heads import flows
+from tl_edgeprune.report.layout import circuit_layout, lay_out
+from tl_edgeprune.report.names import parse_edge, parse_node
+from tl_edgeprune.report.series import legend_below, series_style
+from tl_edgeprune.scores import EdgeScores
+from tl_edgeprune.stability import Stability
 
 XPROPORTION = (
     "input->m0",
@@ -92,7 +108,7 @@ def circuit(request: pytest.FixtureRequest) -> Circuit:
 
 
 def test_page_holds_every_edge_and_node_of_the_circuit(circuit: Circuit, tmp_path: Path) -> None:
-    write_html(circuit, tmp_path / "circuit.html", summary={"KL": "0.12"})
+    circuit.report(tmp_path / "circuit.html", measures={"kl": 0.12}, settings={"lr": 0.3})
     data = Page(tmp_path / "circuit.html").data
     names = [node["name"] for node in data["nodes"]]
     ends = {end.partition("<")[0] for name in circuit.edges for end in name.split("->")}
@@ -102,30 +118,87 @@ def test_page_holds_every_edge_and_node_of_the_circuit(circuit: Circuit, tmp_pat
     for edge in data["edges"]:
         source, destination = names[edge["source"]], names[edge["destination"]]
         assert edge["name"].partition("<")[0] == f"{source}->{destination}"
-    alive = {edge["name"] for edge in data["edges"] if edge["alive"]}
+    alive = {edge["name"] for edge in data["edges"] if not edge["dead"]}
     assert alive == set(circuit.without_dead_edges().edges)
-    assert data["graph_edges"] == circuit.graph.n_edges
-    assert data["summary"] == {"KL": "0.12"}
-    assert not data["weighted"] and all(edge["weight"] is None for edge in data["edges"])
+    assert data["graph_edges"] == circuit.graph.n_edges and data["mode"] == "one"
+    assert data["settings"] == {"lr": "0.3"}
+    assert data["circuits"][0]["measures"] == {"KL to the full model": "0.120 nats"}
+    assert not data["scored"] and all(edge["score"] is None for edge in data["edges"])
 
 
-def test_page_gives_each_edge_the_weight_of_its_place_in_the_graph(tmp_path: Path) -> None:
+def test_page_gives_each_edge_the_score_of_its_place_in_the_graph(tmp_path: Path) -> None:
     circuit = some_circuit(GRAPHS["grouped queries"])
-    weights = torch.arange(circuit.graph.n_edges, dtype=torch.float32)
-    write_html(circuit, tmp_path / "circuit.html", weights=weights)
-    for edge in Page(tmp_path / "circuit.html").data["edges"]:
-        assert edge["weight"] == circuit.graph.index(edge["name"])
+    values = torch.arange(circuit.graph.n_edges, dtype=torch.float32) - 9000
+    for scores in (EdgeScores(circuit.graph, values), values):
+        circuit.report(tmp_path / "circuit.html", scores=scores)
+        edges = Page(tmp_path / "circuit.html").data["edges"]
+        for edge in edges:
+            assert edge["score"] == circuit.graph.index(edge["name"]) - 9000
+        by_rank = [edge["score"] for edge in sorted(edges, key=lambda edge: edge["rank"])]
+        size = abs if isinstance(scores, EdgeScores) else float  # effects rank by magnitude
+        assert by_rank == sorted(by_rank, key=size, reverse=True)
 
 
-def test_weights_are_for_the_graph_and_finite(tmp_path: Path) -> None:
-    circuit = circuit_of(GRAPHS["tracr"], XPROPORTION)
-    with pytest.raises(ValueError, match=r"\[5\].* 23 edges"):
-        write_html(circuit, tmp_path / "circuit.html", weights=torch.zeros(5))
-    weights = torch.zeros(23)
-    weights[circuit.graph.index("m0->a1.h0<v>")] = float("nan")
-    with pytest.raises(ValueError, match=r"'m0->a1.h0<v>' is not finite"):
-        write_html(circuit, tmp_path / "circuit.html", weights=weights)
+def test_page_tells_two_circuits_and_many_apart(tmp_path: Path) -> None:
+    graph = GRAPHS["tracr"]
+    one, two = some_circuit(graph, 9, seed=1), some_circuit(graph, 14, seed=2)
+    one.report(tmp_path / "circuit.html", other=two)
+    data = Page(tmp_path / "circuit.html").data
+    assert data["mode"] == "overlay" and [c["name"] for c in data["circuits"]] == ["A", "B"]
+    for edge in data["edges"]:
+        has = [place for place, each in enumerate((one, two)) if edge["name"] in each]
+        assert edge["circuits"] == has
+    two.report(tmp_path / "circuit.html", circuits=[one], measures=[{"kl": 1}, {"kl": 2}])
+    data = Page(tmp_path / "circuit.html").data
+    assert data["mode"] == "sizes" and data["first"] == 1
+    assert [c["n_edges"] for c in data["circuits"]] == [9, 14]
+    assert [list(c["measures"].values()) for c in data["circuits"]] == [
+        ["2.000 nats"],
+        ["1.000 nats"],
+    ]
+
+
+def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:
+    circuit, path = circuit_of(GRAPHS["tracr"], XPROPORTION), tmp_path / "circuit.html"
+    with pytest.raises(ValueError, match=r"\(5,\) for 23 edges"):
+        circuit.report(path, scores=torch.zeros(5))
+    scores = torch.zeros(23)
+    scores[circuit.graph.index("m0->a1.h0<v>")] = float("nan")
+    with pytest.raises(ValueError, match="m0->a1.h0<v>"):
+        circuit.report(path, scores=scores)
+    foreign = some_circuit(GRAPHS["parallel"])
+    other_scores = EdgeScores(foreign.graph, torch.zeros(foreign.graph.n_edges))
+    for wrong in ({"other": foreign}, {"circuits": [foreign]}, {"scores": other_scores}):
+        with pytest.raises(ValueError, match="graph"):
+            circuit.report(path, **wrong)
+    with pytest.raises(ValueError, match="one of the two"):
+        circuit.report(path, other=circuit, circuits=[circuit])
+    with pytest.raises(ValueError, match="3 names for 2 circuits"):
+        circuit.report(path, other=circuit, names=("a", "b", "c"))
+    with pytest.raises(ValueError, match="3 measures for 1 circuits"):
+        circuit.report(path, measures=[{}, {}, {}])
     assert not list(tmp_path.iterdir())
+
+
+def test_numbers_that_json_lacks_are_told_as_text(tmp_path: Path) -> None:
+    class Explanation:
+        def by_edge(self) -> dict:
+            facts = {"effect": float("inf"), "n": torch.tensor(2.0), "share": 1 / 3, "kind": "x"}
+            return {"input->m0": facts}
+
+    circuit = circuit_of(GRAPHS["tracr"], XPROPORTION)
+    circuit.report(tmp_path / "circuit.html", explanation=Explanation())
+    edges = {edge["name"]: edge for edge in Page(tmp_path / "circuit.html").data["edges"]}
+    expected = {"effect": "inf", "n": 2, "share": 0.333333, "kind": "x"}
+    assert edges["input->m0"]["facts"] == expected and not edges["m0->a1.h0<v>"]["facts"]
+
+
+def test_long_trainings_are_thinned(tmp_path: Path) -> None:
+    steps = [{"step": i, "loss": 1.0, "edges": 9.0, "target": None} for i in range(5003)]
+    circuit_of(GRAPHS["tracr"], XPROPORTION).report(tmp_path / "c.html", history=steps)
+    curves = Page(tmp_path / "c.html").data["curves"]
+    assert 250 < len(curves["steps"]) <= 301 and curves["steps"][-1] == 5002
+    assert set(curves["target"]) == {None} and not curves["jumps"]
 
 
 @pytest.mark.parametrize(
@@ -133,12 +206,12 @@ def test_weights_are_for_the_graph_and_finite(tmp_path: Path) -> None:
 )
 def test_hostile_text_is_inert(text: str, tmp_path: Path) -> None:
     circuit = circuit_of(GRAPHS["tracr"], XPROPORTION)
-    write_html(circuit, tmp_path / "plain.html", title="plain", summary={"plain": "plain"})
-    write_html(circuit, tmp_path / "hostile.html", title=text, summary={text: text})
+    for name, words in (("plain", "plain"), ("hostile", text)):
+        circuit.report(tmp_path / f"{name}.html", title=words, settings={words: words})
     plain, hostile = Page(tmp_path / "plain.html"), Page(tmp_path / "hostile.html")
 
     assert [tag for tag, _, _ in hostile.found] == [tag for tag, _, _ in plain.found]
-    assert hostile.data["title"] == text and hostile.data["summary"] == {text: text}
+    assert hostile.data["title"] == text and hostile.data["settings"] == {text: text}
     assert hostile.all("title") == [text]
     assert hostile.all("h1") == [text]
 
@@ -238,7 +311,29 @@ def test_key_value_node_stands_after_the_heads_of_its_group() -> None:
     layer = [name for name in layout.places if name.startswith("a1")]
     across = sorted(layer, key=lambda name: layout.places[name].x)
     assert across[:7] == [*(f"a1.h{head}" for head in range(6)), "a1.kv1"]
-    assert layout.groups == {"a1.kv1": ("a1.h3", "a1.h4", "a1.h5")}
+    assert layout.links == (("a1.kv1", "a1.h3", "a1.h4", "a1.h5"),)
+
+
+def test_positions_are_columns() -> None:
+    names = ["input->a0.h1<k>@S1", "input->a0.h1<q>@S2", "a0.h1->a3.h0<v>@S2", "m0->a3.h0<q>@END",
+             "input->m0@END", "a3.h0->logits@END"]  # fmt: skip
+    layout = lay_out(names, spans=("BOS", "S1", "S2", "END"))
+    assert list(layout.spans) == ["S1", "S2", "END"]  # those in use, in the order given
+    bands = list(layout.spans.values())
+    assert all(one[1] <= two[0] for one, two in zip(bands, bands[1:], strict=False))
+    for node in layout.nodes:
+        left, right = layout.spans[node.span]
+        assert left < layout.places[node.name].x < right
+    assert {frozenset(link) for link in layout.links} == {
+        frozenset({"a0.h1@S1", "a0.h1@S2"}),  # one attention, at both of its positions
+        frozenset({"a3.h0@S2", "a3.h0@END"}),
+    }
+    assert parse_edge("a0.h1->a3.h0<v>@S 2") == (
+        "a0.h1->a3.h0<v>@S 2",
+        "a0.h1@S 2",
+        "a3.h0@S 2",
+        "v",
+    )
 
 
 @pytest.mark.parametrize(
@@ -285,3 +380,99 @@ def test_running_mean_is_unbiased_and_skips_gaps() -> None:
     assert smooth([3.0] * 10, 5) == pytest.approx([3.0] * 10)
     assert smooth([1.0, float("nan"), 1.0], 3) == pytest.approx([1.0] * 3)
     assert smooth([1.0, 5.0, 2.0], 1) == [1.0, 5.0, 2.0]
+
+
+# ------------------------------------------------------------------------------------------- plots
+
+
+def test_no_two_of_many_lines_look_alike_and_the_legend_is_inside() -> None:
+    styles = [series_style(place) for place in range(40)]
+    looks = {(style["color"], style["marker"], str(style["linestyle"])) for style in styles}
+    assert len(looks) == 40
+    assert len({style["color"] for style in styles[:8]}) == 8
+    figure = Figure(figsize=(9.6, 5), layout="constrained")
+    axes = figure.subplots()
+    for place in range(30):
+        axes.plot([0, 1], [place, place], label=f"information-flow-routes-{place}", **styles[place])
+    legend_below(figure, axes, columns=3)
+    figure.savefig(io.BytesIO())
+    [legend] = figure.legends
+    box = legend.get_window_extent()
+    assert box.x0 >= 0 and box.y0 >= 0
+    assert box.x1 <= figure.bbox.width and box.y1 < axes.bbox.y0
+
+
+@pytest.mark.parametrize("graph", GRAPHS.values(), ids=GRAPHS.keys())
+def test_heat_maps_count_every_edge_of_a_head(graph: EdgeGraph, tmp_path: Path) -> None:
+    circuit = some_circuit(graph)
+    out_of, into = flows(graph, circuit.mask.double())
+    for layer in range(graph.n_layers):
+        for place in range(graph.sources_per_layer):
+            name = f"m{layer}" if place == graph.n_heads else f"a{layer}.h{place}"
+            group = place // (graph.n_heads // graph.n_kv_heads)
+            names = {name, f"a{layer}.kv{group}"} if name.startswith("a") else {name}
+            ends = [edge.split("->") for edge in circuit.edges]
+            assert out_of[layer, place] == sum(source == name for source, _ in ends)
+            assert into[layer, place] == sum(d.partition("<")[0] in names for _, d in ends)
+    plot_heads(circuit, tmp_path / "heads.png", title="a $5 title", dpi=50)
+    plot_heads(EdgeScores(graph, torch.ones(graph.n_edges)), tmp_path / "heads.svg")
+    assert "sum of |score|" in (tmp_path / "heads.svg").read_text("utf-8")
+
+
+def test_stability_and_faithfulness_are_drawn(tmp_path: Path) -> None:
+    graph = GRAPHS["parallel"]
+    circuits = tuple(some_circuit(graph, 60, seed) for seed in range(3))
+    found = Stability(circuits, ((0, None), (1, None), (2, 5)))
+    plot_stability(found, tmp_path / "stability.svg", title="<b>")
+    text = (tmp_path / "stability.svg").read_text("utf-8")
+    in_all = (circuits[0] & circuits[1] & circuits[2]).n_edges
+    for words in ("seed 2, resample 5", f"mean {found.jaccard:.2f}", f">{in_all}<", "&lt;b&gt;"):
+        assert words in text
+    curves = {
+        name: FaithfulnessCurve((0.001, 0.1, 1.0), (0, 40, 400), (0.0, 0.5 * i, 1.0), 1.0, 0.0)
+        for i, name in enumerate(("eap", "a_$b$"))
+    }
+    plot_faithfulness(curves, tmp_path / "faithfulness.svg")
+    text = (tmp_path / "faithfulness.svg").read_text("utf-8")
+    assert f"a_$b$ (CPR {curves['a_$b$'].cpr:.2f}" in text and "Edges kept" in text
+    with pytest.raises(ValueError, match="no curves"):
+        plot_faithfulness({}, tmp_path / "faithfulness.svg")
+
+
+# --------------------------------------------------------------------------------- other languages
+
+
+def test_two_circuits_in_one_static_drawing(tmp_path: Path) -> None:
+    circuit = circuit_of(GRAPHS["tracr"], XPROPORTION)
+    other = circuit_of(GRAPHS["tracr"], XPROPORTION[2:])
+    circuit.draw(tmp_path / "two.svg", other=other, names=("one", "$two$ & <three>"))
+    text = (tmp_path / "two.svg").read_text("utf-8")
+    for words in ("in both (3)", "only in one (2)", "only in $two$ &amp; &lt;three&gt; (0)"):
+        assert words in text
+
+
+def test_dot_has_every_node_and_edge_and_quotes_what_is_given(circuit: Circuit) -> None:
+    hostile = 'a "b" \\N <i> ]; evil -> node;\nx'
+    named = Circuit(circuit.graph, circuit.mask, {"task": hostile})
+    text = named.to_dot()
+    strings = re.findall(r'"((?:[^"\\]|\\.)*)"', text)
+    outside = re.sub(r'"(?:[^"\\]|\\.)*"', "S", text)
+    assert "evil" not in outside and outside.count("{") == outside.count("}")
+    plain = [string.replace('\\"', '"').replace("\\\\", "\\") for string in strings]
+    assert any('a "b" \\N <i> ]; evil -> node;' in string for string in plain)
+    arrows = re.findall(r'^  "([^"]+)" -> "([^"]+)" \[color="[^"]+", tooltip="([^"]+)"', text, re.M)
+    assert [name for _, _, name in arrows] == list(circuit.edges)
+    for source, destination, name in arrows:
+        assert name.partition("<")[0] == f"{source}->{destination}"
+    dead = circuit.n_edges - circuit.without_dead_edges().n_edges
+    assert text.count("style=dashed") == dead
+
+
+def test_a_cell_of_a_notebook_draws_small_circuits_and_names_large_ones() -> None:
+    circuit = circuit_of(GRAPHS["tracr"], XPROPORTION)
+    cell = circuit._repr_html_()
+    assert cell.startswith("<iframe srcdoc=") and 'sandbox="allow-scripts' in cell
+    assert "allow-same-origin" not in cell
+    graph = GRAPHS["grouped queries"]
+    large = Circuit(graph, torch.ones(graph.n_edges, dtype=torch.bool), {"task": "<b>"})
+    assert "iframe" not in large._repr_html_() and "&lt;b&gt;: 10,981 edges" in large._repr_html_()

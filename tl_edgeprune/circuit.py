@@ -206,6 +206,33 @@ class Circuit:
             )
         return circuit
 
+    # -------------------------------------------------------------------------------- pictures
+
+    def report(self, path: str | os.PathLike[str], **shown: Any) -> None:
+        """Write an interactive page of HTML that opens from disk: see `report.write_html` for what
+        it can show (scores=, other=, circuits=, result=, measures=, explanation=, …).
+        """
+        from tl_edgeprune.report import write_html
+
+        write_html(self, path, **shown)
+
+    def draw(self, path: str | os.PathLike[str], **shown: Any) -> None:
+        """Draw the circuit as .svg, .png or .pdf: see `report.draw_circuit`."""
+        from tl_edgeprune.report import draw_circuit
+
+        draw_circuit(self, path, **shown)
+
+    def to_dot(self) -> str:
+        """The circuit as text for Graphviz: see `report.dot`."""
+        from tl_edgeprune.report import to_dot
+
+        return to_dot(self)
+
+    def _repr_html_(self) -> str:
+        from tl_edgeprune.report.circuit_html import html_of_cell
+
+        return html_of_cell(self)
+
     # ---------------------------------------------------------------------------- others' formats
 
     def to_mib(self, path: str | os.PathLike[str], *, d_model: int | None = None) -> None:

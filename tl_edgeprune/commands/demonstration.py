@@ -40,7 +40,7 @@ def run(task: str, n_edges: int, steps: int, seed: int, out: Path) -> None:
 
 
 def _save(folder: Path, result: PruneResult, figures: Evaluation) -> None:
-    from tl_edgeprune.report import plot_history, write_html
+    from tl_edgeprune.report import plot_history
 
     circuit = result.circuit
     title = f"{circuit.metadata['task']} in SmolLM2-135M: {circuit.n_edges:,} edges"
@@ -48,16 +48,7 @@ def _save(folder: Path, result: PruneResult, figures: Evaluation) -> None:
         folder / "circuit.json"
     )
     plot_history(result.history, folder / "history.png", title=title)
-    lines = {
-        "model": str(circuit.metadata["model"]),
-        "edges kept": f"{figures.n_edges:,} of {figures.n_edges_full:,}",
-        "alive": f"{figures.n_alive:,}",
-        "KL, held out": f"{figures.kl:.3f}",
-        "exact match": f"{100 * figures.exact_match:.1f} %",
-    }
-    write_html(
-        circuit, folder / "circuit.html", title=title, summary=lines, weights=result.log_alpha
-    )
+    circuit.report(folder / "circuit.html", title=title, measures=figures, result=result)
 
 
 def _print_summary(

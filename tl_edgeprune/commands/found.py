@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from tl_edgeprune.circuit import Circuit
-from tl_edgeprune.commands.page import write_page
 from tl_edgeprune.commands.run_folder import CIRCUIT, EVALUATION, PAGE, SCORES, write_json
 from tl_edgeprune.evaluate import Evaluation, evaluate
 from tl_edgeprune.scores import EdgeScores
@@ -41,8 +40,7 @@ def write(
         files.append(SCORES)
     if circuit is not None and figures is not None:
         write_json(out / EVALUATION, figures.to_dict())
-        weights = None if scores is None else scores.ranking()
-        write_page(out / PAGE, circuit, figures=figures, weights=weights)
+        circuit.report(out / PAGE, measures=figures, scores=scores)
         circuit.save(out / CIRCUIT)
         files += [CIRCUIT, EVALUATION, PAGE]
     return files

@@ -1,12 +1,14 @@
-"""`tl-edgeprune show`: a circuit as a page for the browser."""
+"""`tl-edgeprune show`: a circuit as a page for the browser, as a picture, as text for Graphviz."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from tl_edgeprune.commands.run_folder import EVALUATION
 from tl_edgeprune.commands.told import told
 
 
@@ -18,27 +20,63 @@ def show(
     ] = None,
     scores: Annotated[
         Path | None,
-        typer.Option(help="A scores.safetensors: strong edges are drawn wider, and can be sorted."),
+        typer.Option(
+            help="A scores.safetensors: strong edges are drawn wider, a slider shows them alone."
+        ),
     ] = None,
+    other: Annotated[
+        Path | None,
+        typer.Option(help="A second circuit.json, laid over the first: shared, only in either."),
+    ] = None,
+    svg: Annotated[Path | None, typer.Option(help="Also draw it as this .svg.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Also draw it as this .png.")] = None,
+    dot: Annotated[Path | None, typer.Option(help="Also write it as text for Graphviz.")] = None,
     title: Annotated[str | None, typer.Option(help="The page's heading.")] = None,
 ) -> None:
     """Write a circuit as a page of HTML that opens without a network.
 
+    Figures come from evaluation.json beside the circuit, where there is one.
+
     Example: tl-edgeprune show runs/ioi/circuit.json --out ioi.html --scores
-    runs/ioi/scores.safetensors
+    runs/ioi/scores.safetensors --other runs/eap/circuit.json
     """
     from tl_edgeprune.commands.evaluate import load_circuit
-    from tl_edgeprune.commands.page import write_page
     from tl_edgeprune.scores import EdgeScores
 
+    for path, ending in ((svg, ".svg"), (png, ".png")):
+        if path is not None and path.suffix.lower() != ending:
+            raise ValueError(f"--{ending[1:]} {path}: its name must end in {ending}.")
     found = load_circuit(circuit)
+    second = None if other is None else load_circuit(other)
     ranked = None if scores is None else EdgeScores.load(scores)
-    if ranked is not None and ranked.graph != found.graph:
-        raise ValueError(
-            f"{scores} are of another graph than {circuit}: {ranked.graph}, the circuit's is "
-            f"{found.graph}. Give the scores of the run that found it."
-        )
+    for path, thing in ((scores, ranked), (other, second)):
+        if thing is not None and thing.graph != found.graph:
+            raise ValueError(
+                f"{path} is of another graph than {circuit}: {thing.graph}, the circuit's is "
+                f"{found.graph}."
+            )
+    figures = [_figures(circuit), *([] if other is None else [_figures(other)])]
     out = out or circuit.with_suffix(".html")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_page(out, found, title=title, weights=None if ranked is None else ranked.ranking())
+    found.report(out, title=title, scores=ranked, other=second, measures=figures)
+    for path in (svg, png):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            found.draw(path, other=second, title=title)
+    if dot is not None:
+        dot.parent.mkdir(parents=True, exist_ok=True)
+        dot.write_text(found.to_dot(), encoding="utf-8")
     print(f"{out}: {found.n_edges:,} of {found.graph.n_edges:,} edges. Open it in a browser.")
+
+
+def _figures(circuit: Path) -> dict[str, Any] | None:
+    """The figures that the circuit's run left beside it."""
+    path = circuit.with_name(EVALUATION)
+    if not path.is_file():
+        return None
+    try:
+        figures = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        figures = None
+    if not isinstance(figures, dict):
+        raise ValueError(f"{path} is damaged: write it anew by tl-edgeprune evaluate --out.")
+    return figures

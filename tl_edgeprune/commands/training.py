@@ -14,7 +14,6 @@ from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
-from tl_edgeprune.commands.page import title_of, write_page
 from tl_edgeprune.commands.run_folder import (
     CHECKPOINT,
     CIRCUIT,
@@ -31,6 +30,7 @@ from tl_edgeprune.commands.told import processes
 from tl_edgeprune.evaluate import Evaluation, evaluate
 from tl_edgeprune.pruner import EdgePruner, PruneResult
 from tl_edgeprune.report import plot_history
+from tl_edgeprune.report.readable import title_of
 from tl_edgeprune.tasks import Task
 
 
@@ -78,7 +78,7 @@ def write_results(folder: Path, result: PruneResult, model: Any, held_out: Task)
     write_json(folder / EVALUATION, figures.to_dict())
     circuit = result.circuit
     plot_history(result.history, folder / HISTORY, title=title_of(circuit))
-    write_page(folder / PAGE, circuit, figures=figures, weights=result.log_alpha)
+    circuit.report(folder / PAGE, measures=figures, result=result)
     circuit.save(folder / CIRCUIT)
     return figures
 

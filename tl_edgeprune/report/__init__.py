@@ -1,8 +1,38 @@
-"""Pictures: the training curve, a comparison, a circuit as a drawing and as a page."""
+"""Pictures: a circuit as a page, as a drawing and as DOT text, and plots of what was measured.
 
-from tl_edgeprune.report.circuit_figure import draw_circuit
-from tl_edgeprune.report.circuit_html import write_html
-from tl_edgeprune.report.comparison import plot_comparison
-from tl_edgeprune.report.history import plot_history
+Each is imported on first use: a page needs no matplotlib, a drawing no TransformerLens.
+"""
 
-__all__ = ["draw_circuit", "plot_comparison", "plot_history", "write_html"]
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tl_edgeprune.report.circuit_figure import draw_circuit
+    from tl_edgeprune.report.circuit_html import write_html
+    from tl_edgeprune.report.comparison import plot_comparison
+    from tl_edgeprune.report.dot import to_dot
+    from tl_edgeprune.report.faithfulness import plot_faithfulness
+    from tl_edgeprune.report.heads import plot_heads
+    from tl_edgeprune.report.history import plot_history
+    from tl_edgeprune.report.stability import plot_stability
+
+__all__ = [
+    "draw_circuit",
+    "plot_comparison",
+    "plot_faithfulness",
+    "plot_heads",
+    "plot_history",
+    "plot_stability",
+    "to_dot",
+    "write_html",
+]
+_FILES = {"draw_circuit": "circuit_figure", "write_html": "circuit_html", "to_dot": "dot"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    file = _FILES.get(name, name.removeprefix("plot_"))
+    return getattr(import_module(f"{__name__}.{file}"), name)

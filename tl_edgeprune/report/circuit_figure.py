@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.collections import PathCollection
@@ -13,28 +16,30 @@ from matplotlib.patches import FancyBboxPatch
 from matplotlib.path import Path
 
 from tl_edgeprune.circuit import Circuit
-from tl_edgeprune.report.figures import FAINT, INK, MUTED, saved_figure
+from tl_edgeprune.report.figures import saved_figure
 from tl_edgeprune.report.layout import (
     FONT_SIZE,
-    KIND_LABELS,
-    KINDS,
     LAYER_LABEL_X,
     NODE_HEIGHT,
+    SPAN_ROOM,
     Curve,
     Layout,
     circuit_layout,
 )
+from tl_edgeprune.report.names import KIND_LABELS, KINDS
+from tl_edgeprune.report.palette import (
+    FAINT,
+    INK,
+    KIND_COLORS,
+    KIND_MARKERS,
+    MUTED,
+    SIDE_COLORS,
+)
+from tl_edgeprune.report.readable import pair_names
 
-KIND_COLORS = {
-    "q": "#2f6fd0",
-    "k": "#e08413",
-    "v": "#1c9a6c",
-    "attn": "#0e93a8",
-    "mlp": "#8a55c7",
-    "logits": "#d23a62",
-}
 _POINTS_PER_INCH = 72.0
 _LEGEND_HEIGHT = 34.0
+_DOTTED, _DASHED = (0, (1.2, 2)), (0, (5, 2.2))
 _HUB_SHADE = 0.3  # how much darker the most connected node is ...
 _HUB_FROM = 30  # ... in a circuit where it has at least so many edges
 
@@ -43,25 +48,35 @@ def draw_circuit(
     circuit: Circuit,
     path: str | os.PathLike[str],
     *,
+    other: Circuit | None = None,
+    names: Sequence[str] | None = None,
     title: str | None = None,
     dpi: int = 120,
 ) -> None:
     """Draw the circuit to `path` (.png, .svg or .pdf): input below, logits above.
 
-    Edges are coloured by what they enter (query, key, value, MLP, logits); dead ones are dashed.
-    The picture grows with the circuit: a unit of the layout is a point, 1/72 inch.
+    Edges are coloured by what they enter (query, key, value, MLP, logits), and end in a mark that
+    tells the same; dead ones are dotted. Of two circuits, colour tells the edges of both and of
+    either alone. The picture grows with the circuit: a unit of the layout is a point, 1/72 inch.
 
     Args:
         circuit: any Circuit; one of more than some thousand edges is better read as `write_html`.
         path: the file, replaced as a whole.
+        other: a second circuit of the same graph, laid over the first.
+        names: of the two; by default their methods.
         title: a line above the drawing.
         dpi: resolution of a .png.
 
     Raises:
-        ValueError: the path has another ending.
+        ValueError: the path has another ending, or `other` another graph.
     """
-    layout = circuit_layout(circuit)
-    alive = set(circuit.without_dead_edges().edges)
+    union = circuit if other is None else circuit | other
+    layout = circuit_layout(union)
+    strokes = (
+        _by_kind(circuit, layout)
+        if other is None
+        else _by_side(circuit, other, names or pair_names((circuit, other)))
+    )
     head = 26.0 if title else 0.0
     height = layout.height + _LEGEND_HEIGHT + head
     width = max(layout.width, 330.0)
@@ -71,9 +86,10 @@ def draw_circuit(
         axes.set(xlim=(-spare, layout.width + spare), ylim=(layout.height + _LEGEND_HEIGHT, -head))
         axes.axis("off")
         _draw_layers(axes, layout)
-        _draw_edges(axes, layout, alive)
+        _draw_edges(axes, layout, strokes)
         _draw_nodes(axes, layout)
-        _draw_legend(axes, layout)
+        _draw_ports(axes, layout, neutral=other is not None)
+        _draw_legend(axes, strokes)
         if title:
             axes.text(layout.width / 2, 0, title, ha="center", fontsize=13, fontweight="bold")
 
@@ -83,30 +99,72 @@ def edge_opacity(n_edges: int) -> float:
     return min(0.9, max(0.16, 12.0 / max(n_edges, 1) ** 0.5))
 
 
+@dataclass(frozen=True)
+class _Stroke:
+    """How some of the edges are drawn, and what the legend calls them."""
+
+    edges: frozenset[str]
+    color: str
+    dashes: Any = "solid"
+    faint: float = 1.0
+    label: str | None = None
+    marker: str = ""
+
+
+def _by_kind(circuit: Circuit, layout: Layout) -> list[_Stroke]:
+    alive = frozenset(circuit.without_dead_edges().edges)
+    strokes = []
+    for kind in KINDS:
+        edges = frozenset(edge.name for edge in layout.edges if edge.kind == kind)
+        color = KIND_COLORS[kind]
+        strokes += [_Stroke(edges - alive, color, _DOTTED, 0.5)] if edges - alive else []
+        label, marker = KIND_LABELS[kind], KIND_MARKERS[kind]
+        strokes += [_Stroke(edges & alive, color, label=label, marker=marker)] if edges else []
+    return strokes
+
+
+def _by_side(circuit: Circuit, other: Circuit, names: Sequence[str]) -> list[_Stroke]:
+    first, second = names
+    sides = [
+        (circuit & other, "shared", "solid", "in both"),
+        (circuit - other, "a", "solid", f"only in {first}"),
+        (other - circuit, "b", _DASHED, f"only in {second}"),
+    ]
+    return [
+        _Stroke(frozenset(part.edges), SIDE_COLORS[side], dashes, label=f"{label} ({len(part):,})")
+        for part, side, dashes, label in sides
+    ]
+
+
 def _draw_layers(axes: Axes, layout: Layout) -> None:
     for layer, (top, bottom) in layout.layers.items():
         if layer % 2 == 0:
             axes.axhspan(top, bottom, color=FAINT, alpha=0.4, linewidth=0, zorder=0)
         axes.text(LAYER_LABEL_X, (top + bottom) / 2, str(layer), ha="right", va="center",
                   color=MUTED, fontsize=FONT_SIZE)  # fmt: skip
-    for kv, heads in layout.groups.items():
-        xs = [layout.places[name].x for name in (kv, *heads)]
-        y = layout.places[kv].y
-        axes.plot([min(xs), max(xs)], [y, y], color=MUTED, linewidth=1.6, alpha=0.6, zorder=1)
+    for span, (left, right) in layout.spans.items():
+        axes.plot([left, left], [8, layout.height - 8], color=FAINT, linewidth=1, zorder=0.5)
+        axes.text((left + right) / 2, layout.height - SPAN_ROOM, span, ha="center", va="center",
+                  color=MUTED, fontsize=FONT_SIZE + 1, parse_math=False)  # fmt: skip
+    for group in layout.links:
+        xs = [layout.places[name].x for name in group]
+        y = layout.places[group[0]].y
+        axes.plot([min(xs), max(xs)], [y, y], color=MUTED, linewidth=1.2, alpha=0.7, zorder=1,
+                  linestyle=(0, (1.2, 2)))  # fmt: skip
 
 
-def _draw_edges(axes: Axes, layout: Layout, alive: set[str]) -> None:
+def _draw_edges(axes: Axes, layout: Layout, strokes: Sequence[_Stroke]) -> None:
     opacity = edge_opacity(len(layout.edges))
-    for living in (False, True):
-        chosen = [i for i, e in enumerate(layout.edges) if (e.name in alive) == living]
+    for stroke in strokes:
+        curves = zip(layout.edges, layout.curves, strict=True)
         axes.add_collection(
             PathCollection(
-                [_path(layout.curves[i]) for i in chosen],
+                [_path(curve) for edge, curve in curves if edge.name in stroke.edges],
                 facecolors="none",
-                edgecolors=[KIND_COLORS[layout.edges[i].kind] for i in chosen],
-                alpha=opacity if living else 0.5 * opacity,
+                edgecolors=stroke.color,
+                alpha=stroke.faint * opacity,
                 linewidths=1.5 if len(layout.edges) < 100 else 0.9,
-                linestyles="solid" if living else (0, (3, 3)),
+                linestyles=stroke.dashes,
                 zorder=2,
             ),
             autolim=False,
@@ -115,6 +173,17 @@ def _draw_edges(axes: Axes, layout: Layout, alive: set[str]) -> None:
 
 def _path(curve: Curve) -> Path:
     return Path(curve, [Path.MOVETO, Path.CURVE4, Path.CURVE4, Path.CURVE4])
+
+
+def _draw_ports(axes: Axes, layout: Layout, neutral: bool) -> None:
+    """A mark where edges enter a node, by what they enter."""
+    for kind in KINDS:
+        ends = {curve[3] for e, curve in zip(layout.edges, layout.curves, strict=True)
+                if e.kind == kind}  # fmt: skip
+        color = MUTED if neutral else KIND_COLORS[kind]
+        for end in sorted(ends):
+            axes.plot([end.x], [end.y + 1], marker=KIND_MARKERS[kind], color=color, markersize=4.5,
+                      markeredgecolor="white", markeredgewidth=0, zorder=5)  # fmt: skip
 
 
 def _draw_nodes(axes: Axes, layout: Layout) -> None:
@@ -136,22 +205,25 @@ def _draw_nodes(axes: Axes, layout: Layout) -> None:
         )
         axes.add_patch(box)
         color = "white" if dark else INK
-        axes.text(x, y, node.name, ha="center", va="center_baseline", color=color,
+        axes.text(x, y, node.label, ha="center", va="center_baseline", color=color,
                   fontsize=FONT_SIZE - 0.5, zorder=4)  # fmt: skip
 
 
 def _node_color(kind: str, share: float) -> tuple[float, float, float]:
     """Darker for nodes with more edges; `share` is of the most connected node's."""
-    base = to_rgb("#f4eefb" if kind == "mlp" else "white")
+    base = to_rgb("#fbf2f8" if kind == "mlp" else "white")
     ink = to_rgb(INK)
     shade = _HUB_SHADE * share**0.5
     return tuple((1 - shade) * b + shade * i for b, i in zip(base, ink, strict=True))
 
 
-def _draw_legend(axes: Axes, layout: Layout) -> None:
-    kinds = [kind for kind in KINDS if any(edge.kind == kind for edge in layout.edges)]
-    if kinds:
-        handles = [Line2D([], [], color=KIND_COLORS[kind], linewidth=2.5) for kind in kinds]
-        labels = [KIND_LABELS[kind] for kind in kinds]
-        axes.legend(handles, labels, loc="lower center", ncols=len(kinds), fontsize=10.5,
-                    handlelength=1.3, columnspacing=1.3, borderaxespad=0.6)  # fmt: skip
+def _draw_legend(axes: Axes, strokes: Sequence[_Stroke]) -> None:
+    named = {stroke.label: stroke for stroke in strokes if stroke.label}
+    handles = [
+        Line2D([], [], color=s.color, linewidth=2.2, linestyle=s.dashes, marker=s.marker,
+               markersize=5.5)
+        for s in named.values()
+    ]  # fmt: skip
+    if handles:
+        axes.legend(handles, list(named), loc="lower center", ncols=len(named), fontsize=10.5,
+                    handlelength=1.8, columnspacing=1.3, borderaxespad=0.6)  # fmt: skip

@@ -1,7 +1,8 @@
 """A circuit as one page of HTML that opens from disk: nothing to install, nothing from a network.
 
-The layout is computed here (`layout.py`) and goes into the page as JSON; the page's own script and
-style are in `circuit.html`, which loads nothing: its content security policy forbids it.
+1. `document.py` says what the page shows, `layout.py` where; both go into the page as JSON.
+2. The page's own markup, style and script are the files of `page/`, put into one. It loads nothing:
+   its content security policy forbids it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import html
 import json
 import os
 import re
+from collections.abc import Mapping, Sequence
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from jaxtyping import Float
@@ -18,15 +21,12 @@ from torch import Tensor
 
 from tl_edgeprune.circuit import Circuit
 from tl_edgeprune.files import write_whole
-from tl_edgeprune.report.layout import (
-    FONT_SIZE,
-    KIND_LABELS,
-    KINDS,
-    LAYER_LABEL_X,
-    NODE_HEIGHT,
-    Layout,
-    circuit_layout,
-)
+from tl_edgeprune.report.document import Page, page_of
+from tl_edgeprune.report.readable import title_of
+from tl_edgeprune.scores import EdgeScores
+
+SCRIPTS = ("model", "scene", "camera", "pointer", "panel", "charts", "tools", "save", "main")
+IN_A_CELL = 3000  # edges that a notebook's cell draws; each takes about 200 bytes of the notebook
 
 
 def write_html(
@@ -34,87 +34,89 @@ def write_html(
     path: str | os.PathLike[str],
     *,
     title: str | None = None,
-    summary: dict[str, str] | None = None,
-    weights: Float[Tensor, " edge"] | None = None,
+    scores: EdgeScores | Float[Tensor, " edge"] | None = None,
+    other: Circuit | None = None,
+    circuits: Sequence[Circuit] = (),
+    names: Sequence[str] | None = None,
+    result: Any = None,
+    history: Sequence[Mapping[str, Any]] | None = None,
+    measures: Any = None,
+    settings: Mapping[str, Any] | None = None,
+    explanation: Any = None,
 ) -> None:
-    """Write the circuit as an interactive page: hover, pin, search, filter, zoom, save as SVG.
+    """Write the circuit as an interactive page: one file, which opens from disk in any browser.
 
     Args:
-        circuit: any Circuit. Up to some 3,000 edges stay fluent.
-        path: the .html file, replaced as a whole.
-        title: the page's heading; by default it counts the edges.
-        summary: lines for the side panel, such as {"model": "gpt2", "KL": "0.12"}.
-        weights: a score for every edge of the *graph*, in its flat order (log α, or the scores of
-            a method). The page then draws strong edges wider and can show the strongest k alone;
-            the strongest is the highest score, so pass `scores.abs()` where the sign is not meant.
+        circuit: any Circuit. Up to some 10,000 edges stay usable.
+        path: the .html file, replaced as a whole; its folder is made.
+        title: the page's heading; by default the task, the model and the number of edges.
+        scores: a score for every edge of the *graph* (EdgeScores, ranked as their `top` does, or a
+            tensor in flat order, ranked as it is). Strong edges are drawn wider, and a slider shows
+            the strongest alone.
+        other: a second circuit of the same graph, laid over the first.
+        circuits: further circuits of the same graph; the slider then chooses among all of them.
+        names: of the circuits, in the order given; by default their methods or sizes.
+        result: a PruneResult, for its scores and history.
+        history: of a training run, as for `plot_history`.
+        measures: an Evaluation, or any mapping of names to values; a list of one of each circuit
+            where there are several. By default what the circuit's metadata hold.
+        settings: by default the circuit's metadata.
+        explanation: anything whose `by_edge()` gives, by an edge's name, facts of that edge.
 
     Raises:
-        ValueError: `weights` has another length than the graph has edges, or a kept edge's weight
-            is not finite.
+        ValueError: circuits of several graphs, `other` and `circuits` together, or scores of
+            another length or graph, or not finite.
     """
-    scores = None if weights is None else _edge_weights(circuit, weights)
-    layout = circuit_layout(circuit)
-    heading = title if title is not None else f"Circuit of {circuit.n_edges:,} edges"
-    data = {
-        "title": heading,
-        "summary": dict(summary or {}),
-        "graph_edges": circuit.graph.n_edges,
-        **_drawing(layout, set(circuit.without_dead_edges().edges), scores),
+    page = page_of(
+        circuit,
+        title=title,
+        scores=scores,
+        other=other,
+        circuits=circuits,
+        names=names,
+        result=result,
+        history=history,
+        measures=measures,
+        settings=settings,
+        explanation=explanation,
+    )
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, html_of(page).encode("utf-8"))
+
+
+def html_of(page: Page) -> str:
+    """The page as the text of one file."""
+    parts = {
+        "TITLE": html.escape(page.title),
+        "STYLE": _file("style.css"),
+        "DATA": json_for_html(page),
+        "SCRIPT": "\n".join(_file(f"{name}.js") for name in SCRIPTS),
     }
-    parts = {"TITLE": html.escape(heading), "DATA": _json_for_html(data)}
-    template = resources.files(__package__).joinpath("circuit.html").read_text("utf-8")
-    page = re.sub("@@(TITLE|DATA)@@", lambda match: parts[match[1]], template)
-    write_whole(path, page.encode("utf-8"))
+    return re.sub(
+        "@@(TITLE|STYLE|DATA|SCRIPT)@@", lambda match: parts[match[1]], _file("template.html")
+    )
 
 
-def _edge_weights(circuit: Circuit, weights: Float[Tensor, " edge"]) -> list[float]:
-    """The weights of the circuit's own edges, in its order."""
-    if weights.shape != (circuit.graph.n_edges,):
-        raise ValueError(
-            f"weights has shape {list(weights.shape)}, but the graph has {circuit.graph.n_edges} "
-            "edges: pass one score per edge of the graph (not of the circuit), in the order of "
-            "graph.edges."
+def html_of_cell(circuit: Circuit) -> str:
+    """The page in a frame, for a notebook's cell; of a large circuit, a line of text."""
+    if circuit.n_edges > IN_A_CELL:
+        return (
+            f"<p><b>{html.escape(title_of(circuit))}</b>, too many for a cell: "
+            "<code>circuit.report(&quot;circuit.html&quot;)</code> draws them.</p>"
         )
-    kept = weights.detach()[[circuit.graph.index(name) for name in circuit.edges]]
-    if not kept.isfinite().all():
-        bad = circuit.edges[int(kept.isfinite().logical_not().nonzero()[0])]
-        raise ValueError(f"the weight of edge {bad!r} is not finite: it cannot be ranked.")
-    return kept.tolist()
+    page = html.escape(html_of(page_of(circuit)), quote=True)
+    return (
+        f'<iframe srcdoc="{page}" sandbox="allow-scripts allow-downloads" loading="lazy" '
+        f'title="{html.escape(title_of(circuit), quote=True)}" '
+        'style="width:100%;height:640px;border:1px solid #8884;border-radius:8px"></iframe>'
+    )
 
 
-def _drawing(layout: Layout, alive: set[str], scores: list[float] | None) -> dict[str, Any]:
-    """What the page's script reads; an edge names its nodes by their places in the list."""
-    place = {node.name: i for i, node in enumerate(layout.nodes)}
-    present = {edge.kind for edge in layout.edges}
-    return {
-        "size": [round(layout.width), round(layout.height)],
-        "node_size": [round(layout.node_width), NODE_HEIGHT],
-        "font_size": FONT_SIZE,
-        "weighted": scores is not None,
-        "kinds": {kind: KIND_LABELS[kind] for kind in KINDS if kind in present},
-        "layer_label_x": LAYER_LABEL_X,
-        "layers": [[n, *(round(y, 1) for y in band)] for n, band in layout.layers.items()],
-        "groups": [[place[kv], [place[h] for h in heads]] for kv, heads in layout.groups.items()],
-        "nodes": [
-            {"name": n.name, "kind": n.kind, "at": [round(c, 1) for c in layout.places[n.name]]}
-            for n in layout.nodes
-        ],
-        "edges": [
-            {
-                "name": edge.name,
-                "source": place[edge.source],
-                "destination": place[edge.destination],
-                "kind": edge.kind,
-                "alive": edge.name in alive,
-                "weight": None if scores is None else float(f"{scores[i]:.6g}"),
-                "curve": [round(c, 1) for point in layout.curves[i] for c in point],
-            }
-            for i, edge in enumerate(layout.edges)
-        ],
-    }
-
-
-def _json_for_html(data: dict[str, Any]) -> str:
+def json_for_html(page: Page) -> str:
     """JSON that no HTML parser can take for markup: `<`, `>` and `&` are written as escapes."""
-    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    text = json.dumps(page, default=vars, separators=(",", ":"), allow_nan=False)
     return re.sub("[<>&]", lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def _file(name: str) -> str:
+    return (resources.files(__package__) / "page" / name).read_text("utf-8")

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 
-from tl_edgeprune.report.figures import FAINT, INK, MUTED, saved_figure
+from tl_edgeprune.report.axes import log_axis
+from tl_edgeprune.report.figures import saved_figure
+from tl_edgeprune.report.palette import INK, MUTED
+from tl_edgeprune.report.series import legend_below, series_style
 
-# Okabe and Ito's colours, which stay apart for the colour-blind; with markers, apart in grey too.
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c6d31")
-DASHES = ("-", (0, (5, 2)))
-MARKERS = ("o", "s", "^", "D", "v", "<", ">", "*")
 NAMES = {"kl": "KL to the full model (nats)", "mse": "Mean squared error"}
-_DOTTED: dict[str, Any] = {"linewidth": 1.1, "linestyle": ":"}
+_WIDTH = 9.6  # inches
 DECADES = 6  # what is this many powers of ten below a panel's largest value counts as 0
 
 
@@ -47,13 +45,11 @@ def plot_comparison(
     _check(table, measure)
     spots = [("n_edges", measure), ("n_edges", "faithfulness")]
     spots += [("seconds", measure), ("n_edges", "exact_match")]
-    with saved_figure(path, 9.6, 7.4, dpi) as figure:
+    with saved_figure(path, _WIDTH, 7.4, dpi) as figure:
         panels = figure.subplots(2, 2).flatten()
         for axes, (x, y) in zip(panels, spots, strict=True):
             _plot(axes, table, x, y)
-        handles, names = panels[0].get_legend_handles_labels()
-        columns = min(len(names), 6 if len(names) <= 6 else 5)
-        figure.legend(handles, names, loc="outside lower center", ncols=columns, fontsize=10)
+        legend_below(figure, panels[0], columns=_columns(table))
         if title:
             figure.suptitle(title, x=0.02, ha="left", fontsize=13, fontweight="bold")
         figure.set_layout_engine("constrained", h_pad=0.09, w_pad=0.09)
@@ -83,28 +79,29 @@ def _plot(axes: Axes, table: Any, x: str, y: str) -> None:
     for place, (method, rows) in enumerate(table.groupby("method", sort=False)):
         rows = rows.sort_values("n_edges")
         values = [max(value, floor) for value in rows[y].tolist()]
-        again, place = divmod(place, len(COLORS))  # colours used again come with other marks
-        color, marker = COLORS[place], MARKERS[(place + 3 * again) % len(MARKERS)]
-        style: dict[str, Any] = {"color": color, "zorder": 3, "linestyle": DASHES[again % 2]}
-        style |= {"linewidth": 1.8} if x == "n_edges" else _DOTTED
-        axes.plot(rows[x].tolist(), values, **style)
-        edges = rows["n_edges"].tolist()
-        sizes = 46.0 if x == "n_edges" else [_area(count, table["n_edges"]) for count in edges]
-        marks: dict[str, Any] = {
-            "marker": marker,
-            "color": color,
-            "edgecolor": "white",
-            "linewidth": 0.7,
-        }
-        axes.scatter(rows[x].tolist(), values, s=sizes, label=str(method), zorder=4, **marks)
-    _log(axes, "x", table[x].astype(float).tolist())
+        style = series_style(place)
+        if x == "n_edges":
+            axes.plot(rows[x].tolist(), values, label=str(method), **style)
+            continue
+        line = {name: style[name] for name in ("color", "zorder")}
+        axes.plot(rows[x].tolist(), values, **line, linewidth=1.1, linestyle=":")
+        marks = {name: style[name] for name in ("color", "marker", "zorder")}
+        areas = [_area(count, table["n_edges"]) for count in rows["n_edges"].tolist()]
+        axes.scatter(rows[x].tolist(), values, s=areas, edgecolor="white", linewidth=0.7, **marks)
+    log_axis(axes, "x", table[x].astype(float).tolist())
     if distance:
-        _log(axes, "y", [max(value, floor) for value in table[y].tolist()], floor)
+        log_axis(axes, "y", [max(value, floor) for value in table[y].tolist()], floor)
     elif y == "exact_match":
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.set_ylim(-0.04, 1.04)
     if y == "faithfulness":
         axes.axhline(1, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+
+
+def _columns(table: Any) -> int:
+    """Columns of the legend: as many as the longest name leaves room for."""
+    longest = max(len(str(method)) for method in table["method"])
+    return max(1, min(6, int(_WIDTH / (0.62 + 0.085 * longest))))
 
 
 def _area(edges: int, all_edges: Any) -> float:
@@ -121,37 +118,3 @@ def _floor(values: Any) -> float:
         return 1.0
     positive = [value for value in finite if value > top * 10**-DECADES]
     return min(positive) / 3 if len(positive) < len(finite) else -math.inf
-
-
-def _log(axes: Axes, which: str, values: Sequence[float], floor: float = -math.inf) -> None:
-    """A logarithmic axis with plain numbers, and 0 at its floor."""
-    axis = axes.xaxis if which == "x" else axes.yaxis
-    (axes.set_xscale if which == "x" else axes.set_yscale)("log")
-    ticks = _ticks([value for value in values if value > floor], 6 if which == "x" else 7)
-    labels = {tick: f"{tick:,.10g}" if tick >= 1e-3 else f"{tick:.0e}" for tick in ticks}
-    if floor > 0:
-        ticks, labels = [floor, *ticks], {floor: "0"} | labels
-    axis.set_ticks(ticks)
-    axis.set_major_formatter(FuncFormatter(lambda value, _: labels.get(value, "")))
-    axis.set_minor_formatter(NullFormatter())
-    axes.tick_params(which="minor", length=0)
-    axes.tick_params(which="major", length=3, color=MUTED)
-    axes.grid(True, which="minor", color=FAINT, alpha=0.4)
-
-
-def _ticks(values: Sequence[float], most: int) -> list[float]:
-    """Round numbers over the values' range, at most about so many: 1, 2, 5 or powers of ten."""
-    positive = [value for value in values if value > 0 and math.isfinite(value)]
-    if not positive:
-        return []
-    low, high = math.floor(math.log10(min(positive))), math.ceil(math.log10(max(positive)))
-    for steps in ((1, 2, 5), (1, 3), (1,)):
-        ticks = [
-            step * 10.0**power
-            for power in range(low, high + 1)
-            for step in steps
-            if min(positive) / 1.3 <= step * 10.0**power <= max(positive) * 1.3
-        ]
-        if len(ticks) <= most:
-            return ticks
-    return ticks[:: math.ceil(len(ticks) / most)]

@@ -13,9 +13,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from tl_edgeprune.files import write_whole
+from tl_edgeprune.report.palette import FAINT, INK, MUTED
 
 FORMATS = ("png", "svg", "pdf")
-INK, MUTED, FAINT = "#1b2330", "#667085", "#e3e7ee"
 
 _STYLE = {
     "font.family": "sans-serif",
@@ -32,6 +32,7 @@ _STYLE = {
     "grid.linewidth": 0.8,
     "legend.frameon": False,
     "text.color": INK,
+    "text.parse_math": False,  # a dollar in a name is a dollar
     "xtick.color": MUTED,
     "ytick.color": MUTED,
     "xtick.labelcolor": INK,

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from tl_edgeprune.report.figures import INK, MUTED, saved_figure
+from tl_edgeprune.report.curves import Curves, curves_of
+from tl_edgeprune.report.figures import saved_figure
+from tl_edgeprune.report.palette import BLUE, GREEN, INK, MUTED
 
-LOSS_COLOR, EDGES_COLOR = "#2f6fd0", "#1c8a63"
+LOSS_COLOR, EDGES_COLOR = BLUE, GREEN
 _DOTS = {"linestyle": "none", "marker": ".", "markeredgewidth": 0}
 _LOG_FROM = 12.0  # an axis is logarithmic when its largest value is this many times its smallest
 
@@ -38,56 +39,29 @@ def plot_history(
     Raises:
         ValueError: the history is empty, or a step lacks one of the values.
     """
-    _check(history)
-    steps, loss, edges, target = (
-        [float(math.nan if (value := step.get(key)) is None else value) for step in history]
-        for key in ("step", "loss", "edges", "target")
-    )
+    curves = curves_of(history)
     with saved_figure(path, 7.2, 5.4) as figure:
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[1.15, 1])
-        _plot_loss(top, steps, loss)
-        _plot_edges(bottom, steps, edges, target)
+        _plot_loss(top, curves)
+        _plot_edges(bottom, curves)
         figure.align_ylabels()
         if title:
             figure.suptitle(title, x=0.02, ha="left", fontsize=13, fontweight="bold")
         figure.set_layout_engine("constrained", h_pad=0.08, w_pad=0.08)
 
 
-def smooth(values: Sequence[float], span: int) -> list[float]:
-    """Exponential running mean over about `span` values, without bias at the start; skips NaN."""
-    decay = 1 - 2 / (max(span, 1) + 1)
-    total = weight = 0.0
-    means = []
-    for value in values:
-        if math.isfinite(value):
-            total, weight = decay * total + value, decay * weight + 1
-        means.append(total / weight if weight else math.nan)
-    return means
-
-
-def _check(history: Sequence[Mapping[str, float | int | None]]) -> None:
-    if not history:
-        raise ValueError("the history is empty: expected at least one step, as in result.history.")
-    for place, step in enumerate(history):
-        missing = [key for key in ("step", "loss", "edges") if step.get(key) is None]
-        if missing:
-            raise ValueError(
-                f"history[{place}] has {sorted(step)}, and no {' or '.join(missing)}: pass the "
-                "result.history of EdgePruner.fit."
-            )
-
-
-def _plot_loss(axes: Axes, steps: list[float], loss: list[float]) -> None:
-    line = smooth(loss, len(loss) // 20)
-    axes.plot(steps, loss, color=LOSS_COLOR, alpha=0.28, linewidth=0.9, label="each step")
-    axes.plot(steps, line, color=LOSS_COLOR, linewidth=2, label="running mean")
-    _scale(axes, loss)
+def _plot_loss(axes: Axes, curves: Curves) -> None:
+    axes.plot(
+        curves.steps, curves.loss, color=LOSS_COLOR, alpha=0.28, linewidth=0.9, label="each step"
+    )
+    axes.plot(curves.steps, curves.smooth, color=LOSS_COLOR, linewidth=2, label="running mean")
+    _scale(axes, curves.loss)
     axes.set_ylabel("Objective")
     _legend(axes)
 
 
-def _plot_edges(axes: Axes, steps: list[float], edges: list[float], target: list[float]) -> None:
-    jumps = _jumps(edges)
+def _plot_edges(axes: Axes, curves: Curves) -> None:
+    steps, edges, target, jumps = curves.steps, curves.edges, curves.target, curves.jumps
     kept: dict[str, Any] = _DOTS | {"markersize": 7} if jumps else {"linewidth": 2}
     budget: dict[str, Any] = (
         _DOTS | {"markersize": 2} if jumps else {"linewidth": 1.3, "linestyle": (0, (4, 3))}
@@ -115,12 +89,6 @@ def _plot_edges(axes: Axes, steps: list[float], edges: list[float], target: list
 def _legend(axes: Axes) -> None:
     """Above the panel, so that it never covers a line."""
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0, fontsize=10, ncols=2)
-
-
-def _jumps(values: Sequence[float]) -> bool:
-    """Whether the budget was drawn anew at each step: then a line through the values is noise."""
-    travelled = sum(abs(b - a) for a, b in pairwise(values))
-    return travelled > 5 * (max(values) - min(values))
 
 
 def _scale(axes: Axes, values: Sequence[float]) -> None:

@@ -4,7 +4,9 @@
    input to the logits) and their heads (columns, the same head above itself in every layer).
 2. A layer's MLP stands half a row above its heads, in a column of its own on the right. With
    grouped-query attention a group's `kv` node stands right after the group's heads.
-3. An edge leaves the top of its source and enters the bottom of its destination, q, k and v at
+3. Where edges have positions, every position (span) has all this once, side by side, and a layer's
+   heads close up.
+4. An edge leaves the top of its source and enters the bottom of its destination, q, k and v at
    their own ports. It is one cubic Bezier curve; where it would run through the nodes of its own
    column it is bowed, so the MLPs' edges form an arc diagram beside the heads.
 
@@ -14,22 +16,12 @@ Units are points, y downwards (as in SVG).
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from tl_edgeprune.circuit import Circuit
-
-KINDS = ("q", "k", "v", "attn", "mlp", "logits")
-KIND_LABELS = {
-    "q": "query",
-    "k": "key",
-    "v": "value",
-    "attn": "head",
-    "mlp": "MLP",
-    "logits": "logits",
-}
+from tl_edgeprune.report.names import Edge, Node, parse_edge, parse_node
 
 NODE_HEIGHT = 17.0
 FONT_SIZE = 10.5
@@ -37,32 +29,9 @@ MARGIN = 30.0
 _TOP = MARGIN + NODE_HEIGHT / 2
 LABEL_GUTTER = 40.0  # left of the nodes, for the layer numbers
 LAYER_LABEL_X = 34.0  # their right end
+_ASPECT = 1.3  # of a drawing on a screen
+SPAN_ROOM = 26.0  # below the nodes, for the spans' names
 PORTS = {"q": -0.28, "k": 0.0, "v": 0.28}  # where an edge enters, in node widths off the middle
-
-_NODE = re.compile(
-    r"a(?P<head_layer>\d+)\.(?P<part>h|kv)(?P<index>\d+)"
-    r"|m(?P<mlp_layer>\d+)"
-    r"|(?P<end>input|tok|pos|logits)"
-)
-_PORT = re.compile(r"<([qkv])>$")
-
-
-class Node(NamedTuple):
-    """A parsed node name; kind is input, head, kv, mlp or logits."""
-
-    name: str
-    kind: str
-    layer: int  # -1 for inputs and the logits
-    number: int  # head, group, or the place among the inputs
-
-
-class Edge(NamedTuple):
-    """A parsed edge name: the names of its two nodes and its kind, one of KINDS."""
-
-    name: str
-    source: str
-    destination: str
-    kind: str
 
 
 class Point(NamedTuple):
@@ -71,6 +40,7 @@ class Point(NamedTuple):
 
 
 Curve = tuple[Point, Point, Point, Point]  # a cubic Bezier: start, two controls, end
+Band = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -81,77 +51,68 @@ class Layout:
     edges: tuple[Edge, ...]
     places: dict[str, Point]
     curves: tuple[Curve, ...]
-    layers: dict[int, tuple[float, float]]  # top and bottom of each layer drawn, with its MLP
-    groups: dict[str, tuple[str, ...]]  # kv node -> the heads drawn that read from it
+    layers: dict[int, Band]  # top and bottom of each layer drawn, with its MLP
+    spans: dict[str, Band]  # left and right of each span; none where edges have no positions
+    links: tuple[tuple[str, ...], ...]  # nodes of one row that one attention joins
     node_width: float
     width: float
     height: float
 
 
-def parse_node(name: str) -> Node:
-    """Parse a source's or a destination's node name, without its `<q>`, `<k>` or `<v>`."""
-    match = _NODE.fullmatch(name)
-    if match is None:
-        raise ValueError(
-            f"node name {name!r}: expected input, tok, pos, logits, a<layer>.h<head>, "
-            "a<layer>.kv<group> or m<layer>, as EdgeGraph names them."
-        )
-    if match["end"]:
-        kind = "logits" if name == "logits" else "input"
-        return Node(name, kind, -1, int(name == "pos"))
-    if match["mlp_layer"]:
-        return Node(name, "mlp", int(match["mlp_layer"]), 0)
-    kind = "head" if match["part"] == "h" else "kv"
-    return Node(name, kind, int(match["head_layer"]), int(match["index"]))
+def circuit_layout(circuit: Circuit) -> Layout:
+    """The layout of a circuit's edges."""
+    graph = circuit.graph
+    spans = tuple(getattr(graph, "spans", ()))
+    return lay_out(tuple(circuit.edges), graph.n_heads // graph.n_kv_heads, spans)
 
 
-def parse_edge(name: str) -> Edge:
-    """Parse an edge name such as `a0.h3->a5.h2<q>`; edges of all spans lie on one another."""
-    source, arrow, target = name.partition("@")[0].partition("->")
-    if not arrow:
-        raise ValueError(f"edge name {name!r}: expected 'source->destination', as in 'm0->logits'.")
-    port = _PORT.search(target)
-    destination = _PORT.sub("", target)
-    node_kind = parse_node(destination).kind
-    kind = port[1] if port else {"head": "attn", "kv": "attn"}.get(node_kind, node_kind)
-    return Edge(name, source, destination, kind)
+def lay_out(
+    edge_names: Sequence[str], heads_per_group: int = 1, spans: Sequence[str] = ()
+) -> Layout:
+    """Place the nodes and curves of these edges; a kv node stands after its group.
 
-
-def lay_out(edge_names: Sequence[str], heads_per_group: int = 1) -> Layout:
-    """Place the nodes and curves of these edges; a kv node stands after its group."""
+    spans: the positions from left to right; those that are not named come after, as they are met.
+    """
     edges = tuple(map(parse_edge, edge_names))
-    names = {name for edge in edges for name in (edge.source, edge.destination)}
-    parsed = map(parse_node, names or {"input", "logits"})
-    nodes = tuple(sorted(parsed, key=lambda node: _order(node, heads_per_group)))
-    node_width = 16 + 0.59 * FONT_SIZE * max(len(node.name) for node in nodes)
+    names = {name: None for edge in edges for name in (edge.source, edge.destination)}
+    parsed = [parse_node(name) for name in names or {"input": None, "logits": None}]
+    met = dict.fromkeys(node.span for node in parsed if node.span is not None)
+    spans = [span for span in dict.fromkeys((*spans, *met)) if span in met]
+    nodes = tuple(sorted(parsed, key=lambda node: _order(node, heads_per_group, spans)))
+    node_width = 16 + 0.59 * FONT_SIZE * max(len(node.label) for node in nodes)
     pitch = _row_pitch(nodes)
     layers = _layer_rows(nodes, pitch)
-    across = _across(nodes, heads_per_group, node_width)
+    if spans:
+        across, bands = _across_spans(nodes, heads_per_group, node_width, spans)
+    else:
+        height = pitch * (len(layers) + 1)
+        across, bands = _across(nodes, heads_per_group, node_width, height), {}
     places = {node.name: Point(across[node.name], _down(node, layers, pitch)) for node in nodes}
     columns = _columns(places)
     curves = tuple(_curve(edge, places, columns, node_width, pitch) for edge in edges)
+    right = max([_right_end(places, curves, node_width), *(right for _, right in bands.values())])
+    bottom = max(place.y for place in places.values()) + NODE_HEIGHT / 2 + MARGIN
     return Layout(
         nodes=nodes,
         edges=edges,
         places=places,
         curves=curves,
         layers={layer: (y - 0.75 * pitch, y + 0.25 * pitch) for layer, y in layers.items()},
-        groups=_groups(nodes, heads_per_group),
+        spans=bands,
+        links=_links(nodes, heads_per_group),
         node_width=node_width,
-        width=_right_end(places, curves, node_width) + MARGIN,
-        height=max(place.y for place in places.values()) + NODE_HEIGHT / 2 + MARGIN,
+        width=right + MARGIN,
+        height=bottom + (SPAN_ROOM if bands else 0.0),
     )
 
 
-def circuit_layout(circuit: Circuit) -> Layout:
-    """The layout of a circuit's edges."""
-    return lay_out(tuple(circuit.edges), circuit.graph.n_heads // circuit.graph.n_kv_heads)
-
-
-def _order(node: Node, heads_per_group: int) -> tuple[float, bool, float]:
+def _order(
+    node: Node, heads_per_group: int, spans: Sequence[str]
+) -> tuple[float, bool, float, int]:
     """From the inputs to the logits: the heads of a layer before its MLP, a kv after its heads."""
     layer = math.inf if node.kind == "logits" else float(node.layer)
-    return layer, node.kind == "mlp", _slot(node, heads_per_group)
+    span = -1 if node.span is None else spans.index(node.span)
+    return layer, node.kind == "mlp", _slot(node, heads_per_group), span
 
 
 def _slot(node: Node, heads_per_group: int) -> float:
@@ -162,7 +123,7 @@ def _slot(node: Node, heads_per_group: int) -> float:
 def _row_pitch(nodes: Sequence[Node]) -> float:
     """Rows are far apart in small circuits and close in deep ones: a screen holds either."""
     n_layers = len({node.layer for node in nodes if node.layer >= 0})
-    return min(84.0, max(39.0, 1000.0 / (n_layers + 1)))
+    return min(84.0, max(30.0, 960.0 / (n_layers + 1)))
 
 
 def _layer_rows(nodes: Sequence[Node], pitch: float) -> dict[int, float]:
@@ -180,23 +141,68 @@ def _down(node: Node, layers: dict[int, float], pitch: float) -> float:
     return layers[node.layer] - (0.5 * pitch if node.kind == "mlp" else 0.0)
 
 
-def _across(nodes: Sequence[Node], heads_per_group: int, node_width: float) -> dict[str, float]:
-    """The x of each node: heads in columns, MLPs right of them, input and logits in the middle."""
+def _across(
+    nodes: Sequence[Node], heads_per_group: int, node_width: float, height: float
+) -> dict[str, float]:
+    """The x of each node: heads in columns, MLPs right of them, input and logits in the middle.
+
+    Columns stand apart as far as makes the drawing about as wide as a screen is.
+    """
     slot = {n.name: _slot(n, heads_per_group) for n in nodes if n.kind in ("head", "kv")}
     used = sorted(set(slot.values())) or [0.0]
-    pitch = node_width + (34 if len(used) < 6 else 14)
+    free = _ASPECT * height / (len(used) + 2) - node_width
+    pitch = node_width + min(34.0, max(14.0, free))
     left = LABEL_GUTTER + MARGIN + node_width / 2
     columns = {place: left + i * pitch for i, place in enumerate(used)}
     right = left + (len(used) - 1) * pitch
-    ends = {"tok": -0.7 * node_width, "pos": 0.7 * node_width}
+    middle = (left + right) / 2
 
     def place(node: Node) -> float:
         if node.kind == "mlp":
             return right + 1.7 * node_width
-        return columns[slot[node.name]] if node.name in slot else middle + ends.get(node.name, 0.0)
+        return columns[slot[node.name]] if node.name in slot else middle + _end(node, node_width)
 
-    middle = (left + right) / 2
     return {node.name: place(node) for node in nodes}
+
+
+def _end(node: Node, node_width: float) -> float:
+    """How far an input or the logits stand off the middle: two inputs stand side by side."""
+    return {"tok": -0.7, "pos": 0.7}.get(node.label, 0.0) * node_width
+
+
+def _across_spans(
+    nodes: Sequence[Node], heads_per_group: int, node_width: float, spans: Sequence[str]
+) -> tuple[dict[str, float], dict[str, Band]]:
+    """The x of each node, and the left and right of each span.
+
+    In a span, a row's heads close up from the left; its MLPs have the column right of the longest.
+    """
+    pitch, left = node_width + 14, LABEL_GUTTER + MARGIN
+    across: dict[str, float] = {}
+    bands: dict[str, Band] = {}
+    for span in spans:
+        own = [node for node in nodes if node.span == span]
+        rows: dict[int, list[Node]] = {}
+        for node in own:
+            if node.kind in ("head", "kv"):
+                rows.setdefault(node.layer, []).append(node)
+        columns = max([1, *map(len, rows.values())])
+        has_mlp = any(node.kind == "mlp" for node in own)
+        ends = 2 if any(node.label == "pos" for node in own) else 1
+        wide = max(columns + has_mlp, ends) * pitch + (0.45 * node_width if has_mlp else 0.0)
+        wide = max(wide, 0.62 * FONT_SIZE * len(span)) + 14
+        first = left + 14 + node_width / 2
+        for row in rows.values():
+            row.sort(key=lambda node: _slot(node, heads_per_group))
+            across |= {node.name: first + place * pitch for place, node in enumerate(row)}
+        for node in own:
+            if node.kind == "mlp":
+                across[node.name] = first + columns * pitch
+            elif node.kind in ("input", "logits"):
+                across[node.name] = first + (columns - 1) * pitch / 2 + _end(node, node_width)
+        bands[span] = (left, left + wide)
+        left += wide
+    return across, bands
 
 
 def _columns(places: dict[str, Point]) -> dict[float, list[float]]:
@@ -240,23 +246,28 @@ def _bow(
         return 0.0
     rise = start.y - end.y
     if edge.kind == "mlp":
-        return 0.55 * node_width + 0.2 * rise
+        room = 0.2 if parse_node(edge.source).span is None else 0.05  # spans stand side by side
+        return 0.55 * node_width + room * rise
     side = 1.0 if edge.kind == "v" else -1.0
     return side * (0.62 * node_width + 0.02 * rise)
 
 
-def _groups(nodes: Sequence[Node], heads_per_group: int) -> dict[str, tuple[str, ...]]:
-    return {
-        kv.name: tuple(
-            head.name
-            for head in nodes
-            if head.kind == "head"
-            and head.layer == kv.layer
-            and head.number // heads_per_group == kv.number
-        )
-        for kv in nodes
-        if kv.kind == "kv"
-    }
+def _links(nodes: Sequence[Node], heads_per_group: int) -> tuple[tuple[str, ...], ...]:
+    """Nodes that one attention joins: a kv and the heads that share it; with spans, a head at each
+    of them, since its keys and values go to every later position.
+    """
+    groups: dict[tuple[int, int], list[Node]] = {}
+    for node in nodes:
+        if node.kind in ("head", "kv"):
+            number = node.number if node.kind == "kv" else node.number // heads_per_group
+            groups.setdefault((node.layer, number), []).append(node)
+    joined = [
+        tuple(sorted(group, key=lambda node: node.kind != "kv"))  # the kv first
+        for group in groups.values()
+        if len(group) > 1
+        and (any(node.kind == "kv" for node in group) or len({node.span for node in group}) > 1)
+    ]
+    return tuple(tuple(node.name for node in group) for group in joined)
 
 
 def _right_end(places: dict[str, Point], curves: Sequence[Curve], node_width: float) -> float:

@@ -1,0 +1,70 @@
+"""A training's history as curves: the objective, its running mean, the edges and their budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Curves:
+    """One value a step, NaN where there is none. smooth: the running mean of the objective."""
+
+    steps: list[float]
+    loss: list[float]
+    smooth: list[float]
+    edges: list[float]
+    target: list[float]
+
+    @property
+    def jumps(self) -> bool:
+        """Whether the budget was drawn anew at each step: then a line through it is noise."""
+        travelled = sum(abs(b - a) for a, b in pairwise(self.edges))
+        return travelled > 5 * (max(self.edges) - min(self.edges))
+
+
+def curves_of(history: Sequence[Mapping[str, Any]]) -> Curves:
+    """The curves of a result's `history`.
+
+    Raises ValueError where it is empty, or a step lacks a value.
+    """
+    if not history:
+        raise ValueError("the history is empty: expected at least one step, as in result.history.")
+    for place, step in enumerate(history):
+        missing = [key for key in ("step", "loss", "edges") if step.get(key) is None]
+        if missing:
+            raise ValueError(
+                f"history[{place}] has {sorted(step)}, and no {' or '.join(missing)}: pass the "
+                "result.history of EdgePruner.fit."
+            )
+    steps, loss, edges, target = (
+        [float(math.nan if (value := step.get(key)) is None else value) for step in history]
+        for key in ("step", "loss", "edges", "target")
+    )
+    return Curves(steps, loss, smooth(loss, len(loss) // 20), edges, target)
+
+
+def thinned(curves: Curves, most: int) -> dict[str, Any]:
+    """The curves as JSON: at most about so many steps, the last among them; None for NaN."""
+    n = len(curves.steps)
+    stride = max(1, math.ceil(n / most))
+    kept = sorted({*range(0, n, stride), n - 1})
+    return {"jumps": curves.jumps} | {
+        name: [float(f"{values[i]:.6g}") if math.isfinite(values[i]) else None for i in kept]
+        for name, values in vars(curves).items()
+    }
+
+
+def smooth(values: Sequence[float], span: int) -> list[float]:
+    """Exponential running mean over about `span` values, without bias at the start; skips NaN."""
+    decay = 1 - 2 / (max(span, 1) + 1)
+    total = weight = 0.0
+    means = []
+    for value in values:
+        if math.isfinite(value):
+            total, weight = decay * total + value, decay * weight + 1
+        means.append(total / weight if weight else math.nan)
+    return means

@@ -1,0 +1,295 @@
+"""What a circuit's page shows, as data: the one JSON object that the page's script reads.
+
+`page_of` makes it from a circuit and what is known of it. All text in it is text, never markup: the
+script sets it with textContent. Numbers are finite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import or_
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_edgeprune.circuit import Circuit, check_scores
+from tl_edgeprune.report.curves import curves_of, thinned
+from tl_edgeprune.report.layout import (
+    FONT_SIZE,
+    LAYER_LABEL_X,
+    NODE_HEIGHT,
+    PORTS,
+    SPAN_ROOM,
+    Layout,
+    circuit_layout,
+)
+from tl_edgeprune.report.names import KIND_LABELS, KINDS
+from tl_edgeprune.report.readable import (
+    Lines,
+    measure_lines,
+    pair_names,
+    plain,
+    setting_lines,
+    title_of,
+)
+from tl_edgeprune.scores import EdgeScores
+
+CURVE_POINTS = 300  # steps of the training in a page, at most
+
+
+@dataclass(frozen=True)
+class PageNode:
+    """A node: its kind (input, head, kv, mlp, logits), layer (-1 for the ends) and centre."""
+
+    name: str
+    label: str  # the name without its position
+    kind: str
+    layer: int
+    span: str | None
+    at: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class PageEdge:
+    """An edge: its nodes by their places in the list, and its Bezier curve, x and y in turn.
+
+    circuits: which of the page's circuits have it. dead: those in which it is on no path from the
+    input to the logits. rank: 0 for the strongest, by the scores. facts: what an explanation says.
+    """
+
+    name: str
+    source: int
+    destination: int
+    kind: str  # q, k, v, attn, mlp or logits
+    curve: tuple[float, ...]
+    dead: tuple[int, ...]
+    score: float | None
+    rank: int
+    circuits: tuple[int, ...]
+    facts: dict[str, float | int | str]
+
+
+@dataclass(frozen=True)
+class PageCircuit:
+    """One of the circuits on the page, and its figures."""
+
+    name: str
+    n_edges: int
+    n_dead: int
+    measures: Lines
+
+
+@dataclass(frozen=True)
+class PageDrawing:
+    """The layout's sizes, in points; bands are [name, from, to]; links are of nodes in one row."""
+
+    size: tuple[float, float]
+    node_size: tuple[float, float]
+    font_size: float
+    ports: dict[str, float]  # where an edge enters, in node widths off the middle
+    layer_label_x: float
+    span_room: float
+    layers: list[tuple[int, float, float]]
+    spans: list[tuple[str, float, float]]
+    links: list[list[int]]
+
+
+@dataclass(frozen=True)
+class Page:
+    """The whole page.
+
+    mode: "one" circuit; an "overlay" of two; or "sizes", circuits by rising size, of which the
+    slider shows one at a time, at first that of the place `first`. scored: whether edges have
+    scores; then the slider of one circuit shows its strongest edges alone. curves: of the training,
+    at most CURVE_POINTS steps.
+    """
+
+    title: str
+    graph_edges: int
+    mode: str
+    scored: bool
+    kinds: dict[str, str]  # those in the drawing, with their names
+    drawing: PageDrawing
+    nodes: list[PageNode]
+    edges: list[PageEdge]
+    circuits: list[PageCircuit]
+    first: int
+    curves: dict[str, Any] | None
+    settings: Lines
+
+
+def page_of(
+    circuit: Circuit,
+    *,
+    title: str | None = None,
+    scores: EdgeScores | Float[Tensor, " edge"] | None = None,
+    other: Circuit | None = None,
+    circuits: Sequence[Circuit] = (),
+    names: Sequence[str] | None = None,
+    result: Any = None,
+    history: Sequence[Mapping[str, Any]] | None = None,
+    measures: Any = None,
+    settings: Mapping[str, Any] | None = None,
+    explanation: Any = None,
+) -> Page:
+    """The data of a circuit's page; the arguments are those of `write_html`."""
+    if other is not None and circuits:
+        raise ValueError(
+            "other= lays two circuits on each other, circuits= lets the slider choose among "
+            "several: give one of the two."
+        )
+    mode = "overlay" if other is not None else "sizes" if circuits else "one"
+    drawn = [circuit, *([other] if other is not None else []), *circuits]
+    figures = _figures(measures, drawn)
+    labels = _names(names, drawn, mode)
+    order = list(range(len(drawn)))
+    if mode == "sizes":
+        order.sort(key=lambda place: drawn[place].n_edges)
+        drawn, figures, labels = _in(order, drawn), _in(order, figures), _in(order, labels)
+    union = reduce(or_, drawn)
+    if result is not None:
+        scores = result.scores if scores is None else scores
+        history = result.history if history is None else history
+    weights = None if scores is None else _weights(union, scores)
+    alive = [each.without_dead_edges() for each in drawn]
+    layout = circuit_layout(union)
+    return Page(
+        title=title if title is not None else title_of(circuit, sized=mode == "one"),
+        graph_edges=circuit.graph.n_edges,
+        mode=mode,
+        scored=weights is not None,
+        kinds={k: KIND_LABELS[k] for k in KINDS if any(e.kind == k for e in layout.edges)},
+        drawing=_drawing(layout),
+        nodes=[
+            PageNode(n.name, n.label, n.kind, n.layer, n.span, _rounded(layout.places[n.name]))
+            for n in layout.nodes
+        ],
+        edges=_edges(layout, drawn, alive, weights, _facts(explanation)),
+        circuits=[
+            PageCircuit(label, each.n_edges, each.n_edges - live.n_edges, lines)
+            for label, each, live, lines in zip(labels, drawn, alive, figures, strict=True)
+        ],
+        first=order.index(0),
+        curves=thinned(curves_of(history), CURVE_POINTS) if history else None,
+        settings=setting_lines(_settings(circuit) if settings is None else settings),
+    )
+
+
+def _in(order: Sequence[int], things: Sequence[Any]) -> list[Any]:
+    return [things[place] for place in order]
+
+
+def _names(names: Sequence[str] | None, circuits: Sequence[Circuit], mode: str) -> list[str]:
+    """What the circuits are called: as given, else by their methods or sizes."""
+    if names is not None:
+        if len(names) != len(circuits):
+            raise ValueError(f"{len(names)} names for {len(circuits)} circuits: give one of each.")
+        return list(names)
+    if mode == "overlay":
+        return list(pair_names(circuits))
+    return [f"{each.n_edges:,} edges" for each in circuits]
+
+
+def _figures(measures: Any, circuits: Sequence[Circuit]) -> list[Lines]:
+    """Each circuit's measures, by default those in its metadata ("held_out")."""
+    if isinstance(measures, Sequence):
+        if len(measures) != len(circuits):
+            raise ValueError(
+                f"{len(measures)} measures for {len(circuits)} circuits: give one of each, the "
+                "circuit's own first."
+            )
+        given = list(measures)
+    else:
+        given = [measures, *[None] * (len(circuits) - 1)]
+    known = [each.metadata.get("held_out", {}) for each in circuits]
+    return [measure_lines(k if g is None else g) for g, k in zip(given, known, strict=True)]
+
+
+def _settings(circuit: Circuit) -> dict[str, Any]:
+    """A circuit's metadata, less the figures, its settings last."""
+    own = {k: v for k, v in circuit.metadata.items() if k not in ("held_out", "settings")}
+    settings = circuit.metadata.get("settings")
+    return own | (dict(settings) if isinstance(settings, Mapping) else {})
+
+
+def _weights(
+    circuit: Circuit, scores: EdgeScores | Float[Tensor, " edge"]
+) -> list[tuple[float, float]]:
+    """(score, what it is ranked by) of each edge of the circuit, in its order."""
+    if isinstance(scores, EdgeScores):
+        if scores.graph != circuit.graph:
+            raise ValueError(
+                f"the scores are of another graph than the circuit: {scores.graph}, the circuit's "
+                f"is {circuit.graph}. Give the scores of the run that found it."
+            )
+        shown, ranked = scores.tensor.detach().cpu(), scores.ranking()
+    else:
+        check_scores(scores, circuit.graph)
+        shown = ranked = scores.detach().cpu()
+    kept = circuit.mask
+    return list(zip(shown[kept].tolist(), ranked[kept].tolist(), strict=True))
+
+
+def _facts(explanation: Any) -> dict[str, dict[str, float | int | str]]:
+    """What the explanation says of edges, by their names."""
+    if explanation is None:
+        return {}
+    return {
+        edge: {str(name): plain(value) for name, value in facts.items()}
+        for edge, facts in explanation.by_edge().items()
+    }
+
+
+def _drawing(layout: Layout) -> PageDrawing:
+    place = {node.name: i for i, node in enumerate(layout.nodes)}
+    return PageDrawing(
+        size=_rounded((layout.width, layout.height)),
+        node_size=(round(layout.node_width, 1), NODE_HEIGHT),
+        font_size=FONT_SIZE,
+        ports=PORTS,
+        layer_label_x=LAYER_LABEL_X,
+        span_room=SPAN_ROOM if layout.spans else 0.0,
+        layers=[(n, *_rounded(band)) for n, band in layout.layers.items()],
+        spans=[(name, *_rounded(band)) for name, band in layout.spans.items()],
+        links=[[place[name] for name in group] for group in layout.links],
+    )
+
+
+def _edges(
+    layout: Layout,
+    circuits: Sequence[Circuit],
+    alive: Sequence[Circuit],
+    weights: list[tuple[float, float]] | None,
+    facts: Mapping[str, dict[str, float | int | str]],
+) -> list[PageEdge]:
+    place = {node.name: i for i, node in enumerate(layout.nodes)}
+    has = [set(each.edges) for each in circuits]
+    living = [set(each.edges) for each in alive]
+    order = list(range(len(layout.edges)))
+    if weights is not None:
+        order.sort(key=lambda i: -weights[i][1])
+    rank = {i: place for place, i in enumerate(order)}
+    holders = [tuple(n for n, own in enumerate(has) if e.name in own) for e in layout.edges]
+    return [
+        PageEdge(
+            name=edge.name,
+            source=place[edge.source],
+            destination=place[edge.destination],
+            kind=edge.kind,
+            curve=tuple(round(c, 1) for point in layout.curves[i] for c in point),
+            dead=tuple(n for n in holders[i] if edge.name not in living[n]),
+            score=None if weights is None else float(f"{weights[i][0]:.6g}"),
+            rank=rank[i],
+            circuits=holders[i],
+            facts=facts.get(edge.name, {}),
+        )
+        for i, edge in enumerate(layout.edges)
+    ]
+
+
+def _rounded(pair: Sequence[float]) -> tuple[float, float]:
+    first, second = pair
+    return round(first, 1), round(second, 1)

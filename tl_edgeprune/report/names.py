@@ -1,0 +1,86 @@
+"""The names of a graph's edges, read: nodes, what an edge enters, and at which position.
+
+`a0.h3->a5.h2<q>` enters the query of head 2 in layer 5. `a0.h3->a5.h2<q>@S2` does so at the
+position (the span) S2, where both ends then are.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+KINDS = ("q", "k", "v", "attn", "mlp", "logits")
+KIND_LABELS = {
+    "q": "query",
+    "k": "key",
+    "v": "value",
+    "attn": "head",
+    "mlp": "MLP",
+    "logits": "logits",
+}
+
+_NODE = re.compile(
+    r"a(?P<head_layer>\d+)\.(?P<part>h|kv)(?P<index>\d+)"
+    r"|m(?P<mlp_layer>\d+)"
+    r"|(?P<end>input|tok|pos|logits)"
+)
+_PORT = re.compile(r"<([qkv])>$")
+
+
+class Node(NamedTuple):
+    """A parsed node name; kind is input, head, kv, mlp or logits."""
+
+    name: str
+    kind: str
+    layer: int  # -1 for inputs and the logits
+    number: int  # head, group, or the place among the inputs
+    span: str | None = None
+
+    @property
+    def label(self) -> str:
+        """The name without the span."""
+        return self.name.partition("@")[0]
+
+
+class Edge(NamedTuple):
+    """A parsed edge name: the names of its two nodes and its kind, one of KINDS."""
+
+    name: str
+    source: str
+    destination: str
+    kind: str
+
+
+def parse_node(name: str) -> Node:
+    """Parse a source's or a destination's node name, without its `<q>`, `<k>` or `<v>`."""
+    label, at, span = name.partition("@")
+    match = _NODE.fullmatch(label)
+    if match is None:
+        raise ValueError(
+            f"node name {name!r}: expected input, tok, pos, logits, a<layer>.h<head>, "
+            "a<layer>.kv<group> or m<layer>, as EdgeGraph names them."
+        )
+    where = span if at else None
+    if match["end"]:
+        kind = "logits" if label == "logits" else "input"
+        return Node(name, kind, -1, int(label == "pos"), where)
+    if match["mlp_layer"]:
+        return Node(name, "mlp", int(match["mlp_layer"]), 0, where)
+    kind = "head" if match["part"] == "h" else "kv"
+    return Node(name, kind, int(match["head_layer"]), int(match["index"]), where)
+
+
+def parse_edge(name: str) -> Edge:
+    """Parse an edge name such as `a0.h3->a5.h2<q>`, with `@` and a span or without."""
+    source, arrow, target = name.partition("->")
+    if not arrow:
+        raise ValueError(f"edge name {name!r}: expected 'source->destination', as in 'm0->logits'.")
+    target, at, span = target.partition("@")
+    port = _PORT.search(target)
+    destination = _PORT.sub("", target)
+    node_kind = parse_node(destination).kind
+    kind = port[1] if port else {"head": "attn", "kv": "attn"}.get(node_kind, node_kind)
+    if not at:
+        return Edge(name, source, destination, kind)
+    start = source if "@" in source else f"{source}@{span}"
+    return Edge(name, start, f"{destination}@{span}", kind)

@@ -1,0 +1,100 @@
+"""What a page says in words and numbers: a circuit's name, its figures, its settings."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tl_edgeprune.circuit import Circuit
+
+Lines = dict[str, str]
+_SKIPPED = {  # told elsewhere, or beside another figure
+    *("kl_sem", "logit_diff_full", "logit_diff_empty", "prob_diff_full", "prob_diff_empty"),
+    *("n_edges", "n_alive", "n_edges_full", "n_wrong"),
+}
+
+
+def title_of(circuit: Circuit, sized: bool = True) -> str:
+    """What a circuit's pictures are called: its task, its model, and its size."""
+    known = [str(circuit.metadata[k]) for k in ("task", "model") if k in circuit.metadata]
+    name = " in ".join(known) or "Circuit"
+    return f"{name}: {circuit.n_edges:,} edges" if sized else name
+
+
+def pair_names(circuits: Sequence[Circuit]) -> tuple[str, ...]:
+    """What two circuits on one picture are called: their methods, where those tell them apart."""
+    methods = tuple(str(each.metadata.get("method", "")) for each in circuits)
+    return methods if all(methods) and len(set(methods)) == len(methods) else ("A", "B")
+
+
+def measure_lines(measures: Any) -> Lines:
+    """An Evaluation, its dictionary, or any mapping of names to values, as lines with units."""
+    figures = measures.to_dict() if hasattr(measures, "to_dict") else dict(measures)
+    return {
+        _label(name): _figure(name, figures)
+        for name, value in figures.items()
+        if value is not None and name not in _SKIPPED
+    }
+
+
+def setting_lines(settings: Mapping[str, Any], prefix: str = "") -> Lines:
+    """Settings as lines; those inside another carry its name, and what is None is left out."""
+    lines: Lines = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            lines |= setting_lines(value, f"{prefix}{name}.")
+        elif value is not None:
+            lines[f"{prefix}{name}"] = value if isinstance(value, str) else _written(value)
+    return lines
+
+
+def plain(value: Any) -> float | int | str:
+    """A number that JSON can hold, to six digits, or else its text."""
+    if isinstance(value, bool | str):
+        return str(value)
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return str(value)
+    if not math.isfinite(number):
+        return str(number)
+    return int(number) if number.is_integer() and abs(number) < 1e15 else float(f"{number:.6g}")
+
+
+def _label(name: str) -> str:
+    return {
+        "n_pairs": "pairs",
+        "kl": "KL to the full model",
+        "js": "Jensen–Shannon",
+        "mse": "mean squared error",
+        "exact_match": "exact match",
+        "wrong_agreement": "wrong as the model",
+        "logit_diff": "logit difference",
+        "prob_diff": "probability difference",
+        "recovered": "logit difference kept",
+    }.get(name, name)
+
+
+def _figure(name: str, figures: Mapping[str, Any]) -> str:
+    value = figures[name]
+    if isinstance(value, bool | str):
+        return str(value)
+    if name in ("exact_match", "accuracy", "wrong_agreement", "recovered"):
+        return f"{100 * value:.1f} %"
+    if name in ("kl", "js"):
+        error = figures.get(f"{name}_sem")
+        return f"{value:.3f}{'' if error is None else f' ± {error:.3f}'} nats"
+    if name in ("logit_diff", "prob_diff"):
+        full = figures.get(f"{name}_full")
+        return f"{value:.2f}" + ("" if full is None else f" (full {full:.2f})")
+    return _written(value)
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}" if abs(value) >= 10_000 else str(value)
+    return json.dumps(value, default=str, ensure_ascii=False)
