@@ -116,9 +116,8 @@ def over_distractor(model: Any, task: Task) -> float:
 
 def solved_in_every_form(model: Any, options: argparse.Namespace, out: Path) -> dict[str, Task]:
     """The task in each form, without queries that the model does wrong in any of them."""
-    found = {
-        form: load(model, options.task, form, options.pairs, options) for form in options.forms
-    }
+    n = options.pairs
+    found = {form: load(model, options.task, form, n, options) for form in options.forms}
     path = out / "solved.json"
     if not path.exists():
         right = {form: tasks.solved(model, task).tolist() for form, task in found.items()}
