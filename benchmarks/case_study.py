@@ -14,6 +14,7 @@ and by few-shot. SmolLM2-135M, the default here, does hypernymy in both forms. I
    table.csv: each of them, and a random one, on each form's held-out prompts.
    overlap.csv: how much two rankings' circuits of one size share.
 5. explained/: what the highest-ranked edges of each form's circuit do (tl_edgeprune.explain).
+   case-study.png: sizes and overlaps.
 
 What is there is not made again, so a run that was killed goes on: give the same arguments. For the
 paper's own study, on a GPU of 80 GB:
@@ -37,7 +38,10 @@ import torch
 from tl_edgeprune import Circuit, EdgePruner, Task, explain, models, tasks
 from tl_edgeprune.evaluate import evaluate_all
 from tl_edgeprune.files import write_whole
+from tl_edgeprune.objectives import logit_diff
+from tl_edgeprune.report.figures import MUTED, saved_figure
 from tl_edgeprune.scores import EdgeScores
+from tl_edgeprune.tasks.solved import is_right
 
 SIZES = (100, 200, 500, 1000, 2000, 5000, 10_000, 20_000)
 FIGURES = ("n_edges", "n_alive", "kl", "kl_sem", "exact_match", "accuracy", "logit_diff")
@@ -72,6 +76,7 @@ def main() -> None:
     }
     table(model, {k: v.top(options.n_edges) for k, v in again.items()}, held_out, out)
     overlap(trained | again, out / "overlap.csv")
+    draw(out)
 
 
 # ------------------------------------------------------------------------------------ the prompts
@@ -90,28 +95,30 @@ def accuracies(model: Any, options: argparse.Namespace, path: Path) -> None:
             if (name, form) in done:
                 continue
             task = load(model, name, form, options.look_pairs, options)
-            right = tasks.solved(model, task).double()
+            right, over = answered(model, task)
             answers = torch.stack([answer[0] for answer in task.answers])
             each = [float(right[answers == answer].mean()) for answer in answers.unique()]
             row = {"task": name, "form": form, "n_pairs": len(task), "right": float(right.mean())}
             row |= {"right_mean_over_answers": sum(each) / len(each), "n_answers": len(each)}
             row |= {"right_answer_with_fewest": min(each)}
-            row["over_distractor"] = over_distractor(model, task)
+            row["over_distractor"] = over
             prompt = model.tokenizer.decode(task.clean[0])
             add(path, row | {"prompt": prompt, "answer": model.tokenizer.decode(task.answers[0])})
             say(row)
 
 
-def over_distractor(model: Any, task: Task) -> float:
-    """The share of prompts whose answer has a higher logit than the distractor; chance is 0.5."""
-    right = 0
+def answered(model: Any, task: Task) -> tuple[torch.Tensor, float]:
+    """Whether the model is right on each prompt, and on how many the answer's logit is above the
+    distractor's; chance is 0.5 for that.
+    """
+    right, over = torch.zeros(len(task)), 0
     for batch in task.batches(16):
         batch = batch.to(next(model.parameters()).device)
         with torch.no_grad():
-            last = model(batch.clean)[:, -1]
-        answer, other = (last.gather(1, t)[:, 0] for t in (batch.answers, batch.distractors))
-        right += int((answer > other).sum())
-    return right / len(task)
+            last = model(batch.clean)[:, -1:]
+        right[batch.indices.cpu()] = is_right(last, batch).float().cpu()
+        over += int((logit_diff(last, batch) > 0).sum())
+    return right, over / len(task)
 
 
 def solved_in_every_form(model: Any, options: argparse.Namespace, out: Path) -> dict[str, Task]:
@@ -238,6 +245,41 @@ def explained(
         say(f"{form}: {len(few)} edges explained.")
 
 
+# ------------------------------------------------------------------------------------- the picture
+
+
+def draw(out: Path) -> None:
+    """How good each form's circuits are, and how much the forms' circuits share, against size."""
+    sizes, shared = rows(out / "sizes.csv"), rows(out / "overlap.csv")
+    forms = list(dict.fromkeys(row["form"] for row in sizes))
+    with saved_figure(out / "case-study.png", 10.5, 3.2) as figure:
+        left, middle, right = figure.subplots(1, 3)
+        for form in forms:
+            own = [row for row in sizes if row["form"] == form]
+            edges = [int(row["n_edges"]) for row in own]
+            left.plot(edges, [float(row["kl"]) for row in own], "o-", ms=4, label=form)
+            match = [100 * float(row["exact_match"]) for row in own]
+            middle.plot(edges, match, "o-", ms=4, label=form)
+        left.set(ylabel="KL to the full model, nats", ylim=(0, None))
+        middle.set(ylabel="exact match, %", ylim=(0, 102))
+        left.legend()
+        for one, two in dict.fromkeys((row["one"], row["two"]) for row in shared):
+            own = [row for row in shared if (row["one"], row["two"]) == (one, two)]
+            edges = [int(row["size"]) for row in own]
+            share = [100 * int(row["shared"]) / int(row["size"]) for row in own]
+            style = "o--" if two == f"{one}-again" else "o-"
+            label = f"{one}, two seeds" if two == f"{one}-again" else f"{one}, {two}"
+            if two == f"{one}-again" or not two.endswith("-again"):
+                right.plot(edges, share, style, ms=4, label=label)
+        chance = [100 * float(row["by_chance"]) / int(row["size"]) for row in own]
+        right.plot(edges, chance, ":", color=MUTED, label="by chance")
+        right.set(ylabel="edges shared, %", ylim=(0, 100))
+        right.legend(fontsize=9)
+        for axes in (left, middle, right):
+            axes.set(xlabel="edges kept", xscale="log")
+        figure.tight_layout()
+
+
 # -------------------------------------------------------------------------------------- bookkeeping
 
 
@@ -281,9 +323,9 @@ def parser() -> argparse.ArgumentParser:
     add_option("--held-out", type=int, default=64)
     add_option("--n-edges", type=int, default=1000, help="of each form's circuit")
     add_option("--steps", type=int, default=150)
-    add_option("--again", nargs="*", default=["instruction"], metavar="FORM")
-    add_option("--explain", type=int, default=60, help="edges of each circuit (default: 60)")
-    add_option("--explain-pairs", type=int, default=16)
+    add_option("--again", nargs="*", default=[], metavar="FORM")
+    add_option("--explain", type=int, default=40, help="edges of each circuit (default: 40)")
+    add_option("--explain-pairs", type=int, default=8)
     add_option("--batch-size", type=int, default=8)
     add_option("--recompute", action="store_true", help="blocks run again backward: less memory")
     add_option("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
