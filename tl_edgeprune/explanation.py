@@ -13,7 +13,7 @@ from tl_edgeprune.files import write_whole
 
 FORMAT = 1
 KIND = "tl_edgeprune explanation"
-COLUMNS = ("edge", "source", "destination", "kind", "rise", "direct_effect")
+COLUMNS: tuple[str, ...] = ("edge", "source", "destination", "kind", "rise", "direct_effect")
 COLUMNS += ("carries", "attends", "source_attends")
 PATTERN_COLUMNS = ("head", "length", "n_pairs", "read", "position", "token", "weight")
 Row = dict[str, Any]
