@@ -252,7 +252,7 @@ def draw(out: Path) -> None:
     """How good each form's circuits are, and how much the forms' circuits share, against size."""
     sizes, shared = rows(out / "sizes.csv"), rows(out / "overlap.csv")
     forms = list(dict.fromkeys(row["form"] for row in sizes))
-    with saved_figure(out / "case-study.png", 10.5, 3.2) as figure:
+    with saved_figure(out / "case-study.png", 10.5, 3.2, dpi=100) as figure:
         left, middle, right = figure.subplots(1, 3)
         for form in forms:
             own = [row for row in sizes if row["form"] == form]
