@@ -28,6 +28,8 @@ FAMILIES = [(name, {}) for name in NAMES] + [
     ("arithmetic", {"operation": "minus"}),
     ("boolean-expressions", {"form": "few-shot", "shots": 2}),
     ("boolean-expressions", {"depth": 5}),
+    ("hypernymy", {"form": "instruction"}),
+    ("hypernymy", {"form": "few-shot", "shots": 2}),
     ("induction", {"length": 12}),
     ("mcqa", {"choices": 2}),
 ]
@@ -362,6 +364,27 @@ def test_kinds_do_not_overlap():
             named = [word for word in re.findall(r"\w+", text) if word in members]
             assert len(set(named)) == 2 and {*named} <= {*hypernymy.KINDS[kind.strip()].split()}
         assert example.answer != example.distractor
+
+
+def test_forms_of_hypernymy_ask_the_same_and_show_other_kinds():
+    asked, shown = (examples("hypernymy", 60, form=form) for form in ("instruction", "few-shot"))
+    assert {e.clean.split("\n")[-1] for e in asked} == {e.clean.split("\n")[-1] for e in shown}
+    assert all(e.clean.startswith("Say what kind of things these are.\nBoth") for e in asked)
+    for example in shown:
+        *shots, query = example.clean.split("\n")
+        *same, other = example.corrupted.split("\n")
+        assert shots == same and len(shots) == 3 and query != other
+        kinds = []
+        for line in shots:
+            a, b, kind = re.fullmatch(r"Both (\w+) and (\w+) are (\w+)", line).groups()
+            assert {a, b} <= {*hypernymy.KINDS[kind].split()}
+            kinds.append(f" {kind}")
+        assert len({*kinds, example.answer, example.distractor}) == 5
+    for options in ({"form": "chat"}, {"form": "few-shot", "shots": 0}):
+        with pytest.raises(ValueError, match="expected form 'sentence', 'instruction', 'few-shot'"):
+            recipe_of("hypernymy", **options)
+    with pytest.raises(ValueError, match="and 18 are needed"):
+        recipe_of("hypernymy", form="few-shot", shots=16)
 
 
 def test_capitals_are_of_one_country_each():

@@ -87,11 +87,8 @@ class Blocks:
 
     def logits(self, x: Float[Tensor, "batch read d_model"]) -> Float[Tensor, "batch read d_vocab"]:
         """The logits where their destination reads x."""
-        model = self.run.model
-        norm = getattr(model, "ln_final", None)
-        logits = _unembedded(model.unembed, x if norm is None else norm(x))
-        cap = float(getattr(model.cfg, "output_logits_soft_cap", 0) or 0)
-        return cap * torch.tanh(logits / cap) if cap > 0 else logits
+        norm = getattr(self.run.model, "ln_final", None)
+        return unembedded(self.run.model, x if norm is None else norm(x))
 
     def _leave(self, layer: int, x: Tensor, call: Call, half: Any) -> None:
         args, kwargs = call
@@ -183,10 +180,15 @@ class _Mlp(_Half):
         self.leave(y)
 
 
-def _unembedded(unembed: Any, x: Tensor) -> Tensor:
-    """The unembedding; HookedTransformer's copies its weight at each call, as large as it is."""
-    weight = getattr(unembed, "_parameters", {}).get("W_U")
-    return unembed(x) if weight is None else x @ weight + unembed.b_U
+def unembedded(
+    model: Any, x: Float[Tensor, "batch read d_model"]
+) -> Float[Tensor, "batch read d_vocab"]:
+    """The logits of what the final norm gave."""
+    weight = getattr(model.unembed, "_parameters", {}).get("W_U")
+    # HookedTransformer's own call copies its weight, as large as it is.
+    logits = model.unembed(x) if weight is None else x @ weight + model.unembed.b_U
+    cap = float(getattr(model.cfg, "output_logits_soft_cap", 0) or 0)
+    return cap * torch.tanh(logits / cap) if cap > 0 else logits
 
 
 # --------------------------------------------------------------------------------- how it is called

@@ -14,6 +14,8 @@ from tl_edgeprune.compare import compare
 from tl_edgeprune.comparison import Comparison
 from tl_edgeprune.constants import Constants
 from tl_edgeprune.evaluate import Evaluation, evaluate
+from tl_edgeprune.explain import explain
+from tl_edgeprune.explanation import Explanation
 from tl_edgeprune.faithfulness import FaithfulnessCurve, faithfulness_curve, mib_faithfulness
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.ground_truth import necessary_edges, possible_edges
@@ -42,6 +44,7 @@ __all__ = [
     "EquivalenceTest",
     "Evaluation",
     "ExactBudget",
+    "Explanation",
     "FaithfulnessCurve",
     "IndependenceTest",
     "Lagrangian",
@@ -58,6 +61,7 @@ __all__ = [
     "discover",
     "equivalence_test",
     "evaluate",
+    "explain",
     "faithfulness_curve",
     "independence_test",
     "masked",

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_edgeprune.chance import ChanceWatch
 from tl_edgeprune.constants import Ablation
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.hooks import is_folded
@@ -116,12 +117,13 @@ def _lessons(
 ) -> Iterator[tuple[Lesson, Tensor | None]]:
     """Each batch with what to compare with, and the logits of no edges where they are known."""
     device = run.sites.attention[0].output.device
-    fixed = None
+    fixed, watch = None, ChanceWatch(task.name, len(task))
     if ablation != "counterfactual":
         fixed = run.reference(ablation, prompts=task.corrupted)
     for batch in task.batches(batch_size):
         batch = batch.to(device)
         full = full_logits(run, task, batch)
+        watch.see(full, batch)
         if fixed is not None:
             yield Lesson(batch, full, fixed), None
         else:

@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_edgeprune.ablation import Reference
+from tl_edgeprune.chance import ChanceWatch
 from tl_edgeprune.constants import Ablation
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.positions import any_task_for
@@ -63,6 +64,7 @@ class Teacher:
         self.run, self.task, self.ablation = run, any_task_for(task, run.graph), ablation
         self.device = run.sites.attention[0].output.device
         self._targeted = targets
+        self.watch = ChanceWatch(task.name, len(task))
         self._fixed: Reference | None = None
         if ablation != "counterfactual":
             prompts = sample(task).corrupted
@@ -85,8 +87,13 @@ class Teacher:
         if not self._targeted:
             return batch.positions.new_empty((*batch.positions.shape, 0), dtype=torch.float32)
         if self._full is None:
-            return full_logits(self.run, self.task, batch)
+            return self._watched(batch)
         return torch.stack([self._full[i] for i in batch.indices.tolist()])
+
+    def _watched(self, batch: Batch) -> Float[Tensor, "batch read vocab"]:
+        full = full_logits(self.run, self.task, batch)
+        self.watch.see(full, batch)
+        return full
 
     def _reference(self, batch: Batch) -> Reference:
         if self._fixed is not None:
@@ -112,7 +119,7 @@ class Teacher:
         for batch in shown(batches, "full model", len(self.task), progress):
             batch = batch.to(self.device)
             if self._full is not None:
-                targets = full_logits(self.run, self.task, batch)
+                targets = self._watched(batch)
                 self._full |= zip(batch.indices.tolist(), targets, strict=True)
             if self._references is not None:
                 reference = self.run.reference("counterfactual", corrupted=batch.corrupted)

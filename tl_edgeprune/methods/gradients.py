@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tl_edgeprune.chance import ChanceWatch
 from tl_edgeprune.constants import Ablation
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.hooks import is_folded
@@ -152,7 +153,10 @@ def path_scores(
     for batch in shown(batches, "scoring edges", wanted, progress):
         pairs += len(batch)
         lesson = teacher.lesson(batch)
-        parts = [-edge_gradient(run, lesson, point, loss_of) for point in path(run, lesson)]
+        parts = [
+            -edge_gradient(run, lesson, point, loss_of, teacher.watch)
+            for point in path(run, lesson)
+        ]
         total += sum((p.abs() if magnitudes else p for p in parts), torch.zeros(())) / len(parts)
     return (total / pairs).cpu()
 
@@ -167,10 +171,18 @@ def at(mask: Bool[Tensor, " edge"]) -> Path:
 
 
 def edge_gradient(
-    run: MaskedModel, lesson: Lesson, point: Point, loss_of: Objective
+    run: MaskedModel,
+    lesson: Lesson,
+    point: Point,
+    loss_of: Objective,
+    watch: ChanceWatch | None = None,
 ) -> Float[Tensor, " edge"]:
-    """d (sum of the prompts' losses) / d mask, at a point."""
+    """d (sum of the prompts' losses) / d mask, at a point.
+
+    `watch` sees the logits where the point is the full model's run.
+    """
     batch = lesson.batch
+    whole = bool((point.mask == 1).all())
     mask = point.mask.to(batch.clean.device).requires_grad_()
     with torch.enable_grad():
         logits = run(
@@ -181,8 +193,10 @@ def edge_gradient(
             point.held,
             point.contract,
             spans=batch.spans,
-            whole=bool((point.mask == 1).all()),
+            whole=whole,
         )
+        if watch is not None and whole and (point.held is None or point.held.share == 1):
+            watch.see(logits, batch)
         loss = loss_of(logits, lesson.full, batch).sum()
         (grad,) = torch.autograd.grad(loss, mask)
     return grad

@@ -5,6 +5,9 @@
 1. The corrupted prompt has two things of another kind, each of as many tokens. Its kind is the
    distractor; kinds do not overlap.
 2. Only kinds of one token are used, and the answer must beat every other kind.
+3. form="sentence" is a sentence that goes on with the kind; form="instruction" asks for it, and
+   form="few-shot" shows other kinds first, the same ones in both prompts. The last two ask about
+   the same things in the same words, for one number and seed.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import math
 import random
 from collections import defaultdict
+from collections.abc import Mapping
 from itertools import permutations
 from typing import NamedTuple
 
@@ -26,6 +30,9 @@ SENTENCES = (
     "We learned about {a}, {b} and some other",
     "She drew pictures of {a}, {b} and other",
 )
+QUERY = "Both {a} and {b} are"
+INSTRUCTION = "Say what kind of things these are.\n"
+FORMS = ("sentence", "instruction", "few-shot")
 KINDS = {
     "fruits": "apples pears plums cherries bananas oranges lemons grapes peaches melons",
     "vegetables": "carrots onions cabbages beans peas potatoes leeks turnips radishes",
@@ -55,20 +62,40 @@ class Things(NamedTuple):
     b: str
 
 
+ByKind = dict[str, list[Things]]
+
+
 @register_recipe("hypernymy")
-def hypernymy(tokenizer: PreTrainedTokenizerBase) -> Recipe:
-    """Raises ValueError where fewer than two kinds are one token, or none can be exchanged."""
+def hypernymy(
+    tokenizer: PreTrainedTokenizerBase, *, form: str = "sentence", shots: int = 3
+) -> Recipe:
+    """`shots` other kinds come first in the few-shot form.
+
+    Raises ValueError for other options, and where fewer than two kinds are one token, none can be
+    exchanged, or too few are left to be shown.
+    """
+    if form not in FORMS or shots < 1:
+        raise ValueError(
+            f"hypernymy: form={form!r}, shots={shots}: expected form "
+            f"{', '.join(map(repr, FORMS))}, and at least one shot."
+        )
     kinds = single_tokens(tokenizer, [*KINDS], 2, "hypernymy's kinds", "apples, pears and other")
-    prompts = exchangeable(tokenizer, tuple(kinds))
+    groups = by_lengths(tokenizer, tuple(kinds))
+    prompts = exchangeable(groups)
     things = list(prompts)
-    sizes = len(SENTENCES), len(things)
+    shown = _shown(groups, shots) if form == "few-shot" else {}
+    sentences = SENTENCES if form == "sentence" else (QUERY,)
+    sizes = len(sentences), len(things)
 
     def make(number: int, generator: random.Random) -> Example:
         sentence, place = mixed_radix(number, sizes)
         clean = things[place]
         corrupted = generator.choice(prompts[clean])
+        before = INSTRUCTION if form == "instruction" else ""
+        if form == "few-shot":
+            before = _shots(shown, {clean.kind, corrupted.kind}, shots, generator)
         clean_text, corrupted_text = (
-            SENTENCES[sentence].format(a=two.a, b=two.b) for two in (clean, corrupted)
+            before + sentences[sentence].format(a=two.a, b=two.b) for two in (clean, corrupted)
         )
         return Example(
             clean.kind,
@@ -82,18 +109,44 @@ def hypernymy(tokenizer: PreTrainedTokenizerBase) -> Recipe:
     return Recipe(math.prod(sizes), make, f"{len(things)} pairs of things can be exchanged")
 
 
-def exchangeable(
+def _shown(groups: Mapping[tuple[int, int], ByKind], shots: int) -> ByKind:
+    """Things of as many tokens each, of as many kinds as there are, to be shown.
+
+    Then shots add as many tokens to every prompt, and prompts of one length make large batches.
+    """
+    best = max(groups.values(), key=len)
+    if len(best) < shots + 2:
+        raise ValueError(
+            f"hypernymy, shots={shots}: {len(best)} kinds have things of one length, and "
+            f"{shots + 2} are needed (two are asked about)."
+        )
+    return best
+
+
+def _shots(shown: ByKind, asked: set[str], shots: int, generator: random.Random) -> str:
+    """Solved queries, of kinds that are not asked about."""
+    kinds = generator.sample([kind for kind in shown if kind not in asked], shots)
+    things = [generator.choice(shown[kind]) for kind in kinds]
+    return "".join(f"{QUERY.format(a=two.a, b=two.b)} {two.kind}\n" for two in things)
+
+
+def by_lengths(
     tokenizer: PreTrainedTokenizerBase, kinds: tuple[str, ...]
-) -> dict[Things, list[Things]]:
-    """Ordered pairs of things, with those of another kind and as many tokens, thing by thing."""
+) -> dict[tuple[int, int], ByKind]:
+    """Ordered pairs of things by their numbers of tokens, and by kind."""
     written = pieces(tokenizer, [word for kind in kinds for word in KINDS[kind].split()])
-    by_lengths: dict[tuple[int, int], dict[str, list[Things]]] = defaultdict(dict)
+    groups: dict[tuple[int, int], ByKind] = defaultdict(dict)
     for kind in kinds:
         for a, b in permutations([word for word in KINDS[kind].split() if word in written], 2):
-            same = by_lengths[len(written[a]), len(written[b])]
+            same = groups[len(written[a]), len(written[b])]
             same.setdefault(kind, []).append(Things(kind, a, b))
+    return groups
+
+
+def exchangeable(groups: Mapping[tuple[int, int], ByKind]) -> dict[Things, list[Things]]:
+    """Ordered pairs of things, with those of another kind and as many tokens, thing by thing."""
     found: dict[Things, list[Things]] = {}
-    for same in by_lengths.values():
+    for same in groups.values():
         for kind, some in same.items():
             others = [two for its_kind, these in same.items() if its_kind != kind for two in these]
             found |= dict.fromkeys(some, others) if others else {}

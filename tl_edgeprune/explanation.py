@@ -1,0 +1,132 @@
+"""What `explain` found: a row for each edge, and the attention of the heads at their ends."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tl_edgeprune.files import write_whole
+
+FORMAT = 1
+KIND = "tl_edgeprune explanation"
+COLUMNS: tuple[str, ...] = ("edge", "source", "destination", "kind", "rise", "direct_effect")
+COLUMNS += ("carries", "attends", "source_attends")
+PATTERN_COLUMNS = ("head", "length", "n_pairs", "read", "position", "token", "weight")
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, repr=False)
+class Explanation:
+    """A circuit's edges, one by one, on a task. Made by `explain`.
+
+    rows: one mapping from COLUMNS to values per edge, in the graph's order. patterns: likewise from
+    PATTERN_COLUMNS, one for each position that a head's read position can attend to. about: plain
+    JSON values: model, task, n_pairs, ablation, objective, value (the objective of the whole
+    circuit) and score (its answer score, which direct effects are parts of).
+    """
+
+    rows: tuple[Row, ...]
+    patterns: tuple[Row, ...]
+    about: dict[str, Any]
+
+    @property
+    def table(self) -> Any:
+        """A pandas DataFrame, one row an edge.
+
+        kind: what the edge enters: q, k, v (attn for a head that has one input), mlp or logits.
+        rise: of the objective, mean over the pairs, when the edge alone is cut. direct_effect: in
+        logits, what the edge's difference adds to the answer's score at the read positions, seen
+        through the final norm and the unembedding (NaN where the task has no answers); exact for
+        edges into the logits but for the norm's scale, and for the others what it would add there.
+        carries: where the difference is largest: tokens with their share of its squared norm.
+        attends: what the head that the edge enters attends to from the last read position (a
+        group's heads on average); source_attends: what the head that it leaves does. Texts are of
+        the most common prompt length; a token in brackets varies from prompt to prompt.
+        """
+        import pandas
+
+        return pandas.DataFrame(list(self.rows), columns=list(COLUMNS))
+
+    @property
+    def pattern_table(self) -> Any:
+        """A pandas DataFrame: attention weights from read positions, in the circuit's own run.
+
+        head; length of the prompts and n_pairs of that length; read: the position that attends;
+        position, and its token (in brackets where it varies: the first prompt's); weight: mean over
+        those pairs.
+        """
+        import pandas
+
+        return pandas.DataFrame(list(self.patterns), columns=list(PATTERN_COLUMNS))
+
+    def by_edge(self) -> dict[str, dict[str, float | str]]:
+        """Each edge's numbers and texts by its name, without what it has none of: for pictures."""
+        skip = ("edge", "source", "destination", "kind")
+        return {
+            row["edge"]: {k: v for k, v in row.items() if k not in skip and _says(v)}
+            for row in self.rows
+        }
+
+    def top(self, k: int = 10, by: str = "rise") -> Any:
+        """The rows of the table that are highest by a column's size."""
+        table = self.table
+        return table.reindex(table[by].abs().sort_values(ascending=False).index[:k])
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write .json, from which `load` reads all of it, or .csv, the table of the edges alone.
+
+        Whole or not at all. Raises ValueError for another ending.
+        """
+        path = Path(path)
+        if path.suffix not in (".json", ".csv"):
+            raise ValueError(f"{path}: expected a name that ends in .json or .csv.")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".csv":
+            write_whole(path, self.table.to_csv(index=False).encode())
+            return
+        rows = [{k: v if _says(v) else None for k, v in row.items()} for row in self.rows]
+        document = {"format": FORMAT, "kind": KIND, "about": self.about}
+        document |= {"edges": rows, "patterns": self.patterns}
+        write_whole(path, json.dumps(document, allow_nan=False).encode())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Explanation:
+        """Read what `save` wrote as .json. Raises ValueError for any other file."""
+        try:
+            document = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is no explanation: not valid JSON ({error}).") from None
+        if not isinstance(document, dict) or document.get("kind") != KIND:
+            raise ValueError(f"{path} is no explanation: expected one of Explanation.save.")
+        if document.get("format") != FORMAT:
+            raise ValueError(
+                f"{path} has format {document.get('format')!r}, this version reads {FORMAT}."
+            )
+        try:
+            rows = tuple(_filled(row) for row in document["edges"])
+            return cls(rows, tuple(document["patterns"]), dict(document["about"]))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged: {error}.") from None
+
+    def __repr__(self) -> str:
+        about = self.about
+        return (
+            f"Explanation({len(self.rows):,} edges, {about.get('task')}, {about.get('n_pairs')} "
+            f"pairs, {about.get('objective')} {about.get('value', math.nan):.3g})"
+        )
+
+
+def _says(value: Any) -> bool:
+    """Whether a value is a number or a text with something in it."""
+    return bool(value) if isinstance(value, str) else not math.isnan(value)
+
+
+def _filled(row: Row) -> Row:
+    """A row as it was before `save` wrote None for what was missing."""
+    numbers = ("rise", "direct_effect")
+    empty = {k: math.nan if k in numbers else "" for k in COLUMNS}
+    return {k: empty[k] if row[k] is None else row[k] for k in COLUMNS}
