@@ -10,11 +10,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import folders
 import pytest
-import tokenizers
 import torch
-import transformers
-import zoo
 from typer.testing import CliRunner
 
 import tl_edgeprune
@@ -31,26 +29,7 @@ SMALL = "--n-edges 20 --batch-size 4".split()
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: Any) -> str:
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    config = transformers.LlamaConfig(
-        vocab_size=len(WORDS),
-        hidden_size=16,
-        intermediate_size=20,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        bos_token_id=1,
-        eos_token_id=1,
-    )
-    with torch.random.fork_rng(devices=[]):
-        llama = transformers.LlamaForCausalLM(config)
-    zoo.randomise(llama, seed=2)
-    llama.save_pretrained(folder)
-    words = tokenizers.models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]")
-    tokenizer = tokenizers.Tokenizer(words)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="[UNK]", bos_token="<s>", eos_token="<s>"
-    ).save_pretrained(folder)
+    folders.talking_llama(folder, WORDS, seed=2)
     return str(folder)
 
 
