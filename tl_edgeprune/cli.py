@@ -10,11 +10,12 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from tl_edgeprune import __version__
 from tl_edgeprune.commands.compare import compare
 from tl_edgeprune.commands.demo import demo
 from tl_edgeprune.commands.discover import discover
@@ -30,6 +31,19 @@ from tl_edgeprune.commands.told import error_json
 NAME = "tl-edgeprune"
 COMMANDS = (prune, resume, evaluate, discover, compare, show, tasks, models, methods, plan, demo)
 UsageError: Any = typer.BadParameter.__base__
+
+
+def _show_version(wanted: bool) -> bool:
+    if wanted:
+        print(f"{NAME} {__version__}")
+        raise typer.Exit
+    return wanted
+
+
+Version = Annotated[
+    bool,
+    typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+]
 
 
 class _Group(TyperGroup):
@@ -56,11 +70,20 @@ class _Group(TyperGroup):
 app = typer.Typer(
     name=NAME,
     cls=_Group,
-    help="Finds circuits in TransformerLens models by Edge Pruning.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+@app.callback()
+def start(version: Version = False) -> None:
+    """Finds circuits in TransformerLens models by Edge Pruning.
+
+    Example: tl-edgeprune prune smollm2-135m ioi --n-edges 1000 --out runs/ioi
+    """
+
+
 for command in COMMANDS:
     app.command()(command)
 

@@ -80,9 +80,10 @@ def compare(
         raise ValueError(f"--batch-size {batch_size}: expected 1 or more.")
     task_options = parsed("--task-set", task_set or [])
     inputs = Inputs(model, task, pairs, held_out, seed, dtype, device, cls, task_options).resolved()
+    wanted = _sizes(sizes or [])
     settings = {
         "methods": names,
-        "sizes": _sizes(sizes or []),
+        "sizes": wanted,
         "settings": own,
         "absolute": absolute is not False,
         "alive": alive,
@@ -95,7 +96,7 @@ def compare(
         from tl_edgeprune.commands.dry_run import discovering, show_plan
 
         runs = {name: own.get(name, {}) for name in names}
-        plan = discovering(inputs, runs, settings["sizes"], pos)
+        plan = discovering(inputs, runs, wanted, pos)
         show_plan(plan | {"out": str(out)}, as_json)
         return
     compare_in(out, run, as_json=as_json, progress=progress)

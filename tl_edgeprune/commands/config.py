@@ -19,11 +19,11 @@ import typer
 NOT_IN_FILES = ("config", "help")
 
 
-def take(ctx: typer.Context, path: Path | None) -> Path | None:
-    """Make the file's values the defaults of this call."""
+def take(ctx: Any, path: Path | None) -> Path | None:
+    """Make the file's values the defaults of this call. `ctx`: click's context."""
     if path is None:
         return None
-    commands = ctx.parent.command.commands if ctx.parent is not None else {}  # type: ignore[attr-defined]
+    commands = ctx.parent.command.commands if ctx.parent is not None else {}
     try:
         document = read(path)
         section = _section(document, str(ctx.info_name), commands)

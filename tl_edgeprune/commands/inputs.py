@@ -13,7 +13,9 @@ from typing import Any
 from tl_edgeprune.commands.named import checked
 
 PAIRS, HELD_OUT = 256, 0.25
-HINTS = {str(t): t for t in (bool | None, str | None)} | {t.__name__: t for t in (bool, int, str)}
+HINTS: dict[str, Any] = {str(t): t for t in (bool | None, str | None)} | {
+    t.__name__: t for t in (bool, int, str)
+}
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ def task_options(name: str) -> dict[str, Any]:
     from tl_edgeprune import tasks
 
     builder = tasks.from_jsonl if is_file_task(name) else tasks.BUILDERS[name]
-    found = {"prepend_bos": bool | None}
+    found: dict[str, Any] = {"prepend_bos": bool | None}
     for option in inspect.signature(builder).parameters.values():
         if option.kind is option.KEYWORD_ONLY:
             found[option.name] = HINTS.get(str(option.annotation), object)
