@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -184,6 +186,20 @@ def test_wrong_files_are_wrong_usage(
 def test_wrong_parts(changes: list[str], message: str, model: str, task: str) -> None:
     asked = ["prune", model, task, "--n-edges", 20, "--out", "nowhere", *changes]
     assert message in mistake(*asked, "--json")
+
+
+def test_commands_and_files_of_the_page_are_valid(tmp_path: Path, monkeypatch: Any) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "cli.md").read_text(encoding="utf-8")
+    (file,) = re.findall(r'^```yaml title="ioi.yaml"\n(.*?)^```$', page, re.M | re.S)
+    (tmp_path / "ioi.yaml").write_text(file, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    group: Any = typer.main.get_command(app)
+    lines = "".join(re.findall(r"^```bash\n(.*?)^```$", page, re.M | re.S)).replace("\\\n", "")
+    commands = [shlex.split(line)[1:] for line in lines.splitlines() if line.startswith("tl-")]
+    assert len(commands) >= 12
+    parent = group.make_context("tl-edgeprune", ["tasks"])
+    for name, *arguments in commands:
+        group.commands[name].make_context(name, arguments, parent=parent)
 
 
 def test_a_run_without_a_size(model: str, task: str, prune: Any) -> None:

@@ -84,8 +84,10 @@ def test_the_wheel_works_in_an_environment_of_its_own(
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", bare], check=True)
     (site,) = bare.glob("lib/python*/site-packages")
     subprocess.run(
-        [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-compile", "--no-index"]
-        + ["--disable-pip-version-check", "--prefix", bare, built[0]],
+        [
+            *(sys.executable, "-m", "pip", "--python", bare / "bin" / "python", "install", "-q"),
+            *("--no-deps", "--no-compile", "--no-index", "--disable-pip-version-check", built[0]),
+        ],
         check=True,
     )
     here = [path for path in sys.path if path.endswith("site-packages")]
