@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -58,7 +59,7 @@ def test_every_dependency_is_told_of(built: tuple[Path, Path]) -> None:
         metadata = wheel.read(next(n for n in wheel.namelist() if n.endswith("/METADATA")))
     lines = [line for line in metadata.decode().splitlines() if line.startswith("Requires-Dist: ")]
     needed = {
-        line.removeprefix("Requires-Dist: ").split(">")[0].lower()
+        re.split("[<>=]", line.removeprefix("Requires-Dist: "))[0].lower()
         for line in lines
         if "extra ==" not in line
     }
@@ -113,7 +114,10 @@ def test_the_wheel_works_in_an_environment_of_its_own(
 
 @pytest.mark.slow
 def test_importing_takes_little_more_than_transformer_lens_does() -> None:
-    """In seconds of a processor, which other programs do not change much; the best of three."""
+    """In seconds of a processor, which other programs do not change much; the best of three.
+
+    TransformerLens 4 loads its TransformerBridge on first use: that is counted as its own.
+    """
 
     def seconds(code: str) -> float:
         timed = f"import time; {code}; print(time.process_time())"
@@ -121,7 +125,7 @@ def test_importing_takes_little_more_than_transformer_lens_does() -> None:
         done = [subprocess.run(run, check=True, capture_output=True, text=True) for _ in range(3)]
         return min(float(each.stdout.split()[-1]) for each in done)
 
-    theirs = seconds("import transformer_lens")
+    theirs = seconds("from transformer_lens.model_bridge import TransformerBridge")
     assert seconds("from tl_edgeprune import EdgePruner, compare, tasks, models") < 1.5 * theirs
     assert seconds("import tl_edgeprune") < 0.5
     assert seconds("import sys; sys.argv = ['x', '--help']; import tl_edgeprune.cli") < 1.5

@@ -99,7 +99,10 @@ def parameters_of(method: str) -> dict[str, inspect.Parameter]:
     found = {name: p for name, p in own.items() if p.kind is not p.VAR_KEYWORD}
     if len(found) < len(own):  # the rest are those of what it calls
         rest = EdgePruner if method in TRAINED else _SHARED.get(method, scores_along)
-        further = inspect.signature(rest, eval_str=True).parameters
+        further = dict(inspect.signature(rest, eval_str=True).parameters)
+        if method in TRAINED:
+            fit = inspect.signature(EdgePruner.fit, eval_str=True).parameters
+            further["resume"] = fit["resume"]
         skip = ("path", "score", "method", "metadata", "magnitudes", "by_magnitude")
         found |= {name: p for name, p in further.items() if name not in (*found, *skip)}
     return {name: p for name, p in found.items() if name not in ("model", "task")}
