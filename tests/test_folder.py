@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import folders
 import pytest
 import torch
-import transformers
 import zoo
 
 from tl_edgeprune import models
@@ -16,18 +16,7 @@ from tl_edgeprune.hooks import all_parameters
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_folder_gives_the_model_that_was_saved(tmp_path: Path, dtype: torch.dtype) -> None:
-    config = transformers.LlamaConfig(
-        vocab_size=40,
-        hidden_size=24,
-        intermediate_size=28,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    with torch.random.fork_rng(devices=[]):
-        original = transformers.LlamaForCausalLM(config).eval()
-    zoo.randomise(original, seed=1)
-    original.save_pretrained(tmp_path)
+    original = folders.llama(tmp_path, 40)
     loaded: Any = models.load(str(tmp_path), device="cpu", dtype=dtype)
     assert {p.dtype for p in all_parameters(loaded)} == {dtype}
     assert not any(p.is_meta for p in all_parameters(loaded))

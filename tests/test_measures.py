@@ -14,7 +14,7 @@ from tl_edgeprune.circuit import Circuit
 from tl_edgeprune.evaluate import evaluate
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.masked import masked
-from tl_edgeprune.measures import jensen_shannon, measure_name, standard_error, wrong_agreement
+from tl_edgeprune.measures import jensen_shannon, standard_error, wrong_agreement
 from tl_edgeprune.objectives import find_objective, has_prob_diff, negative_prob_diff, prob_diff
 from tl_edgeprune.tasks import Task
 from tl_edgeprune.tasks.task import NO_TOKEN
@@ -98,7 +98,7 @@ def test_probability_difference_is_a_sum_over_the_sets(sets, seed):
             expected = sum(p[token] for token in right) - sum(p[token] for token in wrong)
             assert float(prob_diff(logits, batch)[row]) == pytest.approx(expected, abs=1e-6)
         assert torch.equal(negative_prob_diff(logits, logits, batch), -prob_diff(logits, batch))
-    assert find_objective(None, task) is negative_prob_diff and measure_name(task) == "prob-diff"
+    assert find_objective(None, task) is negative_prob_diff and task.metric == "prob-diff"
 
 
 def test_sets_follow_their_pairs():

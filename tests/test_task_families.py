@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tl_edgeprune import tasks
-from tl_edgeprune.measures import measure_name
 from tl_edgeprune.tasks import (
     boolean_expressions,
     capitals,
@@ -75,7 +74,7 @@ def test_pairs_are_of_one_length_and_read_at_the_end(name, options, kind, seed, 
     assert rows(task.positions) == [(len(tokens) - 1,) for tokens in task.clean]
     assert all(task.groups) and task.objective == "kl" and not task.prepend_bos
     expected = "prob-diff" if name in WITH_SETS else "logit-diff"
-    assert task.metric == measure_name(task) == expected
+    assert task.metric == expected
     for answer, distractor, right, wrong in zip(*contents(task)[3:7], strict=True):
         assert not set(right) & set(wrong)
         if name in WITH_SETS:

@@ -13,7 +13,7 @@ import torch
 
 from tl_edgeprune.circuit import Circuit
 from tl_edgeprune.constants import Ablation
-from tl_edgeprune.measures import figures_for, measure_name, standard_error, wrong_agreement
+from tl_edgeprune.measures import figures_for, standard_error, wrong_agreement
 from tl_edgeprune.sweep import PairFigures, ablation_of, check_origin, sweep
 from tl_edgeprune.tasks.task import Task
 
@@ -170,7 +170,7 @@ def _evaluation(
         for figures in (own, full, empty)
     )
     measure = {"logit-diff": "logit_diff", "prob-diff": "prob_diff", "mse": "mse"}.get(
-        measure_name(task), "kl"
+        task.metric, "kl"
     )
     span = means_full[measure] - means_empty[measure]
     difference, whole = means.get("logit_diff"), means_full.get("logit_diff")

@@ -82,20 +82,9 @@ def figures_for(task: Task) -> Figures:
     return figures
 
 
-def measure_name(task: Task) -> str:
-    """The objective that faithfulness and the circuit tests measure by, unless told otherwise.
-
-    The logit difference where the task has one, else the probability difference, else the task's
-    own objective.
-    """
-    if has_logit_diff(task):
-        return "logit-diff"
-    return "prob-diff" if has_prob_diff(task) else task.objective
-
-
 def find_measure(measure: str | Objective | None, task: Task) -> Objective:
-    """The objective whose negative is measured; None for `measure_name`'s choice."""
-    return find_objective(measure or measure_name(task), task)
+    """The objective whose negative is measured; None for the task's own `metric`."""
+    return find_objective(measure or task.metric, task)
 
 
 def wrong_agreement(

@@ -10,6 +10,7 @@ import typer
 
 from tl_edgeprune.commands import options
 from tl_edgeprune.commands.inputs import HELD_OUT, Inputs
+from tl_edgeprune.commands.named import parsed
 from tl_edgeprune.commands.run_folder import Run, check_free, held
 from tl_edgeprune.commands.told import told
 
@@ -23,15 +24,21 @@ def discover(
     n_edges: Annotated[
         int | None, typer.Option(help="Also make and judge the circuit of this many top edges.")
     ] = None,
+    absolute: options.Absolute = None,
+    alive: options.Alive = False,
     setting: Annotated[
         list[str] | None,
         typer.Option("--set", help="A setting of the method, NAME=VALUE; may be repeated."),
     ] = None,
     pairs: options.Pairs = None,
     held_out: options.HeldOut = HELD_OUT,
+    task_set: options.TaskSet = None,
+    cls: options.Class = "bridge",
     dtype: options.Dtype = "float32",
     device: options.Device = None,
     seed: options.Seed = 0,
+    dry_run: options.DryRun = False,
+    pos: options.Pos = 64,
     as_json: options.Json = False,
 ) -> None:
     """Score every edge by a method, and with --n-edges make a circuit of the top ones.
@@ -45,22 +52,41 @@ def discover(
     With a setting: tl-edgeprune discover gpt2 ioi --method acdc --set threshold=0.01
     --out runs/acdc
     """
+    from tl_edgeprune.commands.method_settings import method_settings
+    from tl_edgeprune.methods.registry import settings_of
+
+    task_options = parsed("--task-set", task_set or [])
+    inputs = Inputs(model, task, pairs, held_out, seed, dtype, device, cls, task_options).resolved()
+    given = parsed("--set", setting or [])
+    if "seed" in settings_of(method):
+        given = {"seed": seed} | given
+    settings = method_settings(method, given)
+    if n_edges is not None and n_edges < 1:
+        raise ValueError(f"--n-edges {n_edges}: a circuit needs at least one edge.")
+    wanted = {"method": method, "n_edges": n_edges, "absolute": absolute, "alive": alive, **given}
+    check_free(out)
+    if dry_run:
+        from tl_edgeprune.commands.dry_run import discovering, show_plan
+
+        sizes = [] if n_edges is None else [n_edges]
+        show_plan(discovering(inputs, {method: given}, sizes, pos) | {"out": str(out)}, as_json)
+        return
+    run = Run.new("discover", inputs, wanted)
+    _find(out, run, method, settings, as_json)
+
+
+def _find(out: Path, run: Run, method: str, settings: dict[str, Any], as_json: bool) -> None:
     from tl_edgeprune.commands.found import circuit_of, judged, write
     from tl_edgeprune.methods.registry import discover as find
 
-    inputs = Inputs(model, task, pairs, held_out, seed, dtype, device).resolved()
-    settings = _settings(method, setting or [], seed)
-    if n_edges is not None and n_edges < 1:
-        raise ValueError(f"--n-edges {n_edges}: a circuit needs at least one edge.")
-    wanted = {"method": method, "n_edges": n_edges, **settings}
-    run = Run.new("discover", inputs, wanted)
-    check_free(out)
+    wanted, inputs = run.settings, run.inputs
     with held(out), run.begun(out):
         loaded = inputs.load_model()
         found_on, judged_on = inputs.split(inputs.load_pairs(loaded))
         found = find(loaded, found_on, method, **settings)
-        circuit = circuit_of(found, n_edges)
-        figures = judged(loaded, circuit, judged_on)
+        how = {name: wanted[name] for name in ("absolute", "alive")}
+        circuit = circuit_of(found, wanted["n_edges"], **how)
+        figures = judged(loaded, circuit, judged_on, settings.get("ablation"))
         files = write(out, found, circuit, figures)
     if as_json:
         evaluation = None if figures is None else figures.to_dict()
@@ -69,24 +95,3 @@ def discover(
     if figures is not None:
         print(f"On {figures.n_pairs} pairs that the circuit was not found on:\n\n{figures}\n")
     print(f"In {out}/: {', '.join(files)}.")
-
-
-def _settings(method: str, given: list[str], seed: int) -> dict[str, Any]:
-    """NAME=VALUE as keyword arguments, and the seed where the method takes one."""
-    from tl_edgeprune.methods.registry import settings_of
-
-    known = settings_of(method)
-    settings: dict[str, Any] = {"seed": seed} if "seed" in known else {}
-    for text in given:
-        name, equals, value = text.partition("=")
-        name = name.replace("-", "_")
-        if not equals or name not in known:
-            raise ValueError(
-                f"--set {text!r}: expected NAME=VALUE with one of {method}'s settings: "
-                f"{', '.join(known)}."
-            )
-        try:
-            settings[name] = json.loads(value)
-        except json.JSONDecodeError:
-            settings[name] = value
-    return settings

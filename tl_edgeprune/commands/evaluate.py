@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +11,7 @@ import typer
 
 from tl_edgeprune.commands import options
 from tl_edgeprune.commands.inputs import Inputs
+from tl_edgeprune.commands.named import parsed
 from tl_edgeprune.commands.run_folder import CONSTANTS, SETTINGS, Run, write_json
 from tl_edgeprune.commands.told import told
 
@@ -24,10 +24,17 @@ def evaluate(
         str | None, typer.Option(help="A name or a .jsonl file; else the run's held-out pairs.")
     ] = None,
     pairs: options.Pairs = None,
-    ablation: Annotated[str | None, typer.Option(help="Else the circuit's own.")] = None,
+    task_set: options.TaskSet = None,
+    ablation: Annotated[
+        str | None,
+        typer.Option(help="A name, or a file of constants (.safetensors); else the circuit's own."),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Pairs of a forward.")] = 16,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; else the run's.")
+    ] = None,
+    cls: Annotated[
+        str | None, typer.Option(help="bridge or hooked; else that of the circuit's run.")
     ] = None,
     device: options.Device = None,
     seed: Annotated[int, typer.Option(help="Of --task's pairs.")] = 0,
@@ -48,8 +55,13 @@ def evaluate(
     if batch_size < 1:
         raise ValueError(f"--batch-size {batch_size}: expected 1 or more.")
     found = load_circuit(circuit)
-    inputs = _inputs(circuit, model, task, pairs, seed)
-    inputs = replace(inputs, dtype=_dtype(dtype or inputs.dtype), device=device).resolved()
+    inputs = _inputs(circuit, model, task, pairs, seed, parsed("--task-set", task_set or []))
+    inputs = replace(
+        inputs,
+        dtype=_one_of("--dtype", dtype or inputs.dtype, tuple(options.BYTES)),
+        cls=_one_of("--cls", cls or inputs.cls, ("bridge", "hooked")),
+        device=device,
+    ).resolved()
     constants = _ablation(circuit, found, ablation)
     loaded = inputs.load_model()
     all_pairs = inputs.load_pairs(loaded)
@@ -76,13 +88,21 @@ def load_circuit(path: Path) -> Any:
 
 
 def _inputs(
-    circuit: Path, model: str | None, task: str | None, pairs: int | None, seed: int
+    circuit: Path,
+    model: str | None,
+    task: str | None,
+    pairs: int | None,
+    seed: int,
+    task_options: dict[str, Any],
 ) -> Inputs:
     """Those of the run that found the circuit, as far as they are not given."""
     if (circuit.parent / SETTINGS).is_file():
         inputs = Run.read(circuit.parent).inputs
-        if task is None and pairs is not None:
-            print("--pairs is for --task: the run's own held-out pairs are taken.", file=sys.stderr)
+        if task is None and (pairs is not None or task_options):
+            raise ValueError(
+                "--pairs and --task-set are for --task: without it the run's own held-out pairs "
+                "are taken."
+            )
     elif model is not None and task is not None:
         inputs = Inputs(model, task)
     else:
@@ -92,12 +112,14 @@ def _inputs(
         )
     if model is not None:
         inputs = replace(inputs, model=model)
-    return inputs if task is None else replace(inputs, task=task, pairs=pairs, seed=seed)
+    if task is None:
+        return inputs
+    return replace(inputs, task=task, pairs=pairs, seed=seed, options=task_options)
 
 
-def _dtype(name: str) -> str:
-    if name not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"--dtype {name!r}: expected float32, bfloat16 or float16.")
+def _one_of(option: str, name: str, known: tuple[str, ...]) -> str:
+    if name not in known:
+        raise ValueError(f"{option} {name!r}: expected one of {', '.join(known)}.")
     return name
 
 
@@ -114,6 +136,9 @@ def _ablation(path: Path, circuit: Any, given: str | None) -> Any:
                 "put the run's there, or give --ablation."
             )
         return Constants.load(constants)
-    if given is not None:
-        check_ablation(given)
+    if given is None:
+        return None
+    if given.endswith(".safetensors"):
+        return Constants.load(given)
+    check_ablation(given)
     return given

@@ -7,12 +7,15 @@ from typing import Any
 
 from tl_edgeprune.circuit import Circuit
 from tl_edgeprune.commands.run_folder import CIRCUIT, EVALUATION, PAGE, SCORES, write_json
+from tl_edgeprune.constants import Ablation
 from tl_edgeprune.evaluate import Evaluation, evaluate
 from tl_edgeprune.scores import EdgeScores
 from tl_edgeprune.tasks import Task
 
 
-def circuit_of(found: EdgeScores | Circuit, n_edges: int | None) -> Circuit | None:
+def circuit_of(
+    found: EdgeScores | Circuit, n_edges: int | None, *, absolute: bool | None, alive: bool
+) -> Circuit | None:
     """The circuit of this size, or the method's own."""
     if isinstance(found, Circuit):
         if n_edges is not None:
@@ -20,13 +23,15 @@ def circuit_of(found: EdgeScores | Circuit, n_edges: int | None) -> Circuit | No
                 "this method chooses the circuit's size itself: leave --n-edges out, and change "
                 "the size by the method's settings (--set)."
             )
-        return found
-    return None if n_edges is None else found.top(n_edges)
+        return found.without_dead_edges() if alive else found
+    return None if n_edges is None else found.top(n_edges, absolute=absolute, alive=alive)
 
 
-def judged(model: Any, circuit: Circuit | None, pairs: Task) -> Evaluation | None:
+def judged(
+    model: Any, circuit: Circuit | None, pairs: Task, ablation: Ablation | None
+) -> Evaluation | None:
     """The circuit's figures, where there is one."""
-    return None if circuit is None else evaluate(model, circuit, pairs)
+    return None if circuit is None else evaluate(model, circuit, pairs, ablation=ablation)
 
 
 def write(

@@ -5,18 +5,25 @@ Names are checked before anything is loaded: a wrong one is told at once.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+import inspect
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from tl_edgeprune.commands.named import checked
+
 PAIRS, HELD_OUT = 256, 0.25
+HINTS: dict[str, Any] = {str(t): t for t in (bool | None, str | None)} | {
+    t.__name__: t for t in (bool, int, str)
+}
 
 
 @dataclass(frozen=True)
 class Inputs:
     """A model and a task by name. `pairs`: how many; None for a file's all, or PAIRS of a task.
 
-    held_out: the share of the pairs that a circuit is judged on and not found on.
+    held_out: the share of the pairs that a circuit is judged on and not found on. cls: of the
+    model, "bridge" or "hooked". options: the task's own.
     """
 
     model: str
@@ -26,6 +33,8 @@ class Inputs:
     seed: int = 0
     dtype: str = "float32"
     device: str | None = None
+    cls: str = "bridge"
+    options: dict[str, Any] = field(default_factory=dict)
 
     def resolved(self) -> Inputs:
         """The same with paths made whole, the device chosen, and everything checked that can be
@@ -38,11 +47,13 @@ class Inputs:
                 f"--held-out {self.held_out:g}: expected a share of the pairs between 0 and 1, "
                 f"such as {HELD_OUT}."
             )
+        task = checked_task(self.task)
         return replace(
             self,
             model=checked_model(self.model),
-            task=checked_task(self.task),
+            task=task,
             device=checked_device(self.device),
+            options=checked("--task-set", self.options, task_options(task)),
         )
 
     def load_model(self) -> Any:
@@ -51,15 +62,16 @@ class Inputs:
 
         from tl_edgeprune import models
 
-        return models.load(self.model, device=self.device, dtype=getattr(torch, self.dtype))
+        dtype = getattr(torch, self.dtype)
+        return models.load(self.model, cls=self.cls, device=self.device, dtype=dtype)
 
     def load_pairs(self, model: Any) -> Any:
         """The Task, for this model: all its pairs."""
         from tl_edgeprune import tasks
 
         if not is_file_task(self.task):
-            return tasks.load(self.task, model, self.pairs or PAIRS, self.seed)
-        task = tasks.from_jsonl(self.task, model)
+            return tasks.load(self.task, model, self.pairs or PAIRS, self.seed, **self.options)
+        task = tasks.from_jsonl(self.task, model, **self.options)
         if self.pairs is not None and self.pairs > len(task):
             raise ValueError(
                 f"--pairs {self.pairs}: {self.task} holds {len(task)}. Ask for fewer, or leave "
@@ -71,6 +83,14 @@ class Inputs:
         """Two Tasks: pairs to find a circuit on, and pairs to judge it on."""
         held_out, train = pairs.split(self.held_out, self.seed)
         return train, held_out
+
+    def n_pairs(self) -> int:
+        """How many pairs there will be, at most."""
+        if not is_file_task(self.task):
+            return self.pairs or PAIRS
+        with open(self.task, encoding="utf-8") as lines:
+            there = sum(bool(line.strip()) for line in lines)
+        return min(self.pairs or there, there)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -115,6 +135,18 @@ def checked_task(name: str) -> str:
             "of prompt pairs."
         )
     return name
+
+
+def task_options(name: str) -> dict[str, Any]:
+    """A task's own options, and their types as far as they are plain."""
+    from tl_edgeprune import tasks
+
+    builder = tasks.from_jsonl if is_file_task(name) else tasks.BUILDERS[name]
+    found: dict[str, Any] = {"prepend_bos": bool | None}
+    for option in inspect.signature(builder).parameters.values():
+        if option.kind is option.KEYWORD_ONLY:
+            found[option.name] = HINTS.get(str(option.annotation), object)
+    return found
 
 
 def checked_device(name: str | None) -> str:

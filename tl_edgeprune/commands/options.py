@@ -27,7 +27,8 @@ HeldOut = Annotated[
 Ablation = Annotated[
     str,
     typer.Option(
-        help="What removed edges carry: counterfactual, zero, mean, mean-positional or optimal."
+        help="What removed edges carry: counterfactual, zero, mean, mean-positional, optimal, or "
+        "a file of constants (.safetensors).",
     ),
 ]
 Objective = Annotated[
@@ -36,9 +37,32 @@ Objective = Annotated[
         help="What is kept: kl, mse, logit-diff, log-prob or prob-diff; else the task's own."
     ),
 ]
+TaskSet = Annotated[
+    list[str] | None,
+    typer.Option("--task-set", help="An option of the task, NAME=VALUE; may be repeated."),
+]
+Class = Annotated[
+    Literal["bridge", "hooked"],
+    typer.Option(help="TransformerBridge, or HookedTransformer (TransformerLens below 4)."),
+]
 Dtype = Annotated[
     Literal["float32", "bfloat16", "float16"], typer.Option(help="Of weights and activations.")
 ]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; else the GPU where there is one.")]
 Seed = Annotated[int, typer.Option(help="Of pairs, split and training: same seed, same circuit.")]
+Absolute = Annotated[
+    bool | None,
+    typer.Option(
+        "--absolute/--signed",
+        help="Top edges by the scores' size or as they are.",
+        show_default="what fits the method",
+    ),
+]
+Alive = Annotated[
+    bool, typer.Option("--alive", help="Take dead edges out: at most the size asked for.")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Say what would run and what it takes, and run nothing.")
+]
+Pos = Annotated[int, typer.Option(help="Tokens of a prompt, for the plan of --dry-run.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]

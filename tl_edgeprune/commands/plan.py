@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 import typer
 
-from tl_edgeprune.commands.options import BYTES
+from tl_edgeprune.commands.options import BYTES, Json
 from tl_edgeprune.commands.told import told
 
 RESERVED = 2e9  # a GPU's own context and its libraries' workspaces
@@ -21,6 +23,7 @@ def plan(
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"], typer.Option(help="Of the weights.")
     ] = "bfloat16",
+    as_json: Json = False,
 ) -> None:
     """Say which batch fits a GPU with blocks recomputed, and what a step takes.
 
@@ -43,15 +46,36 @@ def plan(
     wanted = pairs or most
     forwards = -(-wanted // most)
     work = Work(-(-wanted // forwards), pos, element=element, on_gpu=True)
-    print(f"{model}: {shape.graph.n_edges:,} edges, {dtype}, prompts of {pos} tokens")
-    print(f"At most {most} pairs a forward fit into {gpu_memory:g} GB.")
-    if pairs is not None:
-        print(f"For {pairs} pairs a step: batch_size={work.pairs}, accumulate={forwards}.")
-    print(f"\nMemory of {work.pairs} pairs a forward, GB:")
-    planned = {**step_bytes(shape, work), "reserved": int(RESERVED)}
-    for name, size in {**planned, "in all": sum(planned.values())}.items():
-        print(f"  {name:20}{size / 1e9:10.2f}")
-    print("\nThe least that each pass of a forward's pairs does:   TFLOP    GB moved")
+    memory = {**step_bytes(shape, work), "reserved": int(RESERVED)}
     floors = {name: passed(shape, work) for name, passed in PASSES.items()}
-    for name, floor in {**floors, "one training step": step_floor(shape, work)}.items():
-        print(f"  {name:48}{floor.operations / 1e12:10.2f}{floor.bytes / 1e9:12.1f}")
+    floors |= {"one training step": step_floor(shape, work)}
+    planned = {
+        "model": model,
+        "edges": shape.graph.n_edges,
+        "dtype": dtype,
+        "tokens_a_prompt": pos,
+        "pairs_that_fit": most,
+        "batch_size": work.pairs,
+        "accumulate": forwards,
+        "bytes": {**memory, "in all": sum(memory.values())},
+        "passes": {name: floor._asdict() for name, floor in floors.items()},
+    }
+    print(json.dumps(planned) if as_json else _text(planned, gpu_memory, pairs))
+
+
+def _text(planned: Mapping[str, Any], gpu_memory: float, pairs: int | None) -> str:
+    lines = [
+        f"{planned['model']}: {planned['edges']:,} edges, {planned['dtype']}, prompts of "
+        f"{planned['tokens_a_prompt']} tokens",
+        f"At most {planned['pairs_that_fit']} pairs a forward fit into {gpu_memory:g} GB.",
+    ]
+    if pairs is not None:
+        batch, accumulate = planned["batch_size"], planned["accumulate"]
+        lines += [f"For {pairs} pairs a step: batch_size={batch}, accumulate={accumulate}."]
+    lines += [f"\nMemory of {planned['batch_size']} pairs a forward, GB:"]
+    lines += [f"  {name:20}{size / 1e9:10.2f}" for name, size in planned["bytes"].items()]
+    lines += ["\nThe least that each pass of a forward's pairs does:   TFLOP    GB moved"]
+    for name, floor in planned["passes"].items():
+        done, moved = floor["operations"] / 1e12, floor["bytes"] / 1e9
+        lines += [f"  {name:48}{done:10.2f}{moved:12.1f}"]
+    return "\n".join(lines)

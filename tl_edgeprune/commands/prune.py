@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from tl_edgeprune.commands import options
 from tl_edgeprune.commands.inputs import HELD_OUT, Inputs
+from tl_edgeprune.commands.named import parsed
 from tl_edgeprune.commands.run_folder import Run, check_free
 from tl_edgeprune.commands.told import told
 
@@ -18,26 +18,91 @@ from tl_edgeprune.commands.told import told
 def prune(
     model: options.Model,
     task: options.TaskName,
-    n_edges: Annotated[int, typer.Option(help="Edges to keep.")],
     out: Annotated[Path, typer.Option(help="A new folder for what it writes.")],
-    steps: Annotated[int, typer.Option(help="Training steps.")] = 200,
-    lr: Annotated[float, typer.Option(help="Learning rate of the edges' log alphas.")] = 0.3,
-    batch_size: Annotated[int, typer.Option(help="Pairs of a forward.")] = 8,
-    accumulate: Annotated[int, typer.Option(help="Forwards of a step.")] = 1,
+    n_edges: Annotated[
+        int | None,
+        typer.Option(help="Edges to keep; may be left out where the controller has an aim."),
+    ] = None,
+    paper: Annotated[
+        bool, typer.Option("--paper", help="Start from the published settings, not from ours.")
+    ] = False,
+    steps: Annotated[int | None, typer.Option(help="Training steps.", show_default="200")] = None,
+    lr: Annotated[
+        float | None,
+        typer.Option(help="Learning rate of the edges' log alphas.", show_default="0.3"),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Pairs of a forward.", show_default="8")
+    ] = None,
+    accumulate: Annotated[
+        int | None, typer.Option(help="Forwards of a step.", show_default="1")
+    ] = None,
     pairs: options.Pairs = None,
     held_out: options.HeldOut = HELD_OUT,
+    task_set: options.TaskSet = None,
     ablation: options.Ablation = "counterfactual",
     objective: options.Objective = None,
+    controller: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="How the run is made sparse: exact-budget, lagrangian or penalty, and NAME=VALUE "
+            "for its fields; may be repeated.",
+            show_default="exact-budget",
+        ),
+    ] = None,
+    hard_share: Annotated[
+        float | None,
+        typer.Option(
+            help="Last part of the run that keeps exactly the top edges.", show_default="0.4"
+        ),
+    ] = None,
+    optimizer: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=VALUE of Optimizer, such as warmup=20; may be repeated."),
+    ] = None,
+    init_scores: Annotated[
+        str | None,
+        typer.Option(
+            help="Where log alphas start: mask-ig, a scores.safetensors, or none.",
+            show_default="mask-ig",
+        ),
+    ] = None,
+    init_log_alpha: Annotated[
+        tuple[float, float] | None,
+        typer.Option(help="Mean and spread of the first log alphas.", show_default="0.0 1.0"),
+    ] = None,
+    node_masks: Annotated[
+        bool | None, typer.Option(help="Also learn a mask for each source.", show_default="no")
+    ] = None,
+    node_controller: Annotated[
+        list[str] | None, typer.Option(help="As --controller, for the node masks.")
+    ] = None,
+    attachment: Annotated[
+        float | None, typer.Option(help="Weight of a price on badly connected edges.")
+    ] = None,
+    split_qkv: Annotated[
+        bool | None, typer.Option(help="Edges into queries, keys, values.", show_default="yes")
+    ] = None,
+    split_embeddings: Annotated[
+        bool | None, typer.Option(help="Two embedding sources.", show_default="no")
+    ] = None,
+    bias_in_heads: Annotated[
+        bool | None,
+        typer.Option(help="Zero ablation removes a share of b_O too.", show_default="no"),
+    ] = None,
     recompute: Annotated[
         bool, typer.Option("--recompute", help="Run blocks again in backward: far less memory.")
     ] = False,
+    checkpoint_every: Annotated[
+        int | None, typer.Option(help="Steps between checkpoints.", show_default="25")
+    ] = None,
+    cls: options.Class = "bridge",
     dtype: options.Dtype = "float32",
     device: options.Device = None,
     seed: options.Seed = 0,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would run, and run nothing.")
-    ] = False,
-    pos: Annotated[int, typer.Option(help="Tokens of a prompt, for the plan of --dry-run.")] = 64,
+    progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
+    dry_run: options.DryRun = False,
+    pos: options.Pos = 64,
     as_json: options.Json = False,
 ) -> None:
     """Find a circuit of exactly --n-edges edges by Edge Pruning.
@@ -48,30 +113,82 @@ def prune(
 
     Example: tl-edgeprune prune smollm2-135m ioi --n-edges 1000 --out runs/ioi
 
+    The paper's settings, but fewer steps: tl-edgeprune prune gpt2 ioi --paper --n-edges 1000
+    --steps 1000 --out runs/paper
+
+    From a file: tl-edgeprune prune --config ioi.yaml --out runs/ioi
+
     On several GPUs: torchrun --nproc-per-node 2 -m tl_edgeprune prune smollm2-135m ioi
     --n-edges 1000 --out runs/ioi
     """
-    from tl_edgeprune.commands.training import pruner_of, train
-
-    inputs = Inputs(model, task, pairs, held_out, seed, dtype, device).resolved()
-    settings = {
+    given = {
         "n_edges": n_edges,
         "steps": steps,
         "lr": lr,
         "batch_size": batch_size,
         "accumulate": accumulate,
-        "ablation": ablation,
+        "ablation": _file(ablation),
         "objective": objective,
+        "controller": _part("--controller", controller),
+        "hard_share": hard_share,
+        "optimizer": _part("--optimizer", optimizer),
+        "init_scores": _file(init_scores),
+        "init_log_alpha": None if init_log_alpha is None else list(init_log_alpha),
+        "node_masks": node_masks,
+        "node_controller": _part("--node-controller", node_controller),
+        "attachment": attachment,
+        "split_qkv": split_qkv,
+        "split_embeddings": split_embeddings,
+        "bias_in_heads": bias_in_heads,
         "recompute": recompute,
+        "checkpoint_every": checkpoint_every,
     }
-    _check_objective(objective)
-    run = Run.new("prune", inputs, settings)
-    pruner_of(run, out)
+    task_options = parsed("--task-set", task_set or [])
+    inputs = Inputs(model, task, pairs, held_out, seed, dtype, device, cls, task_options).resolved()
+    run = _run(inputs, given, paper)
     check_free(out)
     if dry_run:
-        _show_plan(run, out, pos, as_json)
-    else:
-        train(out, run, new=True, as_json=as_json)
+        from tl_edgeprune.commands.dry_run import pruning, show_plan
+
+        show_plan(pruning(run, pos) | {"out": str(out)}, as_json)
+        return
+    from tl_edgeprune.commands.training import train
+
+    train(out, run, new=True, as_json=as_json, progress=progress)
+
+
+def _run(inputs: Inputs, given: dict[str, Any], paper: bool) -> Run:
+    """The run with every setting resolved. Raises ValueError for settings that cannot work."""
+    from tl_edgeprune.commands.pruner_settings import resolved
+    from tl_edgeprune.commands.training import pruner_of
+    from tl_edgeprune.masks import ExactBudget
+
+    _check_objective(given["objective"])
+    settings = resolved({k: v for k, v in given.items() if v is not None}, paper=paper)
+    if settings["init_scores"] == "none":
+        settings["init_scores"] = None
+    run = Run.new("prune", inputs, settings)
+    pruner = pruner_of(run, Path())
+    if pruner.n_edges is None and isinstance(pruner.controller, ExactBudget):
+        raise ValueError(
+            "--n-edges is missing: how many edges to keep. (A ranking of all edges: "
+            "tl-edgeprune discover --method edge-pruning.)"
+        )
+    return run
+
+
+def _part(option: str, texts: list[str] | None) -> dict[str, Any] | None:
+    """Fields by name; a word alone is the kind."""
+    if not texts:
+        return None
+    return parsed(option, [text if "=" in text else f"kind={text}" for text in texts])
+
+
+def _file(given: str | None) -> str | None:
+    """A file's whole path, so that resume finds it from anywhere; a name as it is."""
+    if given is None or not given.endswith(".safetensors"):
+        return given
+    return str(Path(given).resolve())
 
 
 def _check_objective(name: str | None) -> None:
@@ -82,39 +199,3 @@ def _check_objective(name: str | None) -> None:
             f"--objective {name!r}: expected one of {', '.join(OBJECTIVES)}, or none for the "
             "task's own."
         )
-
-
-def _show_plan(run: Run, out: Path, pos: int, as_json: bool) -> None:
-    from tl_edgeprune.circuit import check_budget
-    from tl_edgeprune.commands.shapes import planned_memory, shape_of
-
-    shape = shape_of(run.inputs.model)
-    if shape is not None:
-        check_budget(run.settings["n_edges"], shape.graph)
-    memory = None if shape is None else planned_memory(shape, run, pos)
-    plan = {
-        "model": run.inputs.model,
-        "task": run.inputs.task,
-        "edges": None if shape is None else shape.graph.n_edges,
-        "n_edges": run.settings["n_edges"],
-        "steps": run.settings["steps"],
-        "pairs a step": run.settings["batch_size"] * run.settings["accumulate"],
-        "device": run.inputs.device,
-        "dtype": run.inputs.dtype,
-        "out": str(out),
-        "tokens a prompt": pos,
-        "bytes with --recompute": memory,
-    }
-    if as_json:
-        print(json.dumps(plan))
-        return
-    for name, value in plan.items():
-        if name == "bytes with --recompute":
-            continue
-        shown = f"{value:,}" if isinstance(value, int) else value
-        print(f"{name:18}{'known once it is loaded' if value is None else shown}")
-    if memory is not None:
-        print(f"\nMemory of a step with --recompute, prompts of {pos} tokens (--pos), MB:")
-        for name, size in memory.items():
-            print(f"  {name:16}{size / 1e6:12,.1f}")
-    print("\nNothing was run.")

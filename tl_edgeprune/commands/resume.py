@@ -15,21 +15,24 @@ from tl_edgeprune.commands.told import told
 
 @told
 def resume(
-    folder: Annotated[Path, typer.Argument(help="The --out of a prune that did not end.")],
+    folder: Annotated[
+        Path, typer.Argument(help="The --out of a prune or a compare that did not end.")
+    ],
+    progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
     as_json: options.Json = False,
 ) -> None:
-    """Go on with a prune that was stopped or killed.
+    """Go on with a prune or a compare that was stopped or killed.
 
     Model, task and settings are those of the folder's settings.json, and the run goes on from its
     last checkpoint (without one, from the start), to the same circuit as if it had never stopped.
+    A comparison keeps the methods that are done.
 
     Example: tl-edgeprune resume runs/ioi
     """
     from tl_edgeprune.circuit import versions
-    from tl_edgeprune.commands.training import train
 
     run = Run.read(folder)
-    if run.command != "prune":
+    if run.command not in ("prune", "compare"):
         raise ValueError(
             f"{folder} holds a run of {run.command}, which writes no checkpoint: start it anew in "
             "another folder."
@@ -46,4 +49,11 @@ def resume(
                 "digits may differ.",
                 file=sys.stderr,
             )
-    train(folder, run, new=False, as_json=as_json)
+    if run.command == "prune":
+        from tl_edgeprune.commands.training import train
+
+        train(folder, run, new=False, as_json=as_json, progress=progress)
+    else:
+        from tl_edgeprune.commands.comparing import compare_in
+
+        compare_in(folder, run, as_json=as_json, progress=progress)

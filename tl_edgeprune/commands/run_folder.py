@@ -24,7 +24,11 @@ FORMAT, KIND = 1, "tl_edgeprune run"
 SETTINGS, CHECKPOINT = "settings.json", "checkpoint.safetensors"
 CIRCUIT, SCORES, EVALUATION = "circuit.json", "scores.safetensors", "evaluation.json"
 CONSTANTS, HISTORY, PAGE = "constants.safetensors", "history.png", "circuit.html"
-FILES = (SETTINGS, CHECKPOINT, CIRCUIT, SCORES, EVALUATION, CONSTANTS, HISTORY, PAGE)
+TABLE, PICTURE = "table.csv", "comparison.png"
+FILES = (
+    *(SETTINGS, CHECKPOINT, CIRCUIT, SCORES, EVALUATION, CONSTANTS, HISTORY, PAGE),
+    *(TABLE, PICTURE),
+)
 
 
 COMMAND_LINE = ContextVar("command_line", default="")
@@ -86,16 +90,19 @@ class Run:
 
     @contextmanager
     def begun(self, folder: Path) -> Iterator[None]:
-        """settings.json in the folder, which holds no run yet. A mistake that shows before there is
-        anything else takes it away again, so that the folder is free for the next try.
+        """settings.json in the folder. A mistake that shows before there is anything else puts back
+        what was there, so that the folder is free for the next try.
         """
-        check_free(folder)
-        write_json(folder / SETTINGS, self.to_dict())
+        path = folder / SETTINGS
+        before = path.read_bytes() if path.is_file() else None
+        write_json(path, self.to_dict())
         try:
             yield
         except MISTAKES:
-            if not any((folder / name).exists() for name in FILES if name != SETTINGS):
-                (folder / SETTINGS).unlink()
+            if before is not None:
+                write_whole(path, before)
+            elif not any((folder / name).exists() for name in FILES if name != SETTINGS):
+                path.unlink()
             raise
 
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tl_edgeprune.commands.options import BYTES
-from tl_edgeprune.commands.run_folder import Run
-from tl_edgeprune.planner import SHAPES, Shape, Work, step_bytes
+from tl_edgeprune.planner import SHAPES, Shape
 
 LLAMAS = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -26,21 +24,6 @@ def shape_of(model: str) -> Shape | None:
         return _gpt2(Path(model).name, config) if config.get("model_type") == "gpt2" else None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}): save the model again.") from None
-
-
-def planned_memory(shape: Shape, run: Run, pos: int) -> dict[str, int]:
-    """Bytes of a training step with blocks recomputed, buffer by buffer and in all."""
-    if pos < 1:
-        raise ValueError(f"--pos {pos}: expected 1 or more.")
-    inputs = run.inputs
-    work = Work(
-        run.settings["batch_size"],
-        pos,
-        element=BYTES[inputs.dtype],
-        on_gpu=str(inputs.device).startswith("cuda"),
-    )
-    planned = step_bytes(shape, work)
-    return {**planned, "in all": sum(planned.values())}
 
 
 def _llama(name: str, config: dict) -> Shape:

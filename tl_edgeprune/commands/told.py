@@ -1,13 +1,17 @@
 """What a user sees of an error: one line with what was given, what is expected and what to do.
 
-Exit codes: 1 for a mistake in what was given, 2 for one in the usage, 130 for Ctrl-C. Every command
-takes --debug, which shows where the error came from. A defect of the program keeps its traceback.
+Exit codes: 1 for a mistake in what was given, 2 for one in the usage, 130 for Ctrl-C, 141 where
+nobody reads the output on (`… | head`). With --json an error is one JSON object, the last line on
+stderr. Every command takes --debug, which shows where the error came from, and --config. A defect
+of the program keeps its traceback.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import json
+import os
 import sys
 import time
 import traceback
@@ -17,7 +21,10 @@ from typing import Annotated, Any
 
 import typer
 
+from tl_edgeprune.commands.config import Config
+
 MISTAKES = (ValueError, OSError, NotImplementedError, ImportError)
+MISTAKE, USAGE, STOPPED, UNREAD = 1, 2, 130, 141
 ROOM = "Try --recompute, a smaller --batch-size with more --accumulate, or --dtype bfloat16."
 SHOWN_FIRST = 5.0  # seconds that the first process has to tell what all of them ran into
 
@@ -28,24 +35,30 @@ Debug = Annotated[
 
 
 def told(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with --debug, its errors told in one line."""
+    """The command with --config and --debug, its errors told in one line."""
     signature = inspect.signature(command, eval_str=True)
-    option = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False)
-    parameters = [*signature.parameters.values(), option.replace(annotation=Debug)]
+    added = {"config": (Config, None), "debug": (Debug, False)}
+    parameters = [*signature.parameters.values()]
+    parameters += [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+        for name, (kind, default) in added.items()
+    ]
 
     @functools.wraps(command)
-    def run(*, debug: bool = False, **options: Any) -> None:
+    def run(*, config: Any = None, debug: bool = False, **options: Any) -> None:
+        tell = functools.partial(_tell, debug=debug, as_json=options.get("as_json", False))
         try:
             command(**options)
+            sys.stdout.flush()
         except KeyboardInterrupt as stop:
-            _tell(stop, str(stop) or "stopped.", debug)
-            raise typer.Exit(130) from None
+            raise tell(stop, str(stop) or "stopped.", STOPPED) from None
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the last flush
+            raise typer.Exit(UNREAD) from None
         except MISTAKES as error:
-            _tell(error, _one_line(error), debug)
-            raise typer.Exit(1) from None
+            raise tell(error, _one_line(error), MISTAKE) from None
         except RuntimeError as error:
-            _tell(error, _runtime_message(error), debug)
-            raise typer.Exit(1) from None
+            raise tell(error, _runtime_message(error), MISTAKE) from None
 
     run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -66,10 +79,20 @@ def processes() -> Iterator[Any]:
             raise
 
 
-def _tell(error: BaseException, message: str, debug: bool) -> None:
+def error_json(error: BaseException, message: str, code: int) -> str:
+    """An error as one JSON object in one line."""
+    return json.dumps({"error": message, "kind": type(error).__name__, "exit_code": code})
+
+
+def _tell(
+    error: BaseException, message: str, code: int, *, debug: bool, as_json: bool
+) -> typer.Exit:
+    """Write the error to stderr; the way out."""
     if debug:
         traceback.print_exception(error)
-    print(f"tl-edgeprune: {message}", file=sys.stderr)
+    line = error_json(error, message, code) if as_json else f"tl-edgeprune: {message}"
+    print(line, file=sys.stderr)
+    return typer.Exit(code)
 
 
 def _runtime_message(error: RuntimeError) -> str:

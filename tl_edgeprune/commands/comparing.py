@@ -1,0 +1,68 @@
+"""A comparison in a folder, by its settings alone: `compare` begins it and goes on with it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tl_edgeprune.commands.method_settings import compared_settings
+from tl_edgeprune.commands.run_folder import PICTURE, SETTINGS, TABLE, Run, check_free, held
+from tl_edgeprune.compare import compare
+from tl_edgeprune.comparison import Comparison
+from tl_edgeprune.files import write_whole
+
+MAY_DIFFER = ("methods", "settings", "batch_size")
+
+
+def check_same(folder: Path, run: Run) -> None:
+    """Raise FileExistsError where the folder holds anything but this comparison, with these methods
+    or others.
+    """
+    if not (folder / SETTINGS).is_file() or Run.read(folder).command != "compare":
+        check_free(folder)
+        return
+    before = Run.read(folder)
+    there, here = ({**r.inputs.to_dict(), **r.settings} for r in (before, run))
+    for name, value in json.loads(json.dumps(here)).items():
+        if name not in MAY_DIFFER and there[name] != value:
+            raise FileExistsError(
+                f"--out {folder} holds a comparison with {name} {there[name]!r}, here it is "
+                f"{value!r}: give a new folder, or go on with tl-edgeprune resume {folder}."
+            )
+
+
+def compare_in(folder: Path, run: Run, *, as_json: bool, progress: bool = True) -> None:
+    """Make what is not in the folder yet, and write the table and the picture."""
+    settings, inputs = dict(run.settings), run.inputs
+    methods, own = settings.pop("methods"), settings.pop("settings")
+    with held(folder), run.begun(folder):
+        model = inputs.load_model()
+        train, held_out = inputs.split(inputs.load_pairs(model))
+        try:
+            found = compare(
+                model,
+                train,
+                held_out,
+                methods,
+                settings.pop("sizes"),
+                settings={name: compared_settings(name, given) for name, given in own.items()},
+                seed=inputs.seed,
+                path=folder,
+                progress=progress and not as_json,
+                **settings,
+            )
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"stopped. Go on with tl-edgeprune resume {folder}") from None
+        write_whole(folder / TABLE, found.table.to_csv(index=False).encode())
+        found.plot(folder / PICTURE)
+    _show(folder, found, as_json)
+
+
+def _show(folder: Path, found: Comparison, as_json: bool) -> None:
+    files = [SETTINGS, TABLE, PICTURE]
+    if as_json:
+        rows: list[dict[str, Any]] = list(found.rows)
+        print(json.dumps({"out": str(folder), "rows": rows, "files": files}))
+        return
+    print(f"{found}\n\nIn {folder}/: {', '.join(files)}, and what each method found.")

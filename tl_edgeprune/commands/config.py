@@ -1,0 +1,122 @@
+"""`--config`: an option's value from a file of YAML or TOML, where no flag gives it.
+
+A key is the option's name without its dashes. What stands in a section named like the command is
+for that command alone, and goes before what stands outside of sections. Where a flag takes
+NAME=VALUE the file has a table, and any other value is read as the flag would read it.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Collection, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+NOT_IN_FILES = ("config", "help")
+
+
+def take(ctx: Any, path: Path | None) -> Path | None:
+    """Make the file's values the defaults of this call. `ctx`: click's context."""
+    if path is None:
+        return None
+    commands = ctx.parent.command.commands if ctx.parent is not None else {}
+    try:
+        document = read(path)
+        section = _section(document, str(ctx.info_name), commands)
+        ctx.default_map = {**(ctx.default_map or {}), **_values(section, ctx.command.params)}
+    except (ValueError, OSError) as error:
+        raise typer.BadParameter(f"{path}: {' '.join(str(error).split())}") from None
+    return path
+
+
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        callback=take,
+        is_eager=True,
+        help="A .yaml or .toml file with any of these options; flags go before it.",
+    ),
+]
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The file's table. Raises OSError for no file, and ValueError for one that is none."""
+    if not path.is_file():
+        raise FileNotFoundError("no such file.")
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".toml":
+        return tomllib.loads(text)
+    if path.suffix not in (".yaml", ".yml"):
+        raise ValueError("its name says neither YAML (.yaml, .yml) nor TOML (.toml).")
+    import yaml
+
+    try:
+        document = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"it is no YAML: {error}") from None
+    if not isinstance(document, dict | None):
+        raise ValueError(f"it holds a {type(document).__name__}, expected NAME: VALUE.")
+    return document or {}
+
+
+def _section(
+    document: Mapping[str, Any], command: str, commands: Collection[str]
+) -> dict[str, Any]:
+    """What the file says to a command: the shared keys, and over them its own section's."""
+
+    def is_section(key: str) -> bool:
+        return key in commands and isinstance(document[key], Mapping)
+
+    shared = {key: value for key, value in document.items() if not is_section(key)}
+    own = document[command] if command in document and is_section(command) else {}
+    return {_spelt(key): value for key, value in shared.items()} | {
+        _spelt(key): value for key, value in own.items()
+    }
+
+
+def _values(section: Mapping[str, Any], options: list[Any]) -> dict[str, Any]:
+    """The section's values by the names of the command's parameters, written as flags are."""
+    known = {_key(option): option for option in options}
+    known = {key: option for key, option in known.items() if key not in NOT_IN_FILES}
+    for key in section:
+        if key not in known:
+            near = get_close_matches(key, known, 1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise ValueError(f"unknown setting {key!r}.{hint} Known: {', '.join(known)}.")
+    return {
+        known[key].name: _as_given(key, value, known[key])
+        for key, value in section.items()
+        if value is not None
+    }
+
+
+def _key(option: Any) -> str:
+    """How a file calls an argument or an option: by its longest name."""
+    return _spelt(max(option.opts, key=len).lstrip("-"))
+
+
+def _spelt(key: Any) -> str:
+    return str(key).replace("_", "-")
+
+
+def _as_given(key: str, value: Any, option: Any) -> Any:
+    """A value as the words that a flag would be given, which the option then reads and checks."""
+    several = getattr(option, "multiple", False)
+    if isinstance(value, Mapping):
+        if not several:
+            raise ValueError(f"{key}: expected a value, not a table.")
+        return [f"{name}={_word(part)}" for name, part in value.items()]
+    if isinstance(value, list):
+        if not several and option.nargs == 1:
+            raise ValueError(f"{key}: expected one value, not a list.")
+        return [_word(part) for part in value]
+    return [_word(value)] if several else _word(value)
+
+
+def _word(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)

@@ -1,0 +1,223 @@
+"""What `--dry-run` says: edges, pairs, steps, memory and time of a run that is not made.
+
+Nothing is loaded. Sizes come from the model's config, bytes and operations from the planner, and
+the machine's speed from a product and a copy that are made for it. Work done at that speed is an
+estimate of the time from below: a run takes longer.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+
+from tl_edgeprune.circuit import check_budget
+from tl_edgeprune.commands.inputs import Inputs
+from tl_edgeprune.commands.options import BYTES
+from tl_edgeprune.commands.run_folder import Run
+from tl_edgeprune.commands.shapes import shape_of
+from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.methods.registry import TRAINED, parameters_of
+from tl_edgeprune.planner import (
+    Floor,
+    Shape,
+    Work,
+    eap,
+    masked_backward,
+    masked_forward,
+    one_circuit,
+    recomputed,
+    reference_run,
+    step_bytes,
+)
+
+UNKNOWN = "known once it is loaded"
+GRADIENTS = {"eap": 1, "eap-graddrop": 1, "relp": 1, "clean-corrupted": 2}  # points of a path
+GRADIENTS |= dict.fromkeys(("eap-ig", "eap-ig-activations", "mask-ig"), 0)  # as many as its steps
+
+
+def pruning(run: Run, pos: int) -> dict[str, Any]:
+    """What a run of Edge Pruning would be."""
+    settings, shape = run.settings, shape_of(run.inputs.model)
+    graph = None if shape is None else _graph(shape, settings)
+    _check(graph, pos, [settings["n_edges"]])
+    plan = _common(run.inputs, graph, pos) | {
+        "n_edges": settings["n_edges"],
+        "steps": settings["steps"],
+        "pairs_a_step": settings["batch_size"] * settings["accumulate"],
+    }
+    if shape is None:
+        return plan | {"bytes_with_recompute": None, "seconds_at_least": None}
+    work = _work(run.inputs, settings["batch_size"], pos)
+    floor = _steps(shape, work, settings["steps"] * settings["accumulate"], settings["recompute"])
+    floor += _judging(run.inputs, shape, pos, 1)
+    memory = step_bytes(shape, work)
+    return plan | {
+        "bytes_with_recompute": {**memory, "in_all": sum(memory.values())},
+        "seconds_at_least": _seconds(run.inputs, floor),
+    }
+
+
+def discovering(
+    inputs: Inputs,
+    methods: Mapping[str, Mapping[str, Any]],
+    sizes: Iterable[int],
+    pos: int,
+) -> dict[str, Any]:
+    """What runs of these methods would be, their settings by name."""
+    sizes, shape = list(sizes), shape_of(inputs.model)
+    graph = None if shape is None else shape.graph
+    _check(graph, pos, sizes)
+    plan = _common(inputs, graph, pos) | {"methods": list(methods), "sizes": sizes}
+    plan["steps"] = {name: _count(name, own, "steps") for name, own in methods.items()}
+    if shape is None:
+        return plan | {"seconds_at_least": None}
+    seconds = {}
+    for name, own in methods.items():
+        floor = _finding(name, own, inputs, shape, pos)
+        judged = _judging(inputs, shape, pos, len(sizes))
+        seconds[name] = None if floor is None else _seconds(inputs, floor + judged)
+    return plan | {"seconds_at_least": seconds}
+
+
+def show_plan(plan: Mapping[str, Any], as_json: bool) -> None:
+    """Print it, as text or as one JSON object."""
+    if as_json:
+        print(json.dumps(plan))
+        return
+    for name, value in plan.items():
+        if isinstance(value, Mapping):
+            print(f"{_words(name)}:")
+            for part, number in value.items():
+                print(f"  {part:20}{_shown(name, number, 'not known beforehand')}")
+        else:
+            print(f"{_words(name):22}{_shown(name, value, UNKNOWN)}")
+    print("\nNothing was run.")
+
+
+# --------------------------------------------------------------------------------------- the parts
+
+
+def _graph(shape: Shape, settings: Mapping[str, Any]) -> EdgeGraph:
+    return EdgeGraph(
+        shape.n_layers,
+        shape.n_heads,
+        shape.n_kv_heads,
+        split_qkv=settings["split_qkv"],
+        split_embeddings=settings["split_embeddings"] and shape.n_ctx > 0,
+    )
+
+
+def _check(graph: EdgeGraph | None, pos: int, sizes: Iterable[int | None]) -> None:
+    if pos < 1:
+        raise ValueError(f"--pos {pos}: expected 1 or more.")
+    for size in sizes:
+        if graph is not None and size is not None:
+            check_budget(size, graph)
+
+
+def _common(inputs: Inputs, graph: EdgeGraph | None, pos: int) -> dict[str, Any]:
+    pairs = inputs.n_pairs()
+    held_out = round(pairs * inputs.held_out)
+    return {
+        "model": inputs.model,
+        "task": inputs.task,
+        "device": inputs.device,
+        "dtype": inputs.dtype,
+        "edges": None if graph is None else graph.n_edges,
+        "pairs_found_on": pairs - held_out,
+        "pairs_judged_on": held_out,
+        "tokens_a_prompt": pos,
+    }
+
+
+def _work(inputs: Inputs, pairs: int, pos: int) -> Work:
+    on_gpu = str(inputs.device).startswith("cuda")
+    return Work(pairs, pos, element=BYTES[inputs.dtype], on_gpu=on_gpu)
+
+
+def _steps(shape: Shape, work: Work, steps: int, recompute: bool) -> Floor:
+    """So many forwards and backwards, the reference recorded anew for each."""
+    floor = reference_run(shape, work) + masked_forward(shape, work) + masked_backward(shape, work)
+    return _times(floor + recomputed(shape, work) if recompute else floor, steps)
+
+
+def _finding(
+    method: str, settings: Mapping[str, Any], inputs: Inputs, shape: Shape, pos: int
+) -> Floor | None:
+    """A method's work; None where it shows in the run alone."""
+    batch = _count(method, settings, "batch_size") or 8
+    steps = _count(method, settings, "steps")
+    work = _work(inputs, batch, pos)
+    if method in TRAINED:
+        forwards = (steps or 1) * (_count(method, settings, "accumulate") or 1)
+        return _steps(shape, work, forwards, bool(settings.get("recompute")))
+    if method not in GRADIENTS:
+        return None
+    pairs = inputs.n_pairs() - round(inputs.n_pairs() * inputs.held_out)
+    return _times(eap(shape, work), (GRADIENTS[method] or steps or 1) * -(-pairs // batch))
+
+
+def _judging(inputs: Inputs, shape: Shape, pos: int, circuits: int) -> Floor:
+    pairs = round(inputs.n_pairs() * inputs.held_out)
+    return _times(one_circuit(shape, _work(inputs, max(1, pairs), pos)), circuits)
+
+
+def _count(method: str, settings: Mapping[str, Any], name: str) -> int | None:
+    """A setting of the method, or its default; None where it has none."""
+    default = parameters_of(method).get(name)
+    return settings.get(name, None if default is None else default.default)
+
+
+def _times(floor: Floor, count: int) -> Floor:
+    return Floor(floor.operations * count, floor.bytes * count)
+
+
+# ------------------------------------------------------------------------------ the machine's speed
+
+
+def _seconds(inputs: Inputs, floor: Floor) -> float:
+    return floor.seconds(*_speeds(str(inputs.device), inputs.dtype))
+
+
+def _speeds(device: str, dtype: str) -> tuple[float, float]:
+    """Operations and bytes a second: of a product, and of a copy."""
+    size = 4096 if device.startswith("cuda") else 512
+    a = torch.ones(size, size, device=device, dtype=getattr(torch, dtype))
+    long = torch.ones(2**25, device=device, dtype=torch.uint8)
+    product = _fastest(lambda: a @ a, device)
+    copy = _fastest(long.clone, device)
+    return 2 * size**3 / product, 2 * len(long) / copy
+
+
+def _fastest(work: Callable[[], Any], device: str) -> float:
+    times = []
+    for _ in range(4):
+        started = time.perf_counter()
+        work()
+        if device.startswith("cuda"):
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+# ------------------------------------------------------------------------------------------ as text
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _shown(name: str, value: Any, unknown: str) -> str:
+    if value is None:
+        return unknown
+    if name.startswith("bytes"):
+        return f"{value / 1e6:12,.1f} MB"
+    if name.startswith("seconds"):
+        return f"{value:,.1f} (an estimate: this machine's speed, the least work)"
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,0 +1,54 @@
+"""A method's settings from the command line, checked by the method's own annotations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from tl_edgeprune.commands.named import checked, known_name
+from tl_edgeprune.commands.pruner_settings import made
+from tl_edgeprune.methods.registry import TRAINED, parameters_of
+
+
+def method_settings(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """As `discover` takes them. Raises ValueError for unknown names and values of another type."""
+    hints = {name: p.annotation for name, p in parameters_of(method).items()}
+    option = f"--set of {method}"
+    values = {}
+    for name, value in given.items():
+        known_name(option, name, hints)
+        values[name] = made(name, value) if method in TRAINED or name == "ablation" else value
+        if name == "dtype" and isinstance(value, str):
+            values[name] = getattr(torch, value, value)
+    return checked(option, values, hints)
+
+
+def runs_settings(methods: Iterable[str], given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """`compare`'s settings by method: of METHOD.NAME=VALUE, or METHOD={"NAME": VALUE}."""
+    found: dict[str, dict[str, Any]] = {}
+    for key, value in given.items():
+        name, _, setting = key.partition(".")
+        method = known_name("--set", name.replace("_", "-"), methods)
+        found.setdefault(method, {})
+        found[method] |= {setting: value} if setting else dict(value)
+    return found
+
+
+def compared_settings(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """As `compare` takes them: a list of thresholds is a run each, per_size a run a size."""
+    own = {name: value for name, value in given.items() if name != "per_size"}
+    several = own.get("threshold")
+    if not isinstance(several, list):
+        return method_settings(method, own) | _per_size(given)
+    rest = {name: value for name, value in own.items() if name != "threshold"}
+    for threshold in several:
+        method_settings(method, {"threshold": threshold})
+    return method_settings(method, rest) | {"threshold": several} | _per_size(given)
+
+
+def _per_size(given: Mapping[str, Any]) -> dict[str, Any]:
+    if "per_size" not in given:
+        return {}
+    return checked("--set", {"per_size": given["per_size"]}, {"per_size": bool})

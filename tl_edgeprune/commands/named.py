@@ -1,0 +1,56 @@
+"""NAME=VALUE on the command line: numbers, words and JSON, checked by what takes them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from typing import Any
+
+
+def parsed(option: str, texts: Iterable[str]) -> dict[str, Any]:
+    """The values by name: JSON where it is JSON, else the text. Raises ValueError without "="."""
+    found = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"{option} {text!r}: expected NAME=VALUE.")
+        found[name.strip().replace("-", "_")] = word(value)
+    return found
+
+
+def word(text: str) -> Any:
+    """JSON where it is JSON, else the text."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def known_name(option: str, name: str, known: Iterable[str]) -> str:
+    """The name. Raises ValueError, with the nearest, for one that is not known."""
+    known = list(known)
+    if name in known:
+        return name
+    near = get_close_matches(name, known, 1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    expected = f"expected one of {', '.join(known)}" if known else "it has no settings"
+    raise ValueError(f"{option}: unknown name {name!r}, {expected}.{hint}")
+
+
+def checked(option: str, values: Mapping[str, Any], hints: Mapping[str, Any]) -> dict[str, Any]:
+    """The values, lists as tuples. Raises ValueError for an unknown name, and for a value of
+    another type than its hint says.
+    """
+    from beartype import BeartypeConf
+    from beartype.door import is_bearable
+
+    tower = BeartypeConf(is_pep484_tower=True)  # a whole number is a number
+    found = {}
+    for name, value in values.items():
+        hint = hints[known_name(option, name, hints)]
+        found[name] = tuple(value) if isinstance(value, list) else value
+        if not is_bearable(found[name], hint, conf=tower):
+            shown = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+            raise ValueError(f"{option} {name}={json.dumps(value)}: expected {shown}.")
+    return found

@@ -1,0 +1,93 @@
+"""EdgePruner's settings in plain words and numbers, as flags and settings.json hold them.
+
+Objects have their fields by name, and controllers a kind: {"kind": "lagrangian", "warmup": 0.8}.
+Scores and constants are files.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any, get_type_hints
+
+from tl_edgeprune.commands.named import checked, known_name
+from tl_edgeprune.constants import Constants
+from tl_edgeprune.masks import ExactBudget, Lagrangian, Penalty
+from tl_edgeprune.pruner import EdgePruner, Optimizer
+from tl_edgeprune.regularisers import Attachment
+from tl_edgeprune.scores import EdgeScores
+
+CONTROLLERS: dict[str, Any] = {
+    "exact-budget": ExactBudget,
+    "lagrangian": Lagrangian,
+    "penalty": Penalty,
+}
+# Told by a run's inputs and its folder; a sampler is a function.
+ELSEWHERE = ("seed", "dtype", "device", "checkpoint", "progress", "sampler", "self")
+NAMES = tuple(n for n in inspect.signature(EdgePruner).parameters if n not in ELSEWHERE)
+SAFETENSORS = ".safetensors"
+
+
+def resolved(given: Mapping[str, Any], *, paper: bool = False) -> dict[str, Any]:
+    """Every setting: those given, over EdgePruner's own or those of `EdgePruner.paper`."""
+    start = (EdgePruner.paper if paper else EdgePruner)(given.get("n_edges"))
+    settings = {name: _plain(getattr(start, name)) for name in NAMES}
+    for name, value in given.items():
+        if isinstance(value, Mapping):
+            settings[name] = _plain(made(name, _over(settings[name], value)))
+        else:
+            settings[name] = value
+    return settings
+
+
+def made(name: str, value: Any) -> Any:
+    """A setting as EdgePruner takes it. Raises ValueError for one that it does not take."""
+    option = f"--{name.replace('_', '-')}"
+    if name in ("controller", "node_controller") and isinstance(value, str | Mapping):
+        return _controller(option, {"kind": value} if isinstance(value, str) else dict(value))
+    if name == "optimizer" and isinstance(value, Mapping):
+        return _built(option, Optimizer, value)
+    if name == "attachment" and isinstance(value, int | float):
+        return Attachment(value)
+    if name == "init_scores" and str(value).endswith(SAFETENSORS):
+        return EdgeScores.load(value)
+    if name == "ablation" and str(value).endswith(SAFETENSORS):
+        return Constants.load(value)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _over(before: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields over those of the same kind of object."""
+    before = before or {"kind": "exact-budget"}
+    same = given.get("kind", before.get("kind")) == before.get("kind")
+    return {**before, **given} if same else dict(given)
+
+
+def _controller(option: str, values: dict[str, Any]) -> Any:
+    kind = known_name(f"{option} kind", str(values.pop("kind", "exact-budget")), CONTROLLERS)
+    return _built(option, CONTROLLERS[kind], values)
+
+
+def _built(option: str, cls: Any, values: Mapping[str, Any]) -> Any:
+    hints = get_type_hints(cls)
+    return cls(**checked(option, values, {name: hints[name] for name in _fields(cls)}))
+
+
+def _fields(cls: Any) -> list[str]:
+    """Fields that are words or numbers."""
+    return [
+        f.name
+        for f in fields(cls)
+        if f.init and f.default_factory is MISSING and not callable(f.default)
+    ]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Attachment):
+        return value.weight
+    if is_dataclass(value):
+        kinds = {cls: kind for kind, cls in CONTROLLERS.items()}
+        kind = {"kind": kinds[type(value)]} if type(value) in kinds else {}
+        return kind | {name: _plain(getattr(value, name)) for name in _fields(type(value))}
+    return list(value) if isinstance(value, tuple) else value
