@@ -3,128 +3,140 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
-from typing import Any, NamedTuple
 from unittest.mock import patch
 
+import pages
 import pytest
+import typer
+from pages import DOCS, NOT_RUN, PAGES, ROOT, name_of
 
-from tl_edgeprune import EdgePruner, tasks
+from tl_edgeprune import cli, surface, tasks
+from tl_edgeprune.methods.registry import METHODS
 from tl_edgeprune.models import smollm2
 
-ROOT = Path(__file__).parents[1]
-TUTORIAL = ROOT / "docs" / "tutorial.md"
-EVALUATION = ROOT / "docs" / "evaluation.md"
-POSITIONS = ROOT / "docs" / "positions.md"
-FENCE = re.compile(
-    r'(?P<slow><!-- slow -->\n)?^```(?P<language>python|json)(?: title="(?P<title>[^"]+)")?\n'
-    r"(?P<code>.*?)^```$",
-    re.MULTILINE | re.DOTALL,
-)
+LANGUAGE_MODELS = ("smollm2-135m", "gpt2")
+RUN = [page for page in PAGES if any(block.runs for block in pages.blocks(page))]
+WITH_SMOLLM2 = [page for page in RUN if "smollm2-135m" in page.read_text(encoding="utf-8")]
+each = {"ids": name_of}
 
 
-class Block(NamedTuple):
-    line: int
-    language: str
-    title: str | None
-    slow: bool
-    code: str
-
-
-def blocks(page: Path = TUTORIAL) -> list[Block]:
-    text = page.read_text(encoding="utf-8")
-    return [
-        Block(
-            text[: match.start("code")].count("\n") + 1,
-            match["language"],
-            match["title"],
-            bool(match["slow"]),
-            match["code"],
-        )
-        for match in FENCE.finditer(text)
-    ]
-
-
-def run(chosen: list[Block], page: Path = TUTORIAL) -> None:
-    """Run blocks in one namespace, in the working folder; errors name the page's line."""
-    namespace: dict[str, object] = {"__name__": page.stem}
-    for block in chosen:
-        if block.title:
-            Path(block.title).write_text(block.code, encoding="utf-8")
-        else:
-            code = "\n" * (block.line - 1) + block.code
-            exec(compile(code, str(page), "exec"), namespace)
-
-
-def change_defaults(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
-    """Other defaults of EdgePruner, for a quick and quiet run."""
-    original = EdgePruner.__init__
-
-    def changed(self: EdgePruner, *args: Any, **settings: Any) -> None:
-        original(self, *args, **(changes | settings))
-
-    monkeypatch.setattr(EdgePruner, "__init__", changed)
-
-
-def test_quick_blocks_of_the_tutorial_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize("page", RUN, **each)
+def test_blocks_run(page, tmp_path, monkeypatch):
+    """With a tiny model in place of language models; compiled programs are the page's own."""
     monkeypatch.chdir(tmp_path)
-    change_defaults(monkeypatch, progress=False)
-    quick = [block for block in blocks() if not block.slow]
-    assert len(quick) >= 10
-    run(quick)
-    assert (tmp_path / "circuit.html").stat().st_size > 10_000
-
-
-def test_blocks_on_evaluation_run():
-    every = blocks(EVALUATION)
-    assert len(every) >= 6
-    run(every, EVALUATION)
-
-
-def test_blocks_on_positions_run():
-    every = blocks(POSITIONS)
-    assert len(every) >= 4
-    run(every, POSITIONS)
-
-
-def test_quick_blocks_on_ground_truth_run(monkeypatch):
-    page = ROOT / "docs" / "ground_truth.md"
-    change_defaults(monkeypatch, progress=False)
-    quick = [block for block in blocks(page) if not block.slow]
-    assert len(quick) >= 2
-    run(quick, page)
-
-
-@pytest.mark.slow
-def test_slow_blocks_on_ground_truth_run(monkeypatch):
-    pytest.importorskip("tracr", reason="needs tl_edgeprune[tracr]")
-    page = ROOT / "docs" / "ground_truth.md"
-    run([block for block in blocks(page) if block.slow], page)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(smollm2.wheel_folder() is None, reason=f"needs {smollm2.REQUIREMENT}")
-def test_slow_blocks_of_the_tutorial_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    change_defaults(monkeypatch, progress=False, steps=4)
-    load = tasks.load
-    monkeypatch.setattr(tasks, "load", lambda name, model, n, seed: load(name, model, 24, seed))
-    every = blocks()
-    run(every[:1] + [block for block in every if block.slow or block.title])
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(smollm2.wheel_folder() is None, reason=f"needs {smollm2.REQUIREMENT}")
-def test_blocks_on_tasks_run():
+    pages.shorten(monkeypatch, stand_ins=LANGUAGE_MODELS, n=12)
     with patch.dict(tasks.BUILDERS), patch.dict(tasks.STREAMS):
-        every = blocks(ROOT / "docs" / "tasks.md")
-        assert len(every) >= 4
-        run(every)
+        pages.run(page)
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.stem)
+@pytest.mark.slow
+@pytest.mark.skipif(smollm2.wheel_folder() is None, reason=f"needs {smollm2.REQUIREMENT}")
+@pytest.mark.parametrize("page", WITH_SMOLLM2, **each)
+def test_blocks_run_with_smollm2(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pages.shorten(monkeypatch, stand_ins=("gpt2",), n=24)
+    with patch.dict(tasks.BUILDERS), patch.dict(tasks.STREAMS):
+        pages.run(page)
+
+
+@pytest.mark.slow
+def test_blocks_that_compile_and_train_run():
+    pytest.importorskip("tracr", reason="needs tl_edgeprune[tracr]")
+    page = DOCS / "ground_truth.md"
+    pages.run_blocks(page, [b for b in pages.blocks(page) if b.title.startswith(NOT_RUN)])
+
+
+@pytest.mark.parametrize("page", PAGES, **each)
+def test_blocks_that_are_not_run_name_what_is_there(page):
+    for block in pages.blocks(page):
+        assert block.language in pages.LANGUAGES, f"line {block.line}"
+        if block.language == "python" and not block.runs:
+            pages.check(block.code)
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        ("from tl_edgeprune import EdgePruner\nEdgePruner(n_edge=1)", TypeError),
+        ("from tl_edgeprune import EdgePruner\np = EdgePruner(1)\np.fit(model)", TypeError),
+        ("from tl_edgeprune import Task\nTask.aline('a', [], [], [])", AttributeError),
+        ("from tl_edgeprune import tasks\ntasks.loads('ioi')", AttributeError),
+        ("from tl_edgeprune import pruners", ImportError),
+        ("if True\n    pass", SyntaxError),
+    ],
+)
+def test_what_is_not_there_is_found_without_running(code, error):
+    with pytest.raises(error):
+        pages.check(code)
+
+
+@pytest.mark.parametrize("page", PAGES, **each)
+def test_commands_of_the_pages_exist(page):
+    """tl-edgeprune's commands and options, make's targets, scripts of the repository."""
+    commands = typer.main.get_command(cli.app).commands
+    targets = re.findall(r"^([\w-]+)(?=.*:)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for words in shell_lines(page):
+        heads = [i for i, word in enumerate(words) if re.search(r"tl[-_]edgeprune$", word)]
+        if words[0] == "make":
+            assert set(words[1:]) <= set(targets), words
+        elif heads and "install" not in words:
+            command = commands[words[heads[0] + 1]]
+            known = {name for option in command.params for name in option.opts} | {"--help"}
+            given = {word for word in words[heads[0] + 2 :] if word.startswith("--")}
+            assert given <= known, words
+        for word in words:
+            if word.startswith("benchmarks/") and word.endswith(".py"):
+                assert (ROOT / word).is_file(), word
+
+
+def shell_lines(page: Path) -> list[list[str]]:
+    """The words of each command on a page, without comments."""
+    code = "\n".join(b.code for b in pages.blocks(page) if b.language in ("sh", "bash"))
+    lines = code.replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def test_every_method_is_told_on_its_page():
+    """What it computes, its equation, its cost, when it misleads."""
+    page = (DOCS / "methods.md").read_text(encoding="utf-8")
+    parts = dict(re.findall(r"^### `([\w-]+)`[^\n]*\n(.*?)(?=^##)", page, re.MULTILINE | re.DOTALL))
+    assert set(parts) == set(METHODS)
+    for name, part in parts.items():
+        for needed in ("```text", "**Cost.**", "**Misleads.**"):
+            assert needed in part, f"{name}: no {needed}"
+
+
+def test_every_public_name_is_in_the_reference():
+    page = (DOCS / "reference.md").read_text(encoding="utf-8")
+    assert [name for name in surface.__all__ if not re.search(rf"\b{name}\b", page)] == []
+
+
+def test_lines_that_tables_put_beside_others_are_run():
+    """Where a table's last column is "here", its calls stand in the page's blocks."""
+    for page in PAGES:
+        run = "".join("".join(block.code for block in pages.blocks(page) if block.runs).split())
+        tables = re.findall(r"^\|.*\| here \|\n(?:\|.*\n)+", page.read_text("utf-8"), re.MULTILINE)
+        for row in [row for table in tables for row in table.splitlines()[2:]]:
+            for code in re.findall(r"`([^`]+\(.*?)`", row.rsplit("| ", 1)[1]):
+                assert "".join(code.split()) in run, f"{name_of(page)}: {code}"
+
+
+@pytest.mark.parametrize("page", PAGES, **each)
 def test_links_and_pictures_of_the_docs_exist(page):
     text = page.read_text(encoding="utf-8")
     targets = re.findall(r"\]\((?!https?:|#)([^)#]+)", text)
-    missing = [target for target in targets if not (page.parent / target).exists()]
-    assert not missing
+    assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+def test_every_page_is_in_the_navigation():
+    settings = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    listed = set(re.findall(r": ([\w/]+\.md)$", settings, re.MULTILINE))
+    assert listed == {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")}
+
+
+def test_what_is_not_run_says_so_and_is_little():
+    hidden = [b.title for page in PAGES for b in pages.blocks(page) if b.title.startswith(NOT_RUN)]
+    assert len(hidden) <= 4
+    assert all(": needs " in title for title in hidden)
