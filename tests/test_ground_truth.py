@@ -130,7 +130,7 @@ def test_long_programs_have_some_of_their_prompts():
 
 @pytest.fixture(scope="module")
 def rasp() -> Any:
-    pytest.importorskip("tracr", reason="needs tl_edgeprune[tracr]")
+    pytest.importorskip("tracr.rasp", reason="needs tl_edgeprune[tracr]")
     from tracr.rasp import rasp
 
     return rasp

@@ -44,7 +44,7 @@ def test_the_wheel_holds_the_package_whole_and_nothing_else(built: tuple[Path, P
         for path in PACKAGE.rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
-    assert {"tl_edgeprune/py.typed", "tl_edgeprune/report/circuit.html"} <= source
+    assert {"tl_edgeprune/py.typed", "tl_edgeprune/report/page/template.html"} <= source
     assert any(name.endswith(".safetensors") for name in source)
     assert {name for name in names if ".dist-info/" not in name} == source
     extras = {"demo", "tracr", "peers", "docs", "test", "lint", "dev"}

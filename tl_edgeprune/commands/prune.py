@@ -86,6 +86,10 @@ def prune(
     split_embeddings: Annotated[
         bool | None, typer.Option(help="Two embedding sources.", show_default="no")
     ] = None,
+    positions: Annotated[
+        str | None,
+        typer.Option(help="span or position: a mask on every edge in each of them."),
+    ] = None,
     bias_in_heads: Annotated[
         bool | None,
         typer.Option(help="Zero ablation removes a share of b_O too.", show_default="no"),
@@ -139,6 +143,7 @@ def prune(
         "attachment": attachment,
         "split_qkv": split_qkv,
         "split_embeddings": split_embeddings,
+        "positions": positions,
         "bias_in_heads": bias_in_heads,
         "recompute": recompute,
         "checkpoint_every": checkpoint_every,
