@@ -114,13 +114,13 @@ def test_every_public_name_is_in_the_reference():
 
 
 def test_lines_that_tables_put_beside_others_are_run():
-    """Where a table's last column is "here", its calls stand in the page's blocks."""
+    """Where a table's last column is "here", its lines stand in the page's blocks."""
     for page in PAGES:
         run = "".join("".join(block.code for block in pages.blocks(page) if block.runs).split())
         tables = re.findall(r"^\|.*\| here \|\n(?:\|.*\n)+", page.read_text("utf-8"), re.MULTILINE)
         for row in [row for table in tables for row in table.splitlines()[2:]]:
-            for code in re.findall(r"`([^`]+\(.*?)`", row.rsplit("| ", 1)[1]):
-                assert "".join(code.partition("…")[0].split()) in run, f"{name_of(page)}: {code}"
+            for code in re.findall(r"`(\w+ = [^`]+\(.*?)`", row.rsplit("| ", 1)[1]):
+                assert "".join(code.split()) in run, f"{name_of(page)}: {code}"
 
 
 @pytest.mark.parametrize("page", PAGES, **each)
