@@ -11,13 +11,18 @@ nbclient = pytest.importorskip("nbclient")
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+STUDIES = ("case_study",)  # of stored results: what they run live is little
+TO_RUN = [
+    pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem in STUDIES))
+    for path in NOTEBOOKS
+]
 
 
 def test_there_are_notebooks():
     assert len(NOTEBOOKS) >= 2
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", TO_RUN)
 def test_notebook_runs_and_shows_its_circuit(path, tmp_path, monkeypatch):
     if path.stem.startswith("hooked"):
         pytest.importorskip("transformer_lens.HookedTransformer", reason="TransformerLens 3 only")
