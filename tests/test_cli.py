@@ -189,6 +189,8 @@ def test_a_dry_run_runs_nothing(model: str, task: str, tmp_path: Path, monkeypat
     assert (plan["pairs_found_on"], plan["pairs_judged_on"]) == (12, 4)
     assert plan["bytes_with_recompute"]["in_all"] > 0 and plan["seconds_at_least"] > 0
     assert "Nothing was run." in told(*asked).stdout
+    in_spans = json.loads(told(*asked, "--positions", "span", "--json").stdout)
+    assert in_spans["edges"] is None  # the task's spans are known once it is loaded
     methods = {"eap": [], "ugs": ["--set", "steps=3"], "exact": []}
     for name, more in methods.items():
         asked_too = ["discover", model, task, "--method", name, *more, "--out", out, "--dry-run"]

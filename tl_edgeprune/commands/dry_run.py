@@ -42,7 +42,7 @@ GRADIENTS |= dict.fromkeys(("eap-ig", "eap-ig-activations", "mask-ig"), 0)  # as
 def pruning(run: Run, pos: int) -> dict[str, Any]:
     """What a run of Edge Pruning would be."""
     settings, shape = run.settings, shape_of(run.inputs.model)
-    graph = None if shape is None else _graph(shape, settings)
+    graph = None if shape is None or settings["positions"] else _graph(shape, settings)
     _check(graph, pos, [settings["n_edges"]])
     plan = _common(run.inputs, graph, pos) | {
         "n_edges": settings["n_edges"],
