@@ -1,5 +1,5 @@
 # make demo      finds a circuit in a small language model and draws it
-# make test      lint, types and the tests, on TransformerLens 4.3.0 and on 3.9.0
+# make test      lint, types, the docs and the tests, on TransformerLens 4.3.0 and on 3.9.0
 # make test-all  the same, with the slow tests
 # make lint | types | docs | clean
 #
@@ -28,11 +28,11 @@ SETTINGS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1
 demo: .venv/installed
 	@.venv/bin/python -m tl_edgeprune demo
 
-test: lint types tests
+test: lint types docs tests
 
 test-all: SETTINGS += HYPOTHESIS_PROFILE=all
 test-all: PYTEST += -m ""
-test-all: lint types tests
+test-all: lint types docs tests
 
 tests: .venv/installed-dev .venv-tl3/installed
 	$(SETTINGS) .venv/bin/python $(PYTEST)
