@@ -42,6 +42,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "any-size": {"n_edges": None},
     "any-size-lr-0.1": {"n_edges": None, "lr": 0.1},
     "any-size-hard-0": {"n_edges": None, "hard_share": 0.0},
+    "any-size-last": {"n_edges": None, "average_share": 0.0},
+    "average-0.4": {"average_share": 0.4},
     "fixed": {"controller": ExactBudget("fixed")},
     "batch-16": {"batch_size": 16},
     "two-masks": {"accumulate": 2},

@@ -294,6 +294,7 @@ def test_a_sparsity_above_one_pushes_to_the_end_with_hard_steps_too():
         ({"lr": 0.0}, "lr=0.0: expected a number above 0"),
         ({"lr": float("nan")}, "lr=nan: expected a number above 0"),
         ({"hard_share": 1.5}, "hard_share=1.5: expected a share from 0 to 1"),
+        ({"average_share": -1.0}, "average_share=-1.0: expected a share from 0 to 1"),
         ({"init_scores": "eap"}, "init_scores='eap': expected 'mask-ig'"),
         ({"node_controller": Lagrangian(0.5)}, "node_controller needs node_masks=True"),
         ({"n_edges": 0}, "n_edges=0: a circuit needs at least one edge"),

@@ -61,7 +61,7 @@ def test_a_run_keeps_exactly_the_budget_and_repeats_to_the_bit(settings: dict[st
 
 
 @pytest.mark.parametrize(
-    "name", ["default", "nodes-lagrangian", pytest.param("zero", marks=pytest.mark.slow)]
+    "name", ["sampled", "nodes-lagrangian", pytest.param("zero", marks=pytest.mark.slow)]
 )
 def test_resuming_gives_the_bits_of_a_run_never_stopped(name: str, tmp_path: Path) -> None:
     model, settings = zoo.load(MODEL), SETTINGS[name]
@@ -78,6 +78,24 @@ def test_resuming_gives_the_bits_of_a_run_never_stopped(name: str, tmp_path: Pat
     rest = cut.fit(model, task, resume=path)
     assert rest.finished and rest.log_alpha.equal(whole.log_alpha)
     assert [h["loss"] for h in rest.history] == [h["loss"] for h in whole.history]
+
+
+@pytest.mark.parametrize("n_edges, averaged", [(None, 5), (20, 1)], ids=["any-size", "one-size"])
+def test_the_ranking_is_the_mean_over_the_last_part(
+    n_edges: int | None, averaged: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trail, update = [], Training._update
+
+    def noting(self: Training) -> None:
+        update(self)
+        trail.append(self.log_alpha.detach().clone())
+
+    monkeypatch.setattr(Training, "_update", noting)
+    model = zoo.load(MODEL)
+    result = pruner(n_edges).fit(model, zoo.pairs(model))
+    expected = torch.stack(trail[-averaged:]).mean(0)
+    torch.testing.assert_close(result.log_alpha, expected, rtol=1e-6, atol=1e-6)
+    assert averaged == 1 or not result.log_alpha.allclose(trail[-1], atol=1e-3)
 
 
 class StopAfter:

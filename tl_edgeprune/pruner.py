@@ -133,6 +133,9 @@ class EdgePruner:
         attachment: a price on edges between badly connected nodes (regularisers.py).
         hard_share: the last part of the run whose forward pass keeps exactly the top edges (as many
             as the step's budget; none without one).
+        average_share: the last part of the run whose log alphas are averaged for the ranking
+            (Izmailov et al. 2018); by default 0.6 under sampled budgets, which pull a step's log
+            alphas each its own way, and 0, the last step's alone, otherwise.
         split_qkv, split_embeddings: of the graph.
         positions: "span" for edges with a mask in each span of the task, "position" with one at
             each position (positions.py); None for one mask everywhere. n_edges counts them all.
@@ -166,6 +169,7 @@ class EdgePruner:
         sampler: Sampler = sample_gates,
         attachment: Attachment | None = None,
         hard_share: float = 0.4,
+        average_share: float | None = None,
         split_qkv: bool = True,
         split_embeddings: bool = False,
         positions: str | None = None,
@@ -190,6 +194,8 @@ class EdgePruner:
         self.sampler, self.attachment = sampler, attachment
         has_budget = n_edges is not None or isinstance(self.controller, ExactBudget)
         self.hard_share = hard_share if has_budget else 0.0
+        sampled = getattr(self.controller, "schedule", None) == "sampled"
+        self.average_share = (0.6 if sampled else 0.0) if average_share is None else average_share
         self.split_qkv, self.split_embeddings = split_qkv, split_embeddings
         self.positions = positions
         self.bias_in_heads, self.recompute = bias_in_heads, recompute
@@ -221,6 +227,7 @@ class EdgePruner:
                 (0.9, 0.999), 0.01, 1.0, warmup=200, decay=True, controller_lr=0.8
             ),
             "hard_share": 0.0,
+            "average_share": 0.0,
             "split_embeddings": True,
             "bias_in_heads": True,
         }
@@ -295,8 +302,9 @@ class EdgePruner:
             check_ablation(self.ablation)
         if not self.lr > 0:
             raise ValueError(f"lr={self.lr}: expected a number above 0.")
-        if not 0 <= self.hard_share <= 1:
-            raise ValueError(f"hard_share={self.hard_share}: expected a share from 0 to 1.")
+        for name in ("hard_share", "average_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)}: expected a share from 0 to 1.")
         if isinstance(self.init_scores, str) and self.init_scores != "mask-ig":
             raise ValueError(
                 f"init_scores={self.init_scores!r}: expected 'mask-ig', EdgeScores, a tensor or "

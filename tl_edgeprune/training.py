@@ -81,6 +81,7 @@ class Training:
         self.log_alpha = self._first_log_alpha().to(self.device).requires_grad_()
         self.node_log_alpha = self._node_log_alpha()
         self.source_of_edge = edge_ends(self.graph, self.device)[0]
+        self.average = torch.zeros_like(self.log_alpha, requires_grad=False)
         self.optimizer, self.multipliers = self._optimizers()
         self.feed = Feed(
             self.task, pruner.batch_size, lambda epoch: _mixed(pruner.seed, EPOCHS + epoch)
@@ -136,6 +137,7 @@ class Training:
         if self.constants is not None:
             self.constants.step(self.pruner.optimizer.rate(step, self.pruner.steps))
         self.ranks.hand_out(self._learned())
+        self._take_in(step)
         self._note(step, mean, target)
         self.place = self.feed.place
         self.between_steps = True
@@ -163,7 +165,7 @@ class Training:
         """Exactly the budget's top edges forward, the soft gates' gradient backward."""
         soft = open_probability(shifted)
         top = torch.zeros_like(soft)
-        top[self.ranking().to(self.device).topk(budget).indices] = 1.0
+        top[self._ranking_now().topk(budget).indices] = 1.0
         return top + soft - soft.detach()
 
     def _update(self) -> None:
@@ -255,13 +257,30 @@ class Training:
     # ------------------------------------------------------------------------------- finishing
 
     def ranking(self) -> Float[Tensor, " edge"]:
-        """log alpha of every edge; with node masks, that of edge and node being open together."""
+        """log alpha of every edge, the mean over the run's last part; with node masks, that of edge
+        and node being open together.
+        """
+        averaged = self._n_averaged(len(self.history)) > 0
+        return (self.average if averaged else self._ranking_now()).cpu()
+
+    def _ranking_now(self) -> Float[Tensor, " edge"]:
         log_alpha = self.log_alpha.detach()
         if self.node_log_alpha is None:
-            return log_alpha.cpu()
+            return log_alpha
         nodes = open_probability(self.node_log_alpha.detach())[self.source_of_edge]
         both = open_probability(log_alpha.double()) * nodes.double()
-        return torch.logit(both, eps=1e-12).float().cpu()
+        return torch.logit(both, eps=1e-12).float()
+
+    def _take_in(self, step: int) -> None:
+        """This step's ranking into the mean."""
+        n = self._n_averaged(step + 1)
+        if n > 0:
+            self.average += (self._ranking_now() - self.average) / n
+
+    def _n_averaged(self, done: int) -> int:
+        """How many steps the mean is of, after so many steps."""
+        before = self.pruner.steps - round(self.pruner.average_share * self.pruner.steps)
+        return done - before
 
     def final_size(self) -> int | None:
         """Edges of the circuit: as asked, or as many as a Lagrangian run expects to keep."""
@@ -296,7 +315,8 @@ class Training:
         """
         if not (self.ranks.first and self.between_steps):
             return
-        tensors = {"log_alpha": self.log_alpha.detach(), **self._multipliers()}
+        tensors = {"log_alpha": self.log_alpha.detach(), "average": self.average}
+        tensors |= self._multipliers()
         if self.node_log_alpha is not None:
             tensors["node_log_alpha"] = self.node_log_alpha.detach()
         optimizers = {"optimizer": self.optimizer, "multipliers": self.multipliers}
@@ -324,7 +344,7 @@ class Training:
                     f"{value}."
                 )
         self.history, self.seconds_before = note["history"], note["seconds"]
-        mine = {"log_alpha": self.log_alpha, **self._multipliers()}
+        mine = {"log_alpha": self.log_alpha, "average": self.average, **self._multipliers()}
         if self.node_log_alpha is not None:
             mine["node_log_alpha"] = self.node_log_alpha
         with torch.no_grad():

@@ -56,6 +56,13 @@ def prune(
             help="Last part of the run that keeps exactly the top edges.", show_default="0.4"
         ),
     ] = None,
+    average_share: Annotated[
+        float | None,
+        typer.Option(
+            help="Last part of the run whose log alphas are averaged for the ranking.",
+            show_default="0",
+        ),
+    ] = None,
     optimizer: Annotated[
         list[str] | None,
         typer.Option(help="NAME=VALUE of Optimizer, such as warmup=20; may be repeated."),
@@ -135,6 +142,7 @@ def prune(
         "objective": objective,
         "controller": _part("--controller", controller),
         "hard_share": hard_share,
+        "average_share": average_share,
         "optimizer": _part("--optimizer", optimizer),
         "init_scores": _file(init_scores),
         "init_log_alpha": None if init_log_alpha is None else list(init_log_alpha),
