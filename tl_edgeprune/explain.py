@@ -63,7 +63,8 @@ def explain(
 
     An edge that the others make up for has no rise, and one that only keeps other answers down may
     have one below 0. Raises ValueError for more than 500 edges where none are named, for named ones
-    that the circuit does not keep, for edges in spans, and as `evaluate` does; KeyError for an unknown edge.
+    that the circuit does not keep, for edges in spans, and as `evaluate` does; KeyError for an
+    unknown edge.
     """
     refuse_spans(circuit.graph, "explain")
     wanted = _wanted(circuit, edges)
