@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from tl_edgeprune.strangers import check_file
 from tl_edgeprune.tasks.jsonl import encode_pair, record_of, task_of
 from tl_edgeprune.tasks.stream import CHUNK_SIZE, TaskStream
 from tl_edgeprune.tasks.task import Task
@@ -56,6 +57,7 @@ def stream_jsonl(
             this split; and later, a file that has changed, or lines as `from_jsonl` refuses them.
     """
     path = Path(path)
+    check_file(path, "file of prompt pairs")
     tokenizer, prepend_bos = tokenizer_of(model), resolve_prepend_bos(model, prepend_bos)
     opened = _stamp(path)
     index = _index(path, split, chunk_size)
