@@ -190,7 +190,7 @@ class Circuit:
             raise ValueError(f"{path} is no circuit file. {HINT}")
         if document.get("format") != FORMAT:
             raise ValueError(
-                f"{path} has format {document.get('format')!r}, this version reads {FORMAT}: save "
+                f"{path} has format {document.get('format')!r:.100}, this version reads {FORMAT}: save "
                 "it again with the version that wrote it, or find the circuit anew."
             )
         with damaged(path):
@@ -200,7 +200,7 @@ class Circuit:
             circuit = cls(graph, cls.from_edges(graph, edges).mask, metadata)
         if circuit.n_edges != document.get("n_edges"):
             raise ValueError(
-                f"{path} is damaged: it says {document.get('n_edges')} edges and lists "
+                f"{path} is damaged: it says {document.get('n_edges')!s:.100} edges and lists "
                 f"{circuit.n_edges}."
             )
         return circuit

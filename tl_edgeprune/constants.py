@@ -73,7 +73,7 @@ class Constants:
         if not isinstance(note, dict) or (note.get("kind"), note.get("format")) != (KIND, FORMAT):
             found = note if isinstance(note, dict) else {}
             raise ValueError(
-                f"{path} is {found.get('kind')!r} of format {found.get('format')!r}, expected "
+                f"{path} is {found.get('kind')!r:.100} of format {found.get('format')!r:.100}, expected "
                 f"{KIND!r} of format {FORMAT}."
             )
         with damaged(path):
@@ -82,7 +82,7 @@ class Constants:
             sources = {"inputs": (graph.n_inputs,), "mlp": (n_mlps,)}
             sources["z"] = (graph.n_layers, graph.n_heads)
             widths = {name: tensors[name].shape[-1] for name in NAMES}
-            if widths["mlp"] != widths["inputs"]:
+            if graph.has_mlp and widths["mlp"] != widths["inputs"]:
                 raise ValueError(f"inputs and mlp are of two widths, {widths}")
             parts = {n: floats(tensors, n, (*sources[n], widths[n])) for n in NAMES}
             return cls(graph, **parts, metadata=of_kind(note["metadata"], dict, "metadata"))

@@ -103,7 +103,7 @@ class Explanation:
             raise ValueError(f"{path} is no explanation. {HINT}")
         if document.get("format") != FORMAT:
             raise ValueError(
-                f"{path} has format {document.get('format')!r}, this version reads {FORMAT}."
+                f"{path} has format {document.get('format')!r:.100}, this version reads {FORMAT}."
             )
         with damaged(path):
             rows = tuple(_filled(row) for row in of_kind(document["edges"], list, "edges"))

@@ -387,10 +387,10 @@ def _read(path: str | os.PathLike[str], graph: EdgeGraph) -> tuple[Table, dict[s
     config = document.get("cfg") if isinstance(document, dict) else None
     if not isinstance(config, dict):
         raise ValueError(f"{path} is no file of EAP-IG's: it has no 'cfg'.")
-    _check_config(path, config, graph)
     read = _table_of_json if _suffix(path) == ".json" else _table_of_pt
     width = {"d_model": config["d_model"]} if "d_model" in config else {}
     with damaged(path):
+        _check_config(path, config, graph)
         origin = {"imported_from": Path(path).name, **width}
         return read(path, document, graph), origin
 
@@ -403,12 +403,15 @@ def _suffix(path: str | os.PathLike[str]) -> str:
 
 
 def _load_pt(path: str | os.PathLike[str]) -> Any:
-    """Tensors and plain values that lie in the file as they are; no code of it is run."""
+    """Tensors and plain values that lie in the file as they are; no code of it is run.
+
+    Mapped: torch otherwise reads as far as a tensor's size says, beyond what there is of it.
+    """
     try:
         with zipfile.ZipFile(path) as parts:
             if any(part.compress_type != zipfile.ZIP_STORED for part in parts.infolist()):
                 raise ValueError("it is packed")  # to any size
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(os.fspath(path), map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a damaged one makes torch raise errors of many kinds
         raise ValueError(
             f"{path} is no .pt file of tensors and plain values, or a damaged one "

@@ -154,7 +154,7 @@ class EdgeScores:
             raise ValueError(f"{path} is no file of scores. {HINT}")
         if document.get("format") != FORMAT:
             raise ValueError(
-                f"{path} has format {document.get('format')!r}, this version reads {FORMAT}: save "
+                f"{path} has format {document.get('format')!r:.100}, this version reads {FORMAT}: save "
                 "it again with the version that wrote it, or score the edges anew."
             )
         with damaged(path):

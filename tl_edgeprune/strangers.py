@@ -76,6 +76,8 @@ def damaged(path: AnyPath, hint: str = "") -> Iterator[None]:
     try:
         yield
     except (RuntimeError, *WRONG) as error:
+        if isinstance(error, ValueError) and str(error).startswith(str(path)):
+            raise
         raise ValueError(f"{path} is damaged: {first_line(error)}. {hint}".rstrip()) from None
 
 

@@ -325,8 +325,8 @@ class Training:
         for key, value in self.identity.items():
             if note.get(key) != value:
                 raise ValueError(
-                    f"checkpoint {path} is of another run: its {key} is {note.get(key)}, this "
-                    f"run's {value}."
+                    f"checkpoint {path} is of another run: its {key} is "
+                    f"{note.get(key)!s:.1000}, this run's {value}."
                 )
         with damaged(path, "Start the run anew."):
             self._restore(tensors, states, note)

@@ -106,7 +106,7 @@ class Inputs:
             if value is not None or name not in ("pairs", "device"):
                 of_kind(value, kinds.get(name, str), name)
         for name, known in (("dtype", DTYPES), ("cls", CLASSES)):
-            if given[name] not in known:
+            if given.get(name, known[0]) not in known:
                 raise ValueError(f"{name} {given[name]!r}, expected one of {', '.join(known)}")
         return cls(**given)
 

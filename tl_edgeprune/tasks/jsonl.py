@@ -21,6 +21,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -128,6 +129,8 @@ def record_of(line: str) -> dict[str, Any]:
         raise ValueError(f"{error}.") from error
     if not isinstance(record, dict):
         raise ValueError(f"a JSON {type(record).__name__}, expected an object.")
+    if r"\ud" in line.lower():
+        json.dumps(record, ensure_ascii=False).encode()  # a ValueError for half a character
     return checked_record(record)
 
 
@@ -138,8 +141,6 @@ def checked_record(record: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f'"{key}" is {record.get(key)!r:.200}, expected a text.')
     if not isinstance(record.get("split"), str | None):
         raise ValueError(f'"split" is {record["split"]!r:.200}, expected a text.')
-    for text in (record["clean"], record["corrupted"], *record):
-        text.encode()  # a UnicodeEncodeError, which is a ValueError, for half a character
     return record
 
 
