@@ -175,7 +175,7 @@ def readers(training: Training, folder_of: Any) -> dict[str, Reader]:
     model = talkative.model()
 
     def checkpoint(path: Path) -> None:
-        trained(path).fit(training.run.model, training.task)
+        trained(path).fit(zoo.build("bridge-gpt2"), training.task)  # the other is in its run
 
     def compared(path: Path) -> None:
         folder_of(path.parent).write(RUN, scores(GRAPH), Cost(1.0, 2.0), [FIGURES])
@@ -306,7 +306,7 @@ def attack(name: str, reader: Reader, root: Path, cases: int) -> int:
 def test_a_harmed_file_is_refused_or_read(
     name: str, readers: dict[str, Reader], tmp_path: Path
 ) -> None:
-    assert attack(name, readers[name], tmp_path, 25) > 0
+    assert attack(name, readers[name], tmp_path, 20) > 0
 
 
 @pytest.mark.slow

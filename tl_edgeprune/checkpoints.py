@@ -49,8 +49,8 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], States, dict[
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         found = document.get("format") if isinstance(document, dict) else None
         raise ValueError(
-            f"checkpoint {path} has format {found!r:.100}, this version reads {FORMAT}: start the run "
-            "anew."
+            f"checkpoint {path} has format {found!r:.100}, this version reads {FORMAT}: start the "
+            "run anew."
         )
     with damaged(path):
         note = of_kind(document["note"], dict, "note")

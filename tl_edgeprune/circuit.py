@@ -190,8 +190,8 @@ class Circuit:
             raise ValueError(f"{path} is no circuit file. {HINT}")
         if document.get("format") != FORMAT:
             raise ValueError(
-                f"{path} has format {document.get('format')!r:.100}, this version reads {FORMAT}: save "
-                "it again with the version that wrote it, or find the circuit anew."
+                f"{path} has format {document.get('format')!r:.100}, this version reads {FORMAT}: "
+                "save it again with the version that wrote it, or find the circuit anew."
             )
         with damaged(path):
             graph = EdgeGraph.from_dict(document["graph"])

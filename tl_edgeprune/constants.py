@@ -73,14 +73,14 @@ class Constants:
         if not isinstance(note, dict) or (note.get("kind"), note.get("format")) != (KIND, FORMAT):
             found = note if isinstance(note, dict) else {}
             raise ValueError(
-                f"{path} is {found.get('kind')!r:.100} of format {found.get('format')!r:.100}, expected "
-                f"{KIND!r} of format {FORMAT}."
+                f"{path} is {found.get('kind')!r:.100} of format {found.get('format')!r:.100}, "
+                f"expected {KIND!r} of format {FORMAT}."
             )
         with damaged(path):
             graph = EdgeGraph.from_dict(note["graph"])
             n_mlps = graph.n_layers if graph.has_mlp else 0
-            sources = {"inputs": (graph.n_inputs,), "mlp": (n_mlps,)}
-            sources["z"] = (graph.n_layers, graph.n_heads)
+            heads = (graph.n_layers, graph.n_heads)
+            sources = {"inputs": (graph.n_inputs,), "z": heads, "mlp": (n_mlps,)}
             widths = {name: tensors[name].shape[-1] for name in NAMES}
             if graph.has_mlp and widths["mlp"] != widths["inputs"]:
                 raise ValueError(f"inputs and mlp are of two widths, {widths}")

@@ -154,8 +154,8 @@ class EdgeScores:
             raise ValueError(f"{path} is no file of scores. {HINT}")
         if document.get("format") != FORMAT:
             raise ValueError(
-                f"{path} has format {document.get('format')!r:.100}, this version reads {FORMAT}: save "
-                "it again with the version that wrote it, or score the edges anew."
+                f"{path} has format {document.get('format')!r:.100}, this version reads {FORMAT}: "
+                "save it again with the version that wrote it, or score the edges anew."
             )
         with damaged(path):
             graph = EdgeGraph.from_dict(document["graph"])

@@ -23,6 +23,8 @@ from tl_edgeprune.tasks.stream import CHUNK_SIZE, TaskStream
 from tl_edgeprune.tasks.task import Task
 from tl_edgeprune.tasks.tokens import resolve_prepend_bos, tokenizer_of
 
+MOST_BYTES = 2**24  # of a line, which is held whole
+
 
 class Mark(NamedTuple):
     """Where a chunk begins: its first byte, and the number of its first line."""
@@ -115,7 +117,12 @@ def _all_records(
     path: Path, file: Any, start: Mark, digest: Any = None
 ) -> Iterator[tuple[Mark, dict[str, Any]]]:
     byte = start.byte
-    for number, line in enumerate(file, start=start.line):
+    lines = iter(lambda: file.readline(MOST_BYTES), b"")
+    for number, line in enumerate(lines, start=start.line):
+        if len(line) == MOST_BYTES:
+            raise ValueError(
+                f"{path}, line {number}: {MOST_BYTES:,} bytes or more, expected fewer."
+            )
         if digest is not None:
             digest.update(line)
         if line.strip():
