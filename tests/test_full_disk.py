@@ -159,7 +159,7 @@ def test_a_run_whose_disk_fills_goes_on_from_its_last_checkpoint(
 def test_the_command_line_tells_it_in_one_line(tmp_path: Path) -> None:
     model, task = command_line.model(tmp_path), command_line.task(tmp_path)
     out = tmp_path / "run"
-    asked = ["prune", model, task, *SMALL, "--steps", 3, "--out", out]
+    asked = ["prune", model, task, *SMALL, "--steps", 3, "--out", out, "--json"]
     with full_disk():
         line = mistake(*asked)
     assert "could not be written (File too large)" in line and str(out / "settings.json") in line

@@ -405,13 +405,19 @@ def _suffix(path: str | os.PathLike[str]) -> str:
 def _load_pt(path: str | os.PathLike[str]) -> Any:
     """Tensors and plain values that lie in the file as they are; no code of it is run.
 
-    Mapped: torch otherwise reads as far as a tensor's size says, beyond what there is of it.
+    Mapped, since torch otherwise reads as far as a tensor says, beyond what there is of it.
     """
     try:
-        with zipfile.ZipFile(path) as parts:
-            if any(part.compress_type != zipfile.ZIP_STORED for part in parts.infolist()):
-                raise ValueError("it is packed")  # to any size
-        return torch.load(os.fspath(path), map_location="cpu", weights_only=True, mmap=True)
+        with zipfile.ZipFile(path) as file:
+            parts = file.infolist()
+        if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
+            raise ValueError("it is packed")  # to any size
+        document = torch.load(os.fspath(path), map_location="cpu", weights_only=True, mmap=True)
+        sizes = {part.file_size for part in parts}
+        for name, value in document.items():
+            if isinstance(value, Tensor) and value.untyped_storage().nbytes() not in sizes:
+                raise ValueError(f"{name} is cut short")
+        return document
     except Exception as error:  # a damaged one makes torch raise errors of many kinds
         raise ValueError(
             f"{path} is no .pt file of tensors and plain values, or a damaged one "
