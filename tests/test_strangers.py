@@ -24,7 +24,7 @@ import talkative
 import torch
 import zoo
 from damage import RAW, harmed_bytes, harmed_json, harmed_safetensors
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tl_edgeprune import Circuit, Constants, EdgeGraph, EdgePruner, EdgeScores, Explanation, tasks
@@ -290,7 +290,7 @@ def attack(name: str, reader: Reader, root: Path, cases: int) -> int:
     content, refused = path.read_bytes(), []
     assert check(name, reader, path) is None
 
-    @settings(settings.get_profile("ci"), max_examples=cases)
+    @settings(max_examples=cases, suppress_health_check=list(HealthCheck))
     @given(harmed=reader.harm(content) | harmed_bytes(content))
     def read_harmed(harmed: bytes) -> None:
         path.unlink()  # tensors of the file before may still be mapped
