@@ -15,7 +15,7 @@ import command_line
 import pytest
 import torch
 import zoo
-from command_line import SMALL, mistake
+from command_line import SMALL, mistake, told
 
 from tl_edgeprune import (
     Circuit,
@@ -164,10 +164,11 @@ def test_the_command_line_tells_it_in_one_line(tmp_path: Path) -> None:
         line = mistake(*asked)
     assert "could not be written (File too large)" in line and str(out / "settings.json") in line
     assert [path.name for path in out.iterdir()] == [".lock"]
-    with full_disk(8000):  # room for settings.json, and none for the checkpoint
+    with full_disk(8000):  # room for the checkpoint, and none for the picture
         line = mistake(*asked)
-    assert "could not be written" in line and str(out / "checkpoint.safetensors") in line
-    assert {path.name for path in out.iterdir()} == {".lock", ".checkpoint.safetensors.lock"}
+    assert "could not be written" in line and str(out / "history.png") in line
+    assert all(path.is_file() for path in out.iterdir()) and not (out / "circuit.json").exists()
+    assert told("resume", out).exit_code == 0
     circuit(0).save(tmp_path / "c.json")
     with full_disk():
         line = mistake("show", tmp_path / "c.json", "--out", tmp_path / "c.html")
