@@ -359,7 +359,7 @@ def test_methods_can_be_added_to_a_folder(model, data, calls, finished, tmp_path
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "or a damaged one: it is not valid JSON"),
+        ("{", "or a damaged one: not valid JSON"),
         ("[]", "is no result of compare"),
         ('{"kind": "another"}', "is no result of compare"),
         ('{"kind": "tl_edgeprune comparison", "identity": {}}', "is no result of compare"),

@@ -59,15 +59,15 @@ def parse_json(text: str) -> Any:
     try:
         document = json.loads(text)
     except RecursionError:
-        raise ValueError("it is nested too deep") from None
+        raise ValueError("nested too deep") from None
     except ValueError as error:
-        raise ValueError(f"it is not valid JSON ({error})") from None
+        raise ValueError(f"not valid JSON ({error})") from None
     level = [document]
     for _ in range(MOST_DEPTH):
         level = [inner for value in level for inner in _inside(value)]
         if not level:
             return document
-    raise ValueError("it is nested too deep")
+    raise ValueError("nested too deep")
 
 
 @contextmanager
