@@ -33,10 +33,11 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 # TransformerLens 3 these are slow tests, since with TransformerLens 4 they run every time.
 CLASSLESS = (
     *("chance", "circuit_tests", "cli", "cli_compare", "cli_config", "compare", "distributed"),
-    *("docs", "faithfulness", "folder", "packaging"),
+    *("docs", "faithfulness", "folder", "full_disk", "killed", "packaging"),
     *("interchange", "knockouts", "learned_constants", "masks", "measures", "objectives"),
     *("planner", "polish", "report", "report_page", "residual", "roc", "scores", "stability"),
     *("stream", "solved", "task_families", "task_tables", "training", "wrong_settings"),
+    *("strangers", "two_runs"),
 )
 # Of these, only what is of a HookedTransformer is quick there.
 HALF = (

@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from tl_edgeprune.circuit import versions
 from tl_edgeprune.files import write_whole
+from tl_edgeprune.strangers import damaged, of_kind
+from tl_edgeprune.tensor_files import floats, read_tensors
 
 FORMAT = 1
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what Adam and AdamW keep of a parameter
 States = dict[str, dict[str, Tensor]]
 
 
@@ -43,35 +45,45 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], States, dict[
 
     Raises FileNotFoundError, and ValueError for a damaged file or one of another format.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            document = json.loads((file.metadata() or {}).get("tl_edgeprune", "null"))
-            flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is no checkpoint, or a damaged one ({error}).") from None
+    flat, document = read_tensors(path, "tl_edgeprune", "checkpoint")
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         found = document.get("format") if isinstance(document, dict) else None
         raise ValueError(
-            f"checkpoint {path} has format {found!r}, this version reads {FORMAT}: start the run "
-            "anew."
+            f"checkpoint {path} has format {found!r:.100}, this version reads {FORMAT}: start the "
+            "run anew."
         )
+    with damaged(path):
+        note = of_kind(document["note"], dict, "note")
     tensors = {n.removeprefix("tensor/"): t for n, t in flat.items() if n.startswith("tensor/")}
     states: States = {}
     for name, tensor in flat.items():
         label, _, rest = name.partition("/")
         states.setdefault(label, {})[rest] = tensor
-    return tensors, {"optimizer": {}, "multipliers": {}, "constants": {}} | states, document["note"]
+    return tensors, {"optimizer": {}, "multipliers": {}, "constants": {}} | states, note
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, flat: dict[str, Tensor]) -> None:
-    """Give an optimiser the state that `load` read for it."""
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in flat.items():
-        index, _, key = name.partition("/")
-        state.setdefault(int(index), {})[key] = tensor
+    """Give an optimiser of the Adam kind the state that `load` read for it. Raises KeyError or
+    ValueError for another's.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {
+        index: {
+            key: floats(flat, f"{index}/{key}", () if key == "step" else tuple(parameter.shape))
+            for key in MOMENTS
+        }
+        for index, parameter in enumerate(parameters)
+        if any(f"{index}/{key}" in flat for key in MOMENTS)  # it has made a step
+    }
+    if len(flat) > len(MOMENTS) * len(state):
+        raise ValueError(f"a state of an optimiser has {', '.join(flat)}")
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+
+
+def restore(parameter: Tensor, tensors: dict[str, Tensor], name: str) -> None:
+    """Give a parameter what `load` read. Raises KeyError or ValueError for another's."""
+    with torch.no_grad():
+        parameter.copy_(floats(tensors, name, tuple(parameter.shape)))
 
 
 def digest(value: Any) -> str:

@@ -21,8 +21,11 @@ from torch import Tensor
 
 from tl_edgeprune.files import write_whole
 from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.strangers import damaged, of_kind, read_json
 
 FORMAT = 1
+KIND = "tl_edgeprune circuit"
+HINT = "Expected one written by Circuit.save."
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -167,7 +170,7 @@ class Circuit:
         """Write JSON: the graph, the edges by name, metadata, versions. Whole or not at all."""
         document = {
             "format": FORMAT,
-            "kind": "tl_edgeprune circuit",
+            "kind": KIND,
             "graph": self.graph.to_dict(),
             "n_edges": self.n_edges,
             "edges": self.edges,
@@ -179,29 +182,25 @@ class Circuit:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Circuit:
-        """Read what `save` wrote. Raises ValueError for a damaged file or one of another format."""
-        try:
-            document = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(
-                f"{path} is no circuit file: it is not valid JSON ({error})."
-            ) from None
-        if not isinstance(document, dict) or document.get("kind") != "tl_edgeprune circuit":
-            raise ValueError(f"{path} is no circuit file: expected one written by Circuit.save.")
+        """Read what `save` wrote. Raises FileNotFoundError, and ValueError for a damaged file or
+        one of another format.
+        """
+        document = read_json(path, "circuit file", HINT)
+        if not isinstance(document, dict) or document.get("kind") != KIND:
+            raise ValueError(f"{path} is no circuit file. {HINT}")
         if document.get("format") != FORMAT:
             raise ValueError(
-                f"{path} has format {document.get('format')!r}, this version reads {FORMAT}: save "
-                "it again with the version that wrote it, or find the circuit anew."
+                f"{path} has format {document.get('format')!r:.100}, this version reads {FORMAT}: "
+                "save it again with the version that wrote it, or find the circuit anew."
             )
-        try:
+        with damaged(path):
             graph = EdgeGraph.from_dict(document["graph"])
-            mask = cls.from_edges(graph, document["edges"]).mask
-            circuit = cls(graph, mask, dict(document["metadata"]))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"{path} is damaged: {error}.") from None
+            edges = of_kind(document["edges"], list, "edges")
+            metadata = of_kind(document["metadata"], dict, "metadata")
+            circuit = cls(graph, cls.from_edges(graph, edges).mask, metadata)
         if circuit.n_edges != document.get("n_edges"):
             raise ValueError(
-                f"{path} is damaged: it says {document.get('n_edges')} edges and lists "
+                f"{path} is damaged: it says {document.get('n_edges')!s:.100} edges and lists "
                 f"{circuit.n_edges}."
             )
         return circuit

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from tl_edgeprune.comparison_folder import Folder, Found, Run
 from tl_edgeprune.cost import Cost, measured
 from tl_edgeprune.evaluate import Evaluation, evaluate_all
 from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.locks import held
 from tl_edgeprune.masked import check_ablation
 from tl_edgeprune.methods import registry
 from tl_edgeprune.scores import EdgeScores
@@ -73,18 +75,22 @@ def compare(
 
     Raises ValueError, TypeError or NotImplementedError before any long work: unknown methods,
     sizes outside the graph, methods that cannot do the task with their settings; a folder that
-    holds another comparison. Ctrl-C stops it; what is finished stays in the folder.
+    holds another comparison; BlockingIOError where another process works in it. Ctrl-C stops it;
+    what is finished stays in the folder.
     """
     settings = settings or {}
     plan = _Plan(train, held_out, tuple(sizes), seed, absolute, alive, ablation, batch_size)
     runs = [run for name in methods for run in _runs(name, settings.get(name, {}), plan)]
     _check(model, plan, methods, settings, runs)
-    folder = _folder(path, model, plan, runs)
+    folder = _folder(path, model, plan)
     done: list[_Done] = []
-    bar = tqdm(runs, "comparing", disable=not progress)
-    for run in bar:
-        bar.set_postfix_str(run.name)
-        done.append(_do(model, run, plan, folder, progress))
+    with nullcontext() if folder is None else held(folder.path):
+        if folder is not None:
+            folder.check(runs)
+        bar = tqdm(runs, "comparing", disable=not progress)
+        for run in bar:
+            bar.set_postfix_str(run.name)
+            done.append(_do(model, run, plan, folder, progress))
     return _comparison(done, plan)
 
 
@@ -228,17 +234,13 @@ def _arguments(run: Run, plan: _Plan, progress: bool) -> dict[str, Any]:
     return {name: value for name, value in shared.items() if name in known} | run.settings
 
 
-def _folder(
-    path: str | os.PathLike[str] | None, model: Any, plan: _Plan, runs: list[Run]
-) -> Folder | None:
-    """The folder of this comparison; ValueError where it holds another one."""
+def _folder(path: str | os.PathLike[str] | None, model: Any, plan: _Plan) -> Folder | None:
+    """The folder of this comparison; ValueError where it is a file."""
     if path is None:
         return None
     shared = plan._asdict() | {"sizes": list(plan.sizes)}
     del shared["batch_size"]  # of no consequence for the figures
-    folder = Folder(Path(path), model, **shared)
-    folder.check(runs)
-    return folder
+    return Folder(Path(path), model, **shared)
 
 
 # ------------------------------------------------------------------------------------------ one run

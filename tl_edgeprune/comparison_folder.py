@@ -23,10 +23,12 @@ from tl_edgeprune.evaluate import Evaluation
 from tl_edgeprune.files import write_whole
 from tl_edgeprune.hooks import all_parameters
 from tl_edgeprune.scores import EdgeScores
+from tl_edgeprune.strangers import damaged, of_kind, read_json
 from tl_edgeprune.tasks.task import Task
 
 FORMAT = 1
 KIND = "tl_edgeprune comparison"
+AGAIN = "Remove it, and the method runs again."
 Found = EdgeScores | Circuit
 
 
@@ -46,6 +48,8 @@ class Folder:
     """
 
     def __init__(self, path: Path, model: Any, train: Task, held_out: Task, **shared: Any) -> None:
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"compare: path={str(path)!r} is a file, expected a folder.")
         self.path = path
         self.shared = {
             "format": FORMAT,
@@ -60,8 +64,6 @@ class Folder:
 
     def check(self, runs: list[Run]) -> None:
         """Raise ValueError where a run's note is of another comparison."""
-        if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"compare: path={str(self.path)!r} is a file, expected a folder.")
         for run in runs:
             if not self.file(run, "json").is_file():
                 continue
@@ -126,19 +128,33 @@ class Folder:
 
     def _note(self, run: Run) -> dict[str, Any]:
         path = self.file(run, "json")
-        try:
-            note = json.loads(path.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(
-                f"{path} is damaged: it is not valid JSON ({error}). Remove it, and the method "
-                "runs again."
-            ) from None
+        note = read_json(path, "result of compare", AGAIN)
         wanted = {"kind", "identity", "cost", "found", "figures"}
         if not isinstance(note, dict) or note.get("kind") != KIND or wanted - set(note):
             raise ValueError(
                 f"{path} is no result of compare: give another path, or remove the file."
             )
+        with damaged(path, AGAIN):
+            _check_note(note)
         return note
+
+
+def _check_note(note: dict[str, Any]) -> None:
+    """Raise KeyError, TypeError or ValueError for values that `Folder.write` does not write."""
+    of_kind(note["identity"], dict, "identity")
+    for name in ("began", "spent"):
+        of_kind(note.get(name, 0.0), float, name)
+    if note["found"] not in (None, "circuit", "scores"):
+        raise ValueError(f"found is {note['found']!r}")
+    numbers = [note["cost"]] if note["found"] is not None else []
+    for each in (*numbers, *(note["figures"] or ())):
+        for name, value in of_kind(each, dict, "figures").items():
+            if value is not None:
+                of_kind(value, float, name)
+    for cost in numbers:
+        Cost(**cost)
+    for figures in of_kind(note["figures"] or [], list, "figures"):
+        Evaluation(**figures)
 
 
 def _task_digest(task: Task) -> str:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
@@ -19,9 +18,12 @@ from tl_edgeprune.ablation import Reference, constant_reference
 from tl_edgeprune.files import write_whole
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.hooks import Sites
+from tl_edgeprune.strangers import damaged, of_kind
+from tl_edgeprune.tensor_files import floats, read_tensors
 
 FORMAT = 1
 KIND = "tl_edgeprune constants"
+HINT = "Expected one written by Constants.save."
 NAMES = ("inputs", "z", "mlp")
 OPTIMAL = "optimal"
 """The ablation of what was found under constants; to EdgePruner, that it shall learn them."""
@@ -64,19 +66,26 @@ class Constants:
 
     @classmethod
     def load(cls, path: str | Path) -> Constants:
-        """Read what `save` wrote. Raises ValueError for a damaged or another kind of file."""
-        try:
-            with safe_open(path, framework="pt") as file:
-                note = json.loads((file.metadata() or {})["note"])
-                tensors = {name: file.get_tensor(name) for name in NAMES}
-        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is damaged or no file of constants: {error}") from None
-        if note.get("kind") != KIND or note.get("format") != FORMAT:
+        """Read what `save` wrote. Raises FileNotFoundError, and ValueError for a damaged file or
+        another kind of file.
+        """
+        tensors, note = read_tensors(path, "note", "file of constants", HINT)
+        if not isinstance(note, dict) or (note.get("kind"), note.get("format")) != (KIND, FORMAT):
+            found = note if isinstance(note, dict) else {}
             raise ValueError(
-                f"{path} is {note.get('kind')!r} of format {note.get('format')!r}, expected "
-                f"{KIND!r} of format {FORMAT}."
+                f"{path} is {found.get('kind')!r:.100} of format {found.get('format')!r:.100}, "
+                f"expected {KIND!r} of format {FORMAT}."
             )
-        return cls(EdgeGraph.from_dict(note["graph"]), **tensors, metadata=note["metadata"])
+        with damaged(path):
+            graph = EdgeGraph.from_dict(note["graph"])
+            n_mlps = graph.n_layers if graph.has_mlp else 0
+            heads = (graph.n_layers, graph.n_heads)
+            sources = {"inputs": (graph.n_inputs,), "z": heads, "mlp": (n_mlps,)}
+            widths = {name: tensors[name].shape[-1] for name in NAMES}
+            if graph.has_mlp and widths["mlp"] != widths["inputs"]:
+                raise ValueError(f"inputs and mlp are of two widths, {widths}")
+            parts = {n: floats(tensors, n, (*sources[n], widths[n])) for n in NAMES}
+            return cls(graph, **parts, metadata=of_kind(note["metadata"], dict, "metadata"))
 
     def detached(self) -> Constants:
         """The same numbers, without the graph that learned them."""

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from tl_edgeprune.files import write_whole
+from tl_edgeprune.strangers import damaged, of_kind, read_json
 
 FORMAT = 1
 KIND = "tl_edgeprune explanation"
+HINT = "Expected one of Explanation.save, as .json."
 COLUMNS: tuple[str, ...] = ("edge", "source", "destination", "kind", "rise", "direct_effect")
 COLUMNS += ("carries", "attends", "source_attends")
 PATTERN_COLUMNS = ("head", "length", "n_pairs", "read", "position", "token", "weight")
@@ -96,21 +98,17 @@ class Explanation:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Explanation:
         """Read what `save` wrote as .json. Raises ValueError for any other file."""
-        try:
-            document = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is no explanation: not valid JSON ({error}).") from None
+        document = read_json(path, "explanation", HINT)
         if not isinstance(document, dict) or document.get("kind") != KIND:
-            raise ValueError(f"{path} is no explanation: expected one of Explanation.save.")
+            raise ValueError(f"{path} is no explanation. {HINT}")
         if document.get("format") != FORMAT:
             raise ValueError(
-                f"{path} has format {document.get('format')!r}, this version reads {FORMAT}."
+                f"{path} has format {document.get('format')!r:.100}, this version reads {FORMAT}."
             )
-        try:
-            rows = tuple(_filled(row) for row in document["edges"])
-            return cls(rows, tuple(document["patterns"]), dict(document["about"]))
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{path} is damaged: {error}.") from None
+        with damaged(path):
+            rows = tuple(_filled(row) for row in of_kind(document["edges"], list, "edges"))
+            patterns = tuple(map(_pattern, of_kind(document["patterns"], list, "patterns")))
+            return cls(rows, patterns, of_kind(document["about"], dict, "about"))
 
     def __repr__(self) -> str:
         about = self.about
@@ -125,8 +123,16 @@ def _says(value: Any) -> bool:
     return bool(value) if isinstance(value, str) else not math.isnan(value)
 
 
-def _filled(row: Row) -> Row:
+def _filled(row: Any) -> Row:
     """A row as it was before `save` wrote None for what was missing."""
-    numbers = ("rise", "direct_effect")
-    empty = {k: math.nan if k in numbers else "" for k in COLUMNS}
-    return {k: empty[k] if row[k] is None else row[k] for k in COLUMNS}
+    kinds = {name: float if name in ("rise", "direct_effect") else str for name in COLUMNS}
+    empty: dict[type, float | str] = {float: math.nan, str: ""}
+    return {
+        name: empty[kind] if row[name] is None else of_kind(row[name], kind, name)
+        for name, kind in kinds.items()
+    }
+
+
+def _pattern(row: Any) -> Row:
+    kinds = {"head": str, "token": str, "weight": float}
+    return {name: of_kind(row[name], kinds.get(name, int), name) for name in PATTERN_COLUMNS}

@@ -21,6 +21,10 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
+MOST_EDGES, MOST_DESTINATIONS = 2**26, 2**20
+"""Of a graph that a file describes. A Llama of 70 B parameters has 2**24 edges."""
+MOST_LETTERS, MOST_NAMES = 200, 20_000  # of what nearest names are looked for, and among
+
 
 class Read(NamedTuple):
     """One dense block of edges: `n_destinations` destinations that read the same prefix of
@@ -214,20 +218,33 @@ class EdgeGraph:
         )
 
     @cached_property
-    def _index(self) -> dict[str, int]:
-        return {name: index for index, name in enumerate(self.edges)}
+    def _place(self) -> dict[str, int]:
+        return {name: index for index, name in enumerate(self.sources)}
+
+    @cached_property
+    def _rows(self) -> dict[str, range]:
+        """Of each destination, the places of its edges: from every source before it."""
+        starts = (
+            range(read.edges.start, read.edges.stop)[row * read.n_sources :][: read.n_sources]
+            for read in self.reads
+            for row in range(read.n_destinations)
+        )
+        return dict(zip(self.destinations, starts, strict=True))
 
     def index(self, name: str) -> int:
         """Place of an edge in the flat vector. Raises KeyError with the nearest names."""
-        try:
-            return self._index[name]
-        except KeyError:
-            raise KeyError(self._unknown_edge(name)) from None
+        source, arrow, destination = name.partition("->")
+        column, row = self._place.get(source), self._rows.get(destination)
+        if not arrow or column is None or row is None or column >= row.stop - row.start:
+            raise KeyError(self._unknown_edge(name))
+        return row.start + column
 
     def _unknown_edge(self, name: str) -> str:
         source, arrow, destination = name.partition("->")
+        first = f"{self.sources[0]}->{self.destinations[0]}"
+        if len(name) > MOST_LETTERS:
+            name = f"{name[:MOST_LETTERS]} …"
         if not arrow:
-            first = self.edges[0]
             return f"{name!r} is no edge: one is written 'source->destination', as {first!r}."
         span = destination.rpartition("@")[2] if "@" in destination else ""
         if bool(span) != bool(self.spans) or (span and span not in self.spans):
@@ -235,13 +252,16 @@ class EdgeGraph:
             return (
                 f"unknown edge {name!r}: this graph has {what}. Its spans are "
                 f"{', '.join(self.spans) or 'none'}"
-                f"{f', as in {self.edges[0]!r}' if self.spans else ''}."
+                f"{f', as in {first!r}' if self.spans else ''}."
             )
         sources = _nearest(source, self.sources)
         destinations = _nearest(destination, self.destinations)
-        near = [f"{s}->{d}" for s in sources for d in destinations if f"{s}->{d}" in self._index][
-            :4
-        ]
+        near = [
+            f"{s}->{d}"
+            for s in sources
+            for d in destinations
+            if self._place[s] < len(self._rows[d])
+        ][:4]
         if source in self.sources and destination in self.destinations:
             reason = f"{destination} comes before {source} writes"
         else:
@@ -293,12 +313,20 @@ class EdgeGraph:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> EdgeGraph:
-        """The graph that `to_dict` described. Raises ValueError for unknown or missing fields."""
+        """The graph that `to_dict` described. Raises ValueError for unknown, missing or wrong
+        fields, and for a graph of more than MOST_EDGES edges or MOST_DESTINATIONS destinations,
+        before anything is made of it.
+        """
         try:
-            given = {"spans": (), **fields}
-            return cls(**given | {"spans": tuple(given["spans"])})
+            given = {"spans": [], **fields}
+            wrong = [name for name, value in given.items() if not _fits(name, value)]
+            if wrong:
+                raise TypeError(f"{', '.join(f'{n}={given[n]!r:.100}' for n in wrong)}")
+            graph = cls(**given | {"spans": tuple(given["spans"])})
         except TypeError as error:
             raise ValueError(f"not the description of an edge graph: {error}") from None
+        _check_size(graph)
+        return graph
 
 
 def check_span_names(spans: tuple[str, ...]) -> None:
@@ -307,12 +335,36 @@ def check_span_names(spans: tuple[str, ...]) -> None:
     if bad or len(set(spans)) < len(spans):
         raise ValueError(
             f"spans {', '.join(map(repr, bad or spans))}: expected names that differ, of letters, "
-            "digits and any of +-_.' (as in a0.h3->a5.h2<q>@S1+1)."
+            "digits and any of +-_.', 100 at most (as in a0.h3->a5.h2<q>@S1+1)."
         )
 
 
-_SPAN_NAME = re.compile(r"[\w+\-.']+")
+def _fits(name: str, value: Any) -> bool:
+    """Whether a field of a file has the type of the graph's."""
+    if name == "spans":
+        return isinstance(value, list) and all(isinstance(span, str) for span in value)
+    return type(value) is (int if name in ("n_layers", "n_heads", "n_kv_heads") else bool)
+
+
+def _check_size(graph: EdgeGraph) -> None:
+    """Raise ValueError for a graph that is too large to be a file's, from its fields alone."""
+    layers, mlps = graph.n_layers, int(graph.has_mlp)
+    destinations = (layers * (graph.attention_destinations + mlps) + 1) * graph.n_spans
+    before = layers * graph.n_inputs + graph.sources_per_layer * layers * (layers - 1) // 2
+    edges = (graph.attention_destinations + mlps) * before + graph.n_sources
+    edges += 0 if graph.parallel else mlps * layers * graph.n_heads
+    edges *= graph.n_spans
+    if destinations > MOST_DESTINATIONS or edges > MOST_EDGES:
+        raise ValueError(
+            f"it says a graph of more than {MOST_EDGES:,} edges or {MOST_DESTINATIONS:,} "
+            "destinations, which no file may"
+        )
+
+
+_SPAN_NAME = re.compile(r"[\w+\-.']{1,100}")
 
 
 def _nearest(name: str, known: tuple[str, ...]) -> list[str]:
+    if len(name) > MOST_LETTERS or len(known) > MOST_NAMES:
+        return [name] if name in known else []
     return [name] if name in known else difflib.get_close_matches(name, known, n=3, cutoff=0.4)

@@ -27,8 +27,8 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import warnings
+import zipfile
 from collections.abc import Iterable
 from io import BytesIO
 from pathlib import Path
@@ -43,9 +43,11 @@ from tl_edgeprune.files import write_whole
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.positions import refuse_spans
 from tl_edgeprune.scores import EdgeScores
+from tl_edgeprune.strangers import check_file, damaged, first_line, read_json
 
 SHARED = ("same", "sum", "mean")
 FOLDED = ("same", "all", "any")
+FILE = "file of EAP-IG's"
 SHOWN = 3  # names that an error lists
 
 
@@ -380,17 +382,17 @@ def edge_names(graph: EdgeGraph) -> list[str]:
 def _read(path: str | os.PathLike[str], graph: EdgeGraph) -> tuple[Table, dict[str, Any]]:
     """A file's table, checked to be one of `graph`, and what metadata it gives."""
     check_graph(graph)
-    load = _load_json if _suffix(path) == ".json" else _load_pt
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no circuit at {path}.")
-    document = load(path)
+    check_file(path, "circuit")
+    document = read_json(path, FILE) if _suffix(path) == ".json" else _load_pt(path)
     config = document.get("cfg") if isinstance(document, dict) else None
     if not isinstance(config, dict):
         raise ValueError(f"{path} is no file of EAP-IG's: it has no 'cfg'.")
-    _check_config(path, config, graph)
     read = _table_of_json if _suffix(path) == ".json" else _table_of_pt
     width = {"d_model": config["d_model"]} if "d_model" in config else {}
-    return read(path, document, graph), {"imported_from": Path(path).name, **width}
+    with damaged(path):
+        _check_config(path, config, graph)
+        origin = {"imported_from": Path(path).name, **width}
+        return read(path, document, graph), origin
 
 
 def _suffix(path: str | os.PathLike[str]) -> str:
@@ -400,20 +402,26 @@ def _suffix(path: str | os.PathLike[str]) -> str:
     return suffix
 
 
-def _load_json(path: str | os.PathLike[str]) -> Any:
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON, or cut short ({error}).") from None
-
-
 def _load_pt(path: str | os.PathLike[str]) -> Any:
+    """Tensors and plain values that lie in the file as they are; no code of it is run.
+
+    Mapped, since torch otherwise reads as far as a tensor says, beyond what there is of it.
+    """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).partition("\n")[0]
+        with zipfile.ZipFile(path) as file:
+            parts = file.infolist()
+        if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
+            raise ValueError("it is packed")  # to any size
+        document = torch.load(os.fspath(path), map_location="cpu", weights_only=True, mmap=True)
+        sizes = {part.file_size for part in parts}
+        for name, value in document.items():
+            if isinstance(value, Tensor) and value.untyped_storage().nbytes() not in sizes:
+                raise ValueError(f"{name} is cut short")
+        return document
+    except Exception as error:  # a damaged one makes torch raise errors of many kinds
         raise ValueError(
-            f"{path} is no .pt file of tensors and plain values, or a damaged one ({reason})."
+            f"{path} is no .pt file of tensors and plain values, or a damaged one "
+            f"({first_line(error)})."
         ) from None
 
 

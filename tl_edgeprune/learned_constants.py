@@ -71,7 +71,6 @@ class LearnedConstants:
 
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Tensor]) -> None:
         """Go on from `tensors` and the optimiser's state, as `checkpoints.load` gives them."""
-        with torch.no_grad():
-            for name, move in zip(NAMES, self.moves, strict=True):
-                move.copy_(tensors[f"constants.{name}"])
+        for name, move in zip(NAMES, self.moves, strict=True):
+            checkpoints.restore(move, tensors, f"constants.{name}")
         checkpoints.load_optimizer(self.optimizer, state)

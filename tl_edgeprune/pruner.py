@@ -15,6 +15,7 @@ Bhaskar, Wettig, Friedman and Chen 2024, "Finding Transformer Circuits with Edge
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,10 @@ from torch import Tensor
 from tl_edgeprune import checkpoints
 from tl_edgeprune.circuit import Circuit, check_budget
 from tl_edgeprune.constants import OPTIMAL, Ablation, Constants
+from tl_edgeprune.distributed import Ranks
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.hooks import find_sites
+from tl_edgeprune.locks import held_file
 from tl_edgeprune.masked import MaskedModel, check_ablation
 from tl_edgeprune.masks import (
     Controller,
@@ -240,7 +243,8 @@ class EdgePruner:
 
         Ctrl-C ends the run with what it has found so far (`finished` is then False). `resume`
         continues from a checkpoint, to the same bits (on a CPU) as a run that was never stopped;
-        its settings, task and graph must be those of the checkpoint (ValueError).
+        its settings, task and graph must be those of the checkpoint (ValueError). A second run that
+        writes the same `checkpoint` at the same time is refused (BlockingIOError).
 
         Inside a process group (distributed.py) the processes share out each batch's pairs, and all
         get the same result; LostProcess where one of them ends or hangs.
@@ -254,7 +258,9 @@ class EdgePruner:
         if self.n_edges is not None:
             check_budget(self.n_edges, graph)
         engine = RecomputedModel if self.recompute else MaskedModel
-        with placed(model, self.dtype, self.device), engine.attach(model, graph) as run:
+        writes = self.checkpoint if Ranks.current().first else None
+        alone = held_file(writes) if writes else nullcontext()
+        with alone, placed(model, self.dtype, self.device), engine.attach(model, graph) as run:
             fit = Training(self, run, task, loss_of)
             if resume is not None:
                 fit.restore(resume)

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
@@ -25,9 +24,12 @@ from tl_edgeprune.circuit import Circuit, check_budget, check_scores, versions
 from tl_edgeprune.counts import edge_counts, longest_run
 from tl_edgeprune.files import write_whole
 from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.strangers import damaged, of_kind
+from tl_edgeprune.tensor_files import floats, read_tensors
 
 FORMAT = 1
 KIND = "tl_edgeprune scores"
+HINT = "Expected one written by EdgeScores.save."
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -147,32 +149,20 @@ class EdgeScores:
         """Read what `save` wrote. Raises FileNotFoundError, and ValueError for a damaged file or
         one of another format.
         """
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"no scores at {path}.")
-        try:
-            with safe_open(path, framework="pt") as file:
-                document = json.loads((file.metadata() or {}).get("tl_edgeprune", "null"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, json.JSONDecodeError) as error:
-            raise ValueError(
-                f"{path} is no file of scores, or a damaged one ({error}): expected one written by "
-                "EdgeScores.save."
-            ) from None
+        tensors, document = read_tensors(path, "tl_edgeprune", "file of scores", HINT)
         if not isinstance(document, dict) or document.get("kind") != KIND:
-            raise ValueError(
-                f"{path} is no file of scores: expected one written by EdgeScores.save."
-            )
+            raise ValueError(f"{path} is no file of scores. {HINT}")
         if document.get("format") != FORMAT:
             raise ValueError(
-                f"{path} has format {document.get('format')!r}, this version reads {FORMAT}: save "
-                "it again with the version that wrote it, or score the edges anew."
+                f"{path} has format {document.get('format')!r:.100}, this version reads {FORMAT}: "
+                "save it again with the version that wrote it, or score the edges anew."
             )
-        try:
+        with damaged(path):
             graph = EdgeGraph.from_dict(document["graph"])
-            metadata, by_magnitude = dict(document["metadata"]), bool(document["by_magnitude"])
-            return cls(graph, tensors["scores"], metadata, by_magnitude)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is damaged: {error}.") from None
+            metadata = of_kind(document["metadata"], dict, "metadata")
+            by_magnitude = of_kind(document["by_magnitude"], bool, "by_magnitude")
+            scores = floats(tensors, "scores", (graph.n_edges,))
+            return cls(graph, scores, metadata, by_magnitude)
 
     # ---------------------------------------------------------------------------- others' formats
 

@@ -33,6 +33,7 @@ from tl_edgeprune.methods.mask_ig import mask_path
 from tl_edgeprune.objectives import Objective
 from tl_edgeprune.positions import any_task_for
 from tl_edgeprune.scores import EdgeScores
+from tl_edgeprune.strangers import damaged, of_kind
 from tl_edgeprune.tasks.stream import AnyTask, identity, sample
 from tl_edgeprune.teacher import Teacher
 
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from tl_edgeprune.pruner import EdgePruner
 
 History = list[dict[str, float | int]]
+HISTORY = ("step", "loss", "edges", "target", "seconds")
 WARM_STEPS, WARM_PAIRS = 5, 32
 EPOCHS = 10_000_000  # epochs' seeds lie beyond those of steps
 
@@ -336,26 +338,42 @@ class Training:
         return f"The run ends after {step} steps; it goes on by fit(…, resume={str(path)!r})."
 
     def restore(self, path: str | Path) -> None:
+        """Go on from a checkpoint. Raises FileNotFoundError, and ValueError for a damaged one and
+        one of another run.
+        """
         tensors, states, note = checkpoints.load(path)
         for key, value in self.identity.items():
-            if note[key] != value:
+            if note.get(key) != value:
                 raise ValueError(
-                    f"checkpoint {path} is of another run: its {key} is {note[key]}, this run's "
-                    f"{value}."
+                    f"checkpoint {path} is of another run: its {key} is "
+                    f"{note.get(key)!s:.1000}, this run's {value}."
                 )
-        self.history, self.seconds_before = note["history"], note["seconds"]
+        with damaged(path, "Start the run anew."):
+            self._restore(tensors, states, note)
+
+    def _restore(
+        self, tensors: dict[str, Tensor], states: checkpoints.States, note: dict[str, Any]
+    ) -> None:
+        self.history = [
+            _entry(*each) for each in enumerate(of_kind(note["history"], list, "history"))
+        ]
+        self.seconds_before = of_kind(note["seconds"], float, "seconds")
         mine = {"log_alpha": self.log_alpha, "average": self.average, **self._multipliers()}
         if self.node_log_alpha is not None:
             mine["node_log_alpha"] = self.node_log_alpha
-        with torch.no_grad():
-            for name, tensor in mine.items():
-                tensor.copy_(tensors[name])
+        for name, tensor in mine.items():
+            checkpoints.restore(tensor, tensors, name)
         checkpoints.load_optimizer(self.optimizer, states["optimizer"])
         if self.multipliers is not None:
             checkpoints.load_optimizer(self.multipliers, states["multipliers"])
         if self.constants is not None:
             self.constants.restore(tensors, states["constants"])
-        self.place = tuple(note["place"])
+        epoch, chunk, done = (
+            of_kind(n, int, "place") for n in of_kind(note["place"], list, "place")
+        )
+        if min(epoch, chunk, done) < 0 or max(epoch, chunk, done) > 2**53:
+            raise ValueError(f"place is {note['place']}")
+        self.place = (epoch, chunk, done)
         self.feed.go_to(self.place)
 
     @cached_property
@@ -410,6 +428,13 @@ class Training:
             f"{last['target']:,.0f}"
         )
         bar.update()
+
+
+def _entry(step: int, entry: Any) -> dict[str, float | int]:
+    """The history's entry of a step. Raises KeyError or ValueError for none."""
+    if entry["step"] != step:
+        raise ValueError(f"history has step {entry['step']} in place of {step}")
+    return {name: of_kind(entry[name], float, name) for name in HISTORY}
 
 
 def rank_quantiles(scores: Float[Tensor, " edge"]) -> Float[Tensor, " edge"]:

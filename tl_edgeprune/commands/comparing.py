@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from tl_edgeprune.commands.method_settings import compared_settings
-from tl_edgeprune.commands.run_folder import PICTURE, SETTINGS, TABLE, Run, check_free, held
+from tl_edgeprune.commands.run_folder import AGAIN, PICTURE, SETTINGS, TABLE, Run, check_free
 from tl_edgeprune.compare import compare
 from tl_edgeprune.comparison import Comparison
 from tl_edgeprune.files import write_whole
+from tl_edgeprune.locks import held
+from tl_edgeprune.strangers import damaged, of_kind
 
+KINDS = {"methods": list, "sizes": list, "settings": dict, "absolute": bool, "alive": bool}
+KINDS |= {"ablation": str, "batch_size": int}
 MAY_DIFFER = ("methods", "settings", "batch_size")
 
 
@@ -25,9 +29,9 @@ def check_same(folder: Path, run: Run) -> None:
     before = Run.read(folder)
     there, here = ({**r.inputs.to_dict(), **r.settings} for r in (before, run))
     for name, value in json.loads(json.dumps(here)).items():
-        if name not in MAY_DIFFER and there[name] != value:
+        if name not in MAY_DIFFER and there.get(name) != value:
             raise FileExistsError(
-                f"--out {folder} holds a comparison with {name} {there[name]!r}, here it is "
+                f"--out {folder} holds a comparison with {name} {there.get(name)!r}, here it is "
                 f"{value!r}: give a new folder, or go on with tl-edgeprune resume {folder}."
             )
 
@@ -35,8 +39,11 @@ def check_same(folder: Path, run: Run) -> None:
 def compare_in(folder: Path, run: Run, *, as_json: bool, progress: bool = True) -> None:
     """Make what is not in the folder yet, and write the table and the picture."""
     settings, inputs = dict(run.settings), run.inputs
-    methods, own = settings.pop("methods"), settings.pop("settings")
-    with held(folder), run.begun(folder):
+    with damaged(folder / SETTINGS, AGAIN):
+        _check_kinds(settings)
+        methods, own = settings.pop("methods"), settings.pop("settings")
+        compared = {name: compared_settings(name, given) for name, given in own.items()}
+    with held(folder), run.begun(folder, new=False):
         model = inputs.load_model()
         train, held_out = inputs.split(inputs.load_pairs(model))
         try:
@@ -46,7 +53,7 @@ def compare_in(folder: Path, run: Run, *, as_json: bool, progress: bool = True) 
                 held_out,
                 methods,
                 settings.pop("sizes"),
-                settings={name: compared_settings(name, given) for name, given in own.items()},
+                settings=compared,
                 seed=inputs.seed,
                 path=folder,
                 progress=progress and not as_json,
@@ -57,6 +64,14 @@ def compare_in(folder: Path, run: Run, *, as_json: bool, progress: bool = True) 
         write_whole(folder / TABLE, found.table.to_csv(index=False).encode())
         found.plot(folder / PICTURE)
     _show(folder, found, as_json)
+
+
+def _check_kinds(settings: dict[str, Any]) -> None:
+    """Raise KeyError or ValueError for settings that no comparison has."""
+    for name, kind in KINDS.items():
+        of_kind(settings[name], kind, name)
+    if set(settings) - set(KINDS):
+        raise ValueError(f"settings of a comparison are {', '.join(KINDS)}")
 
 
 def _show(folder: Path, found: Comparison, as_json: bool) -> None:

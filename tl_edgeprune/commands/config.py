@@ -16,7 +16,10 @@ from typing import Annotated, Any
 
 import typer
 
+from tl_edgeprune.strangers import read_text
+
 NOT_IN_FILES = ("config", "help")
+MOST_BYTES, MOST_VALUES = 2**20, 10_000
 
 
 def take(ctx: Any, path: Path | None) -> Path | None:
@@ -48,7 +51,16 @@ def read(path: Path) -> dict[str, Any]:
     """The file's table. Raises OSError for no file, and ValueError for one that is none."""
     if not path.is_file():
         raise FileNotFoundError("no such file.")
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path, "file of settings", MOST_BYTES)
+    try:
+        document = _document(path, text)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    _check_size(document)
+    return document
+
+
+def _document(path: Path, text: str) -> dict[str, Any]:
     if path.suffix == ".toml":
         return tomllib.loads(text)
     if path.suffix not in (".yaml", ".yml"):
@@ -62,6 +74,22 @@ def read(path: Path) -> dict[str, Any]:
     if not isinstance(document, dict | None):
         raise ValueError(f"it holds a {type(document).__name__}, expected NAME: VALUE.")
     return document or {}
+
+
+def _check_size(document: Any) -> None:
+    """Raise ValueError above MOST_VALUES values, those that YAML repeats by a name counted as often
+    as they are repeated.
+    """
+    left, seen = [document], 0
+    while left:
+        value = left.pop()
+        seen += 1
+        if seen > MOST_VALUES:
+            raise ValueError(f"it holds more than {MOST_VALUES:,} values")
+        if isinstance(value, Mapping):
+            left += [*value.keys(), *value.values()]
+        elif isinstance(value, list | tuple | set):
+            left += value
 
 
 def _section(

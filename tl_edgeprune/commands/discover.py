@@ -11,8 +11,9 @@ import typer
 from tl_edgeprune.commands import options
 from tl_edgeprune.commands.inputs import HELD_OUT, Inputs
 from tl_edgeprune.commands.named import parsed
-from tl_edgeprune.commands.run_folder import Run, check_free, held
+from tl_edgeprune.commands.run_folder import Run, check_free
 from tl_edgeprune.commands.told import told
+from tl_edgeprune.locks import held
 
 
 @told
@@ -80,7 +81,7 @@ def _find(out: Path, run: Run, method: str, settings: dict[str, Any], as_json: b
     from tl_edgeprune.methods.registry import discover as find
 
     wanted, inputs = run.settings, run.inputs
-    with held(out), run.begun(out):
+    with held(out), run.begun(out, new=True):
         loaded = inputs.load_model()
         found_on, judged_on = inputs.split(inputs.load_pairs(loaded))
         found = find(loaded, found_on, method, **settings)

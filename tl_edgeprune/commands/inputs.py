@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from tl_edgeprune.commands.named import checked
+from tl_edgeprune.strangers import of_kind
 
 PAIRS, HELD_OUT = 256, 0.25
+DTYPES, CLASSES = ("float32", "bfloat16", "float16"), ("bridge", "hooked")
 HINTS: dict[str, Any] = {str(t): t for t in (bool | None, str | None)} | {
     t.__name__: t for t in (bool, int, str)
 }
@@ -94,6 +96,19 @@ class Inputs:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: Any) -> Inputs:
+        """The inputs that `to_dict` described. Raises ValueError or TypeError for other fields."""
+        given = of_kind(fields, dict, "inputs")
+        kinds = {"held_out": float, "seed": int, "pairs": int, "options": dict}
+        for name, value in given.items():
+            if value is not None or name not in ("pairs", "device"):
+                of_kind(value, kinds.get(name, str), name)
+        for name, known in (("dtype", DTYPES), ("cls", CLASSES)):
+            if given.get(name, known[0]) not in known:
+                raise ValueError(f"{name} {given[name]!r}, expected one of {', '.join(known)}")
+        return cls(**given)
 
 
 def is_file_task(task: str) -> bool:

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from tl_edgeprune.commands.inputs import Inputs
 from tl_edgeprune.commands.told import MISTAKES
 from tl_edgeprune.files import write_whole
+from tl_edgeprune.strangers import damaged, of_kind, read_json
 
 FORMAT, KIND = 1, "tl_edgeprune run"
+AGAIN = "If its version is another, or it cannot be repaired, start the run in another folder."
 SETTINGS, CHECKPOINT = "settings.json", "checkpoint.safetensors"
 CIRCUIT, SCORES, EVALUATION = "circuit.json", "scores.safetensors", "evaluation.json"
 CONSTANTS, HISTORY, PAGE = "constants.safetensors", "history.png", "circuit.html"
@@ -59,22 +59,17 @@ class Run:
                 f"{folder} holds no run: it has no {SETTINGS}. Give a folder that tl-edgeprune "
                 "prune … --out wrote."
             )
-        try:
-            document = json.loads(path.read_text(encoding="utf-8"))
+        document = read_json(path, "file of settings", AGAIN)
+        with damaged(path, AGAIN):
             if (document["kind"], document["format"]) != (KIND, FORMAT):
                 raise ValueError(f"kind {document['kind']!r}, format {document['format']!r}")
             return cls(
-                document["command"],
-                Inputs(**document["inputs"]),
-                document["settings"],
-                document["versions"],
-                document["command_line"],
+                of_kind(document["command"], str, "command"),
+                Inputs.from_dict(document["inputs"]),
+                of_kind(document["settings"], dict, "settings"),
+                of_kind(document["versions"], dict, "versions"),
+                of_kind(document["command_line"], str, "command_line"),
             )
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(
-                f"{path} is damaged or of another version ({error!r}): start the run anew in "
-                "another folder."
-            ) from None
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -89,10 +84,13 @@ class Run:
         }
 
     @contextmanager
-    def begun(self, folder: Path) -> Iterator[None]:
-        """settings.json in the folder. A mistake that shows before there is anything else puts back
-        what was there, so that the folder is free for the next try.
+    def begun(self, folder: Path, *, new: bool) -> Iterator[None]:
+        """settings.json in the folder, which is this run's or, for a new run, free (`check_free`).
+        A mistake that shows before there is anything else puts back what was there, so that the
+        folder is free for the next try.
         """
+        if new:
+            check_free(folder)
         path = folder / SETTINGS
         before = path.read_bytes() if path.is_file() else None
         write_json(path, self.to_dict())
@@ -120,27 +118,6 @@ def check_free(folder: Path) -> None:
         raise FileExistsError(
             f"--out {folder} holds another run ({', '.join(found)}): {further} give a new folder."
         )
-
-
-@contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Keep other processes out of the folder, which is made. Raises BlockingIOError for a second
-    one.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"{folder} is a file: give a folder.")
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise BlockingIOError(
-            f"another process works in {folder}: wait for it to end, or give another folder."
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def write_json(path: Path, document: Any) -> None:

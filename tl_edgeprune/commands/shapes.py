@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from tl_edgeprune.planner import SHAPES, Shape
+from tl_edgeprune.strangers import read_json
 
 LLAMAS = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -18,7 +18,7 @@ def shape_of(model: str) -> Shape | None:
     if not path.is_file():
         return None
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path, "model's config")
         if config.get("model_type") in LLAMAS:
             return _llama(Path(model).name, config)
         return _gpt2(Path(model).name, config) if config.get("model_type") == "gpt2" else None

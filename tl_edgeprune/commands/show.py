@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +9,8 @@ import typer
 
 from tl_edgeprune.commands.run_folder import EVALUATION
 from tl_edgeprune.commands.told import told
+from tl_edgeprune.files import write_whole
+from tl_edgeprune.strangers import damaged, of_kind, read_json
 
 
 @told
@@ -64,7 +65,7 @@ def show(
             found.draw(path, other=second, title=title)
     if dot is not None:
         dot.parent.mkdir(parents=True, exist_ok=True)
-        dot.write_text(found.to_dot(), encoding="utf-8")
+        write_whole(dot, found.to_dot().encode("utf-8", "replace"))
     print(f"{out}: {found.n_edges:,} of {found.graph.n_edges:,} edges. Open it in a browser.")
 
 
@@ -73,10 +74,10 @@ def _figures(circuit: Path) -> dict[str, Any] | None:
     path = circuit.with_name(EVALUATION)
     if not path.is_file():
         return None
-    try:
-        figures = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        figures = None
-    if not isinstance(figures, dict):
-        raise ValueError(f"{path} is damaged: write it anew by tl-edgeprune evaluate --out.")
+    hint = "Write it anew by tl-edgeprune evaluate --out."
+    figures = read_json(path, "file of figures", hint)
+    with damaged(path, hint):
+        for name, value in of_kind(figures, dict, "the whole").items():
+            if value is not None:
+                of_kind(value, float, name)
     return figures

@@ -16,6 +16,7 @@ from typing import Any
 
 from tl_edgeprune.commands.pruner_settings import made
 from tl_edgeprune.commands.run_folder import (
+    AGAIN,
     CHECKPOINT,
     CIRCUIT,
     CONSTANTS,
@@ -23,16 +24,17 @@ from tl_edgeprune.commands.run_folder import (
     HISTORY,
     PAGE,
     SCORES,
+    SETTINGS,
     Run,
-    check_free,
-    held,
     write_json,
 )
 from tl_edgeprune.commands.told import processes
 from tl_edgeprune.evaluate import Evaluation, evaluate
+from tl_edgeprune.locks import held
 from tl_edgeprune.pruner import EdgePruner, PruneResult
 from tl_edgeprune.report import plot_history
 from tl_edgeprune.report.readable import title_of
+from tl_edgeprune.strangers import damaged
 from tl_edgeprune.tasks import Task
 
 
@@ -48,11 +50,11 @@ def pruner_of(run: Run, folder: Path, progress: bool = True) -> EdgePruner:
 
 def train(folder: Path, run: Run, *, new: bool, as_json: bool, progress: bool = True) -> None:
     """Begin the folder's run, or go on with it, and write what it finds."""
-    pruner = pruner_of(run, folder, progress=progress and not as_json)
+    with nullcontext() if new else damaged(folder / SETTINGS, AGAIN):
+        pruner = pruner_of(run, folder, progress=progress and not as_json)
     with processes() as ranks, held(folder) if ranks.first else nullcontext(), ExitStack() as stack:
         if new and ranks.first:
-            check_free(folder)
-            stack.enter_context(run.begun(folder))
+            stack.enter_context(run.begun(folder, new=True))
         model = run.inputs.load_model()
         found_on, held_out = run.inputs.split(run.inputs.load_pairs(model))
         if ranks.first and not as_json:

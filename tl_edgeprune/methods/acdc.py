@@ -27,6 +27,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -40,17 +41,20 @@ from tl_edgeprune.constants import Ablation
 from tl_edgeprune.cuts import PartCuts, WholeCuts, find_cuts
 from tl_edgeprune.files import write_whole
 from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.locks import held_file
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.methods import bisect
 from tl_edgeprune.methods.gradients import origin
 from tl_edgeprune.methods.sequence import one_by_one
 from tl_edgeprune.objectives import Objective, find_objective
 from tl_edgeprune.positions import graph_at
+from tl_edgeprune.strangers import damaged, of_kind, read_json
 from tl_edgeprune.tasks.task import Task
 from tl_edgeprune.teacher import Teacher, check_vocabulary
 
 SEARCHES = ("exact", "bisect")
 SAVE_SECONDS = 30.0
+ANEW = "Remove it to start anew."
 
 
 def acdc(
@@ -99,7 +103,8 @@ def acdc(
         threshold=float(threshold),
         search=search,
     )
-    with MaskedModel.attach(model, graph) as run:
+    alone = nullcontext() if checkpoint is None else held_file(checkpoint)
+    with alone, MaskedModel.attach(model, graph) as run:
         saved = _Saved(checkpoint, about | {"graph": run.graph.to_dict(), "pairs": _digest(task)})
         mask, start, runs = saved.load(run.graph)
         teacher = Teacher(run, task, ablation, batch_size=batch_size, max_bytes=0)
@@ -178,16 +183,16 @@ class _Saved:
         mask = torch.ones(graph.n_edges, dtype=torch.bool)
         if self._path is None or not self._path.exists():
             return mask, graph.n_edges, 0
-        try:
-            document = json.loads(self._path.read_text(encoding="utf-8"))
-            about, removed = document["about"], document["removed"]
+        document = read_json(self._path, "checkpoint of ACDC", ANEW)
+        with damaged(self._path, ANEW):
+            about = of_kind(document["about"], dict, "about")
+            removed = of_kind(document["removed"], list, "removed")
+            decided = of_kind(document["decided_from"], int, "decided_from")
+            runs = of_kind(document["runs"], int, "runs")
+            places = [decided, *(of_kind(edge, int, "an edge") for edge in removed)]
+            if not all(0 <= place <= graph.n_edges for place in places) or runs < 0:
+                raise ValueError("it has edges that this graph has not")
             mask[torch.tensor(removed, dtype=torch.long)] = False
-            decided, runs = int(document["decided_from"]), int(document["runs"])
-        except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise ValueError(
-                f"{self._path} is no checkpoint of ACDC, or a damaged one ({error}): remove it to "
-                "start anew."
-            ) from None
         if about != self._about:
             different = sorted(k for k in self._about if about.get(k) != self._about[k])
             raise ValueError(

@@ -81,7 +81,7 @@ def write_html(
         explanation=explanation,
     )
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, html_of(page).encode("utf-8"))
+    write_whole(path, html_of(page).encode("utf-8", "replace"))
 
 
 def html_of(page: Page) -> str:

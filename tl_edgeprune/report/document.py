@@ -204,7 +204,8 @@ def _figures(measures: Any, circuits: Sequence[Circuit]) -> list[Lines]:
         given = list(measures)
     else:
         given = [measures, *[None] * (len(circuits) - 1)]
-    known = [each.metadata.get("held_out", {}) for each in circuits]
+    told = [each.metadata.get("held_out") for each in circuits]
+    known = [figures if isinstance(figures, Mapping) else {} for figures in told]
     return [measure_lines(k if g is None else g) for g, k in zip(given, known, strict=True)]
 
 

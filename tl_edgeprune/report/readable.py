@@ -79,8 +79,10 @@ def _label(name: str) -> str:
 
 def _figure(name: str, figures: Mapping[str, Any]) -> str:
     value = figures[name]
-    if isinstance(value, bool | str):
-        return str(value)
+    if isinstance(value, str):
+        return value
+    if not _is_number(value, *(figures.get(f"{name}_{of}") for of in ("sem", "full"))):
+        return _written(value)
     if name in ("exact_match", "accuracy", "wrong_agreement", "recovered"):
         return f"{100 * value:.1f} %"
     if name in ("kl", "js"):
@@ -90,6 +92,16 @@ def _figure(name: str, figures: Mapping[str, Any]) -> str:
         full = figures.get(f"{name}_full")
         return f"{value:.2f}" + ("" if full is None else f" (full {full:.2f})")
     return _written(value)
+
+
+def _is_number(*values: Any) -> bool:
+    """Whether each of the values is a number that text can round, or missing."""
+    try:
+        return all(
+            value is None or (type(value) is not bool and abs(value) < 1e300) for value in values
+        )
+    except TypeError:
+        return False
 
 
 def _written(value: Any) -> str:

@@ -31,6 +31,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from tl_edgeprune.graph import check_span_names
+from tl_edgeprune.strangers import parse_json, read_text
 from tl_edgeprune.tasks.task import SET_FIELDS, Task, lay_out_spans
 from tl_edgeprune.tasks.tokens import (
     answer_in_context,
@@ -72,7 +73,7 @@ def from_jsonl(
             prompt or over one another.
     """
     path = Path(path)
-    lines = enumerate(path.read_text(encoding="utf-8").split("\n"), start=1)
+    lines = enumerate(read_text(path, "file of prompt pairs").split("\n"), start=1)
     entries = ((f"line {number}", line) for number, line in lines if line.strip())
     pairs, prepend_bos = read_pairs(str(path), entries, record_of, model, prepend_bos, split)
     return task_of(path.stem, pairs, prepend_bos)
@@ -123,11 +124,13 @@ def task_of(name: str, pairs: list[dict[str, Any]], prepend_bos: bool) -> Task:
 def record_of(line: str) -> dict[str, Any]:
     """A line's object; ValueError where it is none, or lacks a text."""
     try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not valid JSON ({error}).") from error
+        record = parse_json(line)
+    except ValueError as error:
+        raise ValueError(f"{error}.") from error
     if not isinstance(record, dict):
         raise ValueError(f"a JSON {type(record).__name__}, expected an object.")
+    if r"\ud" in line.lower():
+        json.dumps(record, ensure_ascii=False).encode()  # a ValueError for half a character
     return checked_record(record)
 
 
@@ -135,7 +138,9 @@ def checked_record(record: dict[str, Any]) -> dict[str, Any]:
     """The record itself; ValueError where it lacks a text."""
     for key in ("clean", "corrupted"):
         if not isinstance(record.get(key), str):
-            raise ValueError(f'"{key}" is {record.get(key)!r}, expected a text.')
+            raise ValueError(f'"{key}" is {record.get(key)!r:.200}, expected a text.')
+    if not isinstance(record.get("split"), str | None):
+        raise ValueError(f'"split" is {record["split"]!r:.200}, expected a text.')
     return record
 
 

@@ -17,10 +17,13 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from tl_edgeprune.strangers import check_file
 from tl_edgeprune.tasks.jsonl import encode_pair, record_of, task_of
 from tl_edgeprune.tasks.stream import CHUNK_SIZE, TaskStream
 from tl_edgeprune.tasks.task import Task
 from tl_edgeprune.tasks.tokens import resolve_prepend_bos, tokenizer_of
+
+MOST_BYTES = 2**24  # of a line, which is held whole
 
 
 class Mark(NamedTuple):
@@ -56,6 +59,7 @@ def stream_jsonl(
             this split; and later, a file that has changed, or lines as `from_jsonl` refuses them.
     """
     path = Path(path)
+    check_file(path, "file of prompt pairs")
     tokenizer, prepend_bos = tokenizer_of(model), resolve_prepend_bos(model, prepend_bos)
     opened = _stamp(path)
     index = _index(path, split, chunk_size)
@@ -113,7 +117,12 @@ def _all_records(
     path: Path, file: Any, start: Mark, digest: Any = None
 ) -> Iterator[tuple[Mark, dict[str, Any]]]:
     byte = start.byte
-    for number, line in enumerate(file, start=start.line):
+    lines = iter(lambda: file.readline(MOST_BYTES), b"")
+    for number, line in enumerate(lines, start=start.line):
+        if len(line) == MOST_BYTES:
+            raise ValueError(
+                f"{path}, line {number}: {MOST_BYTES:,} bytes or more, expected fewer."
+            )
         if digest is not None:
             digest.update(line)
         if line.strip():
