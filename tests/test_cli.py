@@ -187,7 +187,7 @@ def test_a_dry_run_runs_nothing(model: str, task: str, tmp_path: Path, monkeypat
     loaded = tl_edgeprune.EdgeGraph(2, 4, 2)
     assert (plan["edges"], plan["steps"], plan["pairs_a_step"]) == (loaded.n_edges, 7, 4)
     assert (plan["pairs_found_on"], plan["pairs_judged_on"]) == (12, 4)
-    assert plan["bytes_with_recompute"]["in_all"] > 0 and plan["seconds_at_least"] > 0
+    assert plan["bytes_with_recompute"]["in all"] > 0 and plan["seconds_at_least"] > 0
     assert "Nothing was run." in told(*asked).stdout
     methods = {"eap": [], "ugs": ["--set", "steps=3"], "exact": []}
     for name, more in methods.items():

@@ -73,6 +73,8 @@ class Evaluation:
             lines.append(
                 f"prob diff       {self.prob_diff:.3f} (full model {self.prob_diff_full:.3f})"
             )
+        if self.logit_diff is None and self.prob_diff is None:
+            lines.append(f"squared error   {self.mse:.3g}")
         lines.append(f"exact match     {100 * self.exact_match:.1f} %")
         if self.accuracy is not None:
             lines.append(f"accuracy        {100 * self.accuracy:.1f} %")

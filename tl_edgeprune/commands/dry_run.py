@@ -42,7 +42,7 @@ GRADIENTS |= dict.fromkeys(("eap-ig", "eap-ig-activations", "mask-ig"), 0)  # as
 def pruning(run: Run, pos: int) -> dict[str, Any]:
     """What a run of Edge Pruning would be."""
     settings, shape = run.settings, shape_of(run.inputs.model)
-    graph = None if shape is None else _graph(shape, settings)
+    graph = None if shape is None or settings["positions"] else _graph(shape, settings)
     _check(graph, pos, [settings["n_edges"]])
     plan = _common(run.inputs, graph, pos) | {
         "n_edges": settings["n_edges"],
@@ -56,7 +56,7 @@ def pruning(run: Run, pos: int) -> dict[str, Any]:
     floor += _judging(run.inputs, shape, pos, 1)
     memory = step_bytes(shape, work)
     return plan | {
-        "bytes_with_recompute": {**memory, "in_all": sum(memory.values())},
+        "bytes_with_recompute": {**memory, "in all": sum(memory.values())},
         "seconds_at_least": _seconds(run.inputs, floor),
     }
 
@@ -69,7 +69,8 @@ def discovering(
 ) -> dict[str, Any]:
     """What runs of these methods would be, their settings by name."""
     sizes, shape = list(sizes), shape_of(inputs.model)
-    graph = None if shape is None else shape.graph
+    in_spans = any(own.get("positions") for own in methods.values())  # as many edges as in the task
+    graph = None if shape is None or in_spans else shape.graph
     _check(graph, pos, sizes)
     plan = _common(inputs, graph, pos) | {"methods": list(methods), "sizes": sizes}
     plan["steps"] = {name: _count(name, own, "steps") for name, own in methods.items()}
@@ -208,7 +209,7 @@ def _fastest(work: Callable[[], Any], device: str) -> float:
 
 
 def _words(name: str) -> str:
-    return name.replace("_", " ")
+    return "edges to keep" if name == "n_edges" else name.replace("_", " ")
 
 
 def _shown(name: str, value: Any, unknown: str) -> str:

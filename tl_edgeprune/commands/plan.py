@@ -16,7 +16,7 @@ RESERVED = 2e9  # a GPU's own context and its libraries' workspaces
 
 @told
 def plan(
-    model: Annotated[str, typer.Option(help="A shape's name, as benchmarks/scale.py takes.")],
+    model: Annotated[str, typer.Option(help="gpt2, smollm2-135m, llama-3-8b or codellama-13b.")],
     gpu_memory: Annotated[float, typer.Option(help="The GPU's memory in GB (10^9 bytes).")],
     pos: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 64,
     pairs: Annotated[int | None, typer.Option(help="Pairs a step; else what fits.")] = None,
