@@ -114,7 +114,7 @@ def _graph(shape: Shape, settings: Mapping[str, Any]) -> EdgeGraph:
 
 def _check(graph: EdgeGraph | None, pos: int, sizes: Iterable[int | None]) -> None:
     if pos < 1:
-        raise ValueError(f"--pos {pos}: expected 1 or more.")
+        raise ValueError(f"--tokens {pos}: expected 1 or more.")
     for size in sizes:
         if graph is not None and size is not None:
             check_budget(size, graph)
