@@ -177,6 +177,8 @@ def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:
         circuit.report(path, other=circuit, names=("a", "b", "c"))
     with pytest.raises(ValueError, match="3 measures for 1 circuits"):
         circuit.report(path, measures=[{}, {}, {}])
+    with pytest.raises(ValueError, match=r"end its name in \.html"):
+        circuit.report(path.with_suffix(".png"))
     assert not list(tmp_path.iterdir())
 
 

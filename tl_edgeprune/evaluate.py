@@ -147,10 +147,15 @@ def evaluate_groups(
     }
 
 
-def check_circuit(model: Any, circuit: Circuit) -> None:
+def check_circuit(model: Any, circuit: Any) -> None:
     """Raise ValueError unless the circuit's graph, and where it matters its weights, are the
-    model's.
+    model's, and TypeError for what is no circuit.
     """
+    if not isinstance(circuit, Circuit):
+        raise TypeError(
+            f"expected a Circuit, got a {type(circuit).__name__}: take result.circuit of a run, "
+            "scores.top(k) of scores, or Circuit.from_edges(graph, names)."
+        )
     check_origin(model, circuit.graph, circuit.metadata)
 
 

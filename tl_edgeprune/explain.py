@@ -62,8 +62,15 @@ def explain(
 
     An edge that the others make up for has no rise, and one that only keeps other answers down may
     have one below 0. Raises ValueError for more than 500 edges where none are named, for named ones
-    that the circuit does not keep, and as `evaluate` does; KeyError for an unknown edge.
+    that the circuit does not keep, and as `evaluate` does; KeyError for an unknown edge;
+    NotImplementedError for a circuit whose edges have positions.
     """
+    if circuit.graph.spans:
+        raise NotImplementedError(
+            "explain: this circuit's edges have positions, and only edges without are explained. "
+            "Find a circuit without positions=…; exact scores of edges with them are "
+            "discover(…, method='exact', positions=…)."
+        )
     wanted = _wanted(circuit, edges)
     loss_of, score = find_objective(objective, task), answer_score(task)
     check_origin(model, circuit.graph, circuit.metadata)
