@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import tl_edgeprune
 from tl_edgeprune.circuit import Circuit
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.scores import EdgeScores
@@ -69,6 +70,7 @@ def test_a_file_names_its_edges_and_the_libraries(saved):
     assert {"tl_edgeprune", "transformer-lens", "transformers", "torch"} <= set(
         document["versions"]
     )
+    assert document["versions"]["tl_edgeprune"] == tl_edgeprune.__version__
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])

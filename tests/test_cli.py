@@ -95,11 +95,13 @@ def test_show_draws_two_circuits_in_every_form(run: Path, tmp_path: Path) -> Non
     files = {name: tmp_path / "new" / f"x.{name}" for name in ("html", "svg", "png", "dot")}
     pictures = [word for name in ("svg", "png", "dot") for word in (f"--{name}", files[name])]
     arguments = ["--out", files["html"], "--other", other, *pictures]
-    assert told("show", run / "circuit.json", *arguments).exit_code == 0
+    shown = told("show", run / "circuit.json", *arguments)
+    assert shown.exit_code == 0
     assert '"mode":"overlay"' in files["html"].read_text(encoding="utf-8")
     assert "in both (20)" in files["svg"].read_text(encoding="utf-8")
     assert files["png"].read_bytes()[:4] == b"\x89PNG"
     assert files["dot"].read_text(encoding="utf-8") == circuit.to_dot()
+    assert all(str(path) in shown.stdout for path in files.values())
     wrong = mistake("show", run / "circuit.json", "--svg", tmp_path / "x.png")
     assert "its name must end in .svg" in wrong
 
@@ -107,11 +109,13 @@ def test_show_draws_two_circuits_in_every_form(run: Path, tmp_path: Path) -> Non
 def test_discover_saves_scores_and_a_circuit(model: str, task: str, tmp_path: Path) -> None:
     out = tmp_path / "ig"
     arguments = ["--method", "mask-ig", "--set", "batch_size=4", "--n-edges", 15, "--out", out]
+    arguments += ["--ablation", "zero"]
     result = told("discover", model, task, *arguments, "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["evaluation"]["n_edges"] == 15
     scores = EdgeScores.load(out / "scores.safetensors")
-    assert scores.top(15) == Circuit.load(out / "circuit.json")
+    circuit = Circuit.load(out / "circuit.json")
+    assert scores.top(15) == circuit and circuit.metadata["ablation"] == "zero"
     judged = json.loads(told("evaluate", out / "circuit.json", "--json").stdout)
     assert judged["n_edges"] == 15 and judged["n_pairs"] == 4
 
@@ -187,7 +191,7 @@ def test_a_dry_run_runs_nothing(model: str, task: str, tmp_path: Path, monkeypat
     loaded = tl_edgeprune.EdgeGraph(2, 4, 2)
     assert (plan["edges"], plan["steps"], plan["pairs_a_step"]) == (loaded.n_edges, 7, 4)
     assert (plan["pairs_found_on"], plan["pairs_judged_on"]) == (12, 4)
-    assert plan["bytes_with_recompute"]["in_all"] > 0 and plan["seconds_at_least"] > 0
+    assert plan["bytes_with_recompute"]["in all"] > 0 and plan["seconds_at_least"] > 0
     assert "Nothing was run." in told(*asked).stdout
     in_spans = json.loads(told(*asked, "--positions", "span", "--json").stdout)
     assert in_spans["edges"] is None  # the task's spans are known once it is loaded
@@ -202,6 +206,8 @@ def test_a_dry_run_runs_nothing(model: str, task: str, tmp_path: Path, monkeypat
     assert "seconds at least" in told(*compared).stdout
     assert not out.exists()
     assert "expected a whole number" in mistake(*asked, "--n-edges", 10**6)
+    in_spans = told(*asked, "--n-edges", 10**6, "--positions", "span", "--json").stdout
+    assert json.loads(in_spans)["edges"] is None  # as many as the task has spans
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@ def test_a_folder_goes_on_and_takes_further_methods(
 
 def test_wrong_comparisons(model: str, task: str, tmp_path: Path) -> None:
     asked = ["compare", model, task, "--out", tmp_path / "new"]
-    assert "there are no sizes" in mistake(*asked, "--methods", "eap")
+    assert "--sizes is missing: eap rank" in mistake(*asked, "--methods", "eap")
     assert "--sizes x" in mistake(*asked, "--sizes", "x")
     assert "unknown method 'nope'" in mistake(*asked, "--methods", "nope", "--sizes", "5")
     few = [*asked, "--methods", "eap,ugs", "--sizes", "5", "--set"]

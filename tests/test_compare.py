@@ -432,6 +432,7 @@ def test_what_counts_as_zero_is_drawn_below_all_else():
     assert round_ticks([200.0, 10_000.0], 6) == [200, 500, 1000, 2000, 5000, 10_000]
     assert round_ticks([1e-4, 10.0], 7) == pytest.approx([1e-4, 1e-3, 1e-2, 1e-1, 1, 10])
     assert round_ticks([0.0, float("nan")], 6) == []
+    assert round_ticks([3.0, 5.0], 6) == [3, 5] and round_ticks([0.0, 0.2701], 7) == [0.27]
 
 
 # -------------------------------------------------------------------------------------------- costs

@@ -221,6 +221,7 @@ def test_tasks_without_answers_are_judged_by_their_own_objective():
         1 - expected["mse"] / expected["mse_empty"], abs=1e-5
     )
     assert result.n_alive == 0
+    assert f"squared error   {result.mse:.3g}" in str(result)
 
 
 @pytest.mark.parametrize("share", [0.2, 0.6, 0.95])

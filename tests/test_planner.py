@@ -123,7 +123,7 @@ def test_plan_tells_batch_and_accumulation(capsys: Any) -> None:
     [
         ("plan --model codellama-13b --gpu-memory 24", 1, "does not fit: one pair of 64 tokens"),
         ("plan --model nope --gpu-memory 24", 1, "unknown shape 'nope'"),
-        ("plan --model gpt2 --gpu-memory 24 --pos 0", 1, "expected 1 or more"),
+        ("plan --model gpt2 --gpu-memory 24 --tokens 0", 1, "expected 1 or more"),
         ("plan --model gpt2", 2, "gpu-memory"),
         ("demo --task nope", 2, "ioi-t1"),
     ],

@@ -76,6 +76,7 @@ def test_figures_are_those_of_sets():
     found = Stability(circuits(*sets), tuple((n, None) for n in range(4)))
     overlaps = [len(a & b) / len(a | b) for a, b in itertools.combinations(sets, 2)]
     assert found.jaccard == pytest.approx(sum(overlaps) / 6)
+    assert str(found).endswith(f"mean Jaccard {found.jaccard:.2f}")
     counts = [sum(edge in kept for kept in sets) for edge in range(found.graph.n_edges)]
     assert found.frequencies.tolist() == [count / 4 for count in counts]
     assert found.core() == circuits({2})[0] and found.core(0.75) == circuits({1, 2})[0]

@@ -12,6 +12,7 @@ import zoo
 from torch import Tensor, nn
 
 from tl_edgeprune import Circuit, EdgeGraph, masked, refusals
+from tl_edgeprune.evaluate import check_circuit
 from tl_edgeprune.hooks import dropouts
 
 NAMES = [name for name in ("bridge-gpt2", "hooked-gpt2-ln") if name in zoo.ARCHITECTURES]
@@ -52,6 +53,8 @@ def test_masks_that_do_not_fit(name: str) -> None:
         enter(model, mask, ablation="zero")
     with refused("expected a Circuit or a mask tensor [n_edges], got list", TypeError):
         enter(model, [1.0] * n, ablation="zero")
+    with refused("expected a Circuit, got a list: take result.circuit", TypeError):
+        check_circuit(model, ["m0->logits"])
 
 
 @each_class

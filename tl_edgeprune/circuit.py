@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tl_edgeprune import __version__
 from tl_edgeprune.files import write_whole
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.strangers import damaged, of_kind, read_json
@@ -283,8 +284,8 @@ def check_scores(scores: Tensor, graph: EdgeGraph) -> None:
 
 def versions() -> dict[str, str]:
     """Versions of the libraries that a result depends on."""
-    found = {}
-    for name in ("tl_edgeprune", "transformer-lens", "transformers", "torch"):
+    found = {"tl_edgeprune": __version__}
+    for name in ("transformer-lens", "transformers", "torch"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -73,6 +73,8 @@ class Evaluation:
             lines.append(
                 f"prob diff       {self.prob_diff:.3f} (full model {self.prob_diff_full:.3f})"
             )
+        if self.logit_diff is None and self.prob_diff is None:
+            lines.append(f"squared error   {self.mse:.3g}")
         lines.append(f"exact match     {100 * self.exact_match:.1f} %")
         if self.accuracy is not None:
             lines.append(f"accuracy        {100 * self.accuracy:.1f} %")
@@ -145,10 +147,15 @@ def evaluate_groups(
     }
 
 
-def check_circuit(model: Any, circuit: Circuit) -> None:
+def check_circuit(model: Any, circuit: Any) -> None:
     """Raise ValueError unless the circuit's graph, and where it matters its weights, are the
-    model's.
+    model's, and TypeError for what is no circuit.
     """
+    if not isinstance(circuit, Circuit):
+        raise TypeError(
+            f"expected a Circuit, got a {type(circuit).__name__}: take result.circuit of a run, "
+            "scores.top(k) of scores, or Circuit.from_edges(graph, names)."
+        )
     check_origin(model, circuit.graph, circuit.metadata)
 
 

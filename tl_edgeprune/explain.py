@@ -30,7 +30,6 @@ from tl_edgeprune.masked import MaskedModel, fitting
 from tl_edgeprune.methods.exact import each_rise
 from tl_edgeprune.methods.gradients import origin
 from tl_edgeprune.objectives import Objective, find_objective
-from tl_edgeprune.positions import refuse_spans
 from tl_edgeprune.slots import Layout, Slots
 from tl_edgeprune.sweep import ablation_of, check_origin
 from tl_edgeprune.tasks.task import Task
@@ -63,10 +62,15 @@ def explain(
 
     An edge that the others make up for has no rise, and one that only keeps other answers down may
     have one below 0. Raises ValueError for more than 500 edges where none are named, for named ones
-    that the circuit does not keep, for edges in spans, and as `evaluate` does; KeyError for an
-    unknown edge.
+    that the circuit does not keep, and as `evaluate` does; KeyError for an unknown edge;
+    NotImplementedError for a circuit whose edges have positions.
     """
-    refuse_spans(circuit.graph, "explain")
+    if circuit.graph.spans:
+        raise NotImplementedError(
+            "explain: this circuit's edges have positions, and only edges without are explained. "
+            "Find a circuit without positions=…; exact scores of edges with them are "
+            "discover(…, method='exact', positions=…)."
+        )
     wanted = _wanted(circuit, edges)
     loss_of, score = find_objective(objective, task), answer_score(task)
     check_origin(model, circuit.graph, circuit.metadata)

@@ -126,7 +126,7 @@ class EdgePruner:
             corrupted prompts), Constants (optimal ablation), or "optimal": constants learned
             together with the masks, from the means on, which come back as `result.constants`.
         objective: a name of `objectives.OBJECTIVES`, a function, or None for the task's own.
-        controller: ExactBudget() by default, or Lagrangian().
+        controller: ExactBudget() by default, Lagrangian() or Penalty().
         init_scores: where log alphas start: "mask-ig" (five gradients, the default), EdgeScores
             (ranked as their `top` does) or a tensor [n_edges] (by magnitude), or None for all alike
             at `init_log_alpha`.

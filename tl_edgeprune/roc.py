@@ -29,6 +29,9 @@ class Roc:
     true_positive: tuple[float, ...]
     auc: float
 
+    def __str__(self) -> str:
+        return f"AUC {self.auc:.3f}"
+
 
 class PrecisionRecall(NamedTuple):
     """precision: share of what was found that is known. recall: share of the known that was found.

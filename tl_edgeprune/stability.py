@@ -34,6 +34,11 @@ class Stability:
     circuits: tuple[Circuit, ...]
     runs: tuple[tuple[int | None, int | None], ...]
 
+    def __str__(self) -> str:
+        sizes = sorted({circuit.n_edges for circuit in self.circuits})
+        edges = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"
+        return f"{len(self.circuits)} circuits of {edges} edges, mean Jaccard {self.jaccard:.2f}"
+
     @property
     def graph(self) -> EdgeGraph:
         return self.circuits[0].graph

@@ -71,6 +71,7 @@ def compare(
     """
     from tl_edgeprune.commands.comparing import check_same, compare_in
     from tl_edgeprune.commands.method_settings import compared_settings, runs_settings
+    from tl_edgeprune.compare import GIVE_CIRCUITS
 
     names = _listed(methods)
     own = runs_settings(names, parsed("--set", setting or []))
@@ -81,6 +82,12 @@ def compare(
     task_options = parsed("--task-set", task_set or [])
     inputs = Inputs(model, task, pairs, held_out, seed, dtype, device, cls, task_options).resolved()
     wanted = _sizes(sizes or [])
+    ranking = [name for name in names if name not in GIVE_CIRCUITS]
+    if ranking and not wanted:
+        raise ValueError(
+            f"--sizes is missing: {', '.join(ranking)} rank all edges, so say how many to take, "
+            "such as --sizes 200,1000."
+        )
     settings = {
         "methods": names,
         "sizes": wanted,

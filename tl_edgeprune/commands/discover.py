@@ -25,6 +25,14 @@ def discover(
     n_edges: Annotated[
         int | None, typer.Option(help="Also make and judge the circuit of this many top edges.")
     ] = None,
+    ablation: Annotated[
+        str | None,
+        typer.Option(
+            help="What removed edges carry: counterfactual, zero, mean, mean-positional, or a file "
+            "of constants (.safetensors).",
+            show_default="counterfactual",
+        ),
+    ] = None,
     absolute: options.Absolute = None,
     alive: options.Alive = False,
     setting: Annotated[
@@ -38,6 +46,7 @@ def discover(
     dtype: options.Dtype = "float32",
     device: options.Device = None,
     seed: options.Seed = 0,
+    progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
     dry_run: options.DryRun = False,
     pos: options.Pos = 64,
     as_json: options.Json = False,
@@ -59,9 +68,14 @@ def discover(
     task_options = parsed("--task-set", task_set or [])
     inputs = Inputs(model, task, pairs, held_out, seed, dtype, device, cls, task_options).resolved()
     given = parsed("--set", setting or [])
-    if "seed" in settings_of(method):
+    known = settings_of(method)
+    if "seed" in known:
         given = {"seed": seed} | given
+    if ablation is not None:
+        given = {"ablation": ablation} | given
     settings = method_settings(method, given)
+    if "progress" in known:
+        settings.setdefault("progress", progress and not as_json)
     if n_edges is not None and n_edges < 1:
         raise ValueError(f"--n-edges {n_edges}: a circuit needs at least one edge.")
     wanted = {"method": method, "n_edges": n_edges, "absolute": absolute, "alive": alive, **given}

@@ -56,7 +56,7 @@ def pruning(run: Run, pos: int) -> dict[str, Any]:
     floor += _judging(run.inputs, shape, pos, 1)
     memory = step_bytes(shape, work)
     return plan | {
-        "bytes_with_recompute": {**memory, "in_all": sum(memory.values())},
+        "bytes_with_recompute": {**memory, "in all": sum(memory.values())},
         "seconds_at_least": _seconds(run.inputs, floor),
     }
 
@@ -69,7 +69,8 @@ def discovering(
 ) -> dict[str, Any]:
     """What runs of these methods would be, their settings by name."""
     sizes, shape = list(sizes), shape_of(inputs.model)
-    graph = None if shape is None else shape.graph
+    in_spans = any(own.get("positions") for own in methods.values())  # as many edges as in the task
+    graph = None if shape is None or in_spans else shape.graph
     _check(graph, pos, sizes)
     plan = _common(inputs, graph, pos) | {"methods": list(methods), "sizes": sizes}
     plan["steps"] = {name: _count(name, own, "steps") for name, own in methods.items()}
@@ -113,7 +114,7 @@ def _graph(shape: Shape, settings: Mapping[str, Any]) -> EdgeGraph:
 
 def _check(graph: EdgeGraph | None, pos: int, sizes: Iterable[int | None]) -> None:
     if pos < 1:
-        raise ValueError(f"--pos {pos}: expected 1 or more.")
+        raise ValueError(f"--tokens {pos}: expected 1 or more.")
     for size in sizes:
         if graph is not None and size is not None:
             check_budget(size, graph)
@@ -208,7 +209,7 @@ def _fastest(work: Callable[[], Any], device: str) -> float:
 
 
 def _words(name: str) -> str:
-    return name.replace("_", " ")
+    return "edges to keep" if name == "n_edges" else name.replace("_", " ")
 
 
 def _shown(name: str, value: Any, unknown: str) -> str:

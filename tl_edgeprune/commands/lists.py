@@ -10,7 +10,7 @@ from tl_edgeprune.commands.told import told
 
 @told
 def tasks(as_json: options.Json = False) -> None:
-    """List the tasks that prune, discover and evaluate know by name.
+    """List the tasks that the other commands know by name.
 
     Example: tl-edgeprune tasks
     """
@@ -33,13 +33,14 @@ def models(as_json: options.Json = False) -> None:
 
 @told
 def methods(as_json: options.Json = False) -> None:
-    """List the methods that discover takes.
+    """List the methods that discover and compare take.
 
     Example: tl-edgeprune methods
     """
     from tl_edgeprune.methods.registry import METHODS
 
-    _show(tuple(METHODS), "Their settings go by discover --set NAME=VALUE.", as_json)
+    further = "Their settings go by --set NAME=VALUE: tl-edgeprune discover --help."
+    _show(tuple(METHODS), further, as_json)
 
 
 def _show(names: tuple[str, ...], further: str, as_json: bool) -> None:

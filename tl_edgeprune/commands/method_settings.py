@@ -14,7 +14,7 @@ from tl_edgeprune.methods.registry import TRAINED, parameters_of
 
 def method_settings(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """As `discover` takes them. Raises ValueError for unknown names and values of another type."""
-    hints = {name: p.annotation for name, p in parameters_of(method).items()}
+    hints = {name: p.annotation for name, p in parameters_of(method).items() if name != "graph"}
     option = f"--set of {method}"
     values = {}
     for name, value in given.items():

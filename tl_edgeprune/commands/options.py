@@ -64,5 +64,7 @@ Alive = Annotated[
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Say what would run and what it takes, and run nothing.")
 ]
-Pos = Annotated[int, typer.Option(help="Tokens of a prompt, for the plan of --dry-run.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+Pos = Annotated[
+    int, typer.Option("--tokens", help="Tokens of a prompt, for the plan of --dry-run.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]

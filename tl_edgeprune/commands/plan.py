@@ -16,9 +16,9 @@ RESERVED = 2e9  # a GPU's own context and its libraries' workspaces
 
 @told
 def plan(
-    model: Annotated[str, typer.Option(help="A shape's name, as benchmarks/scale.py takes.")],
+    model: Annotated[str, typer.Option(help="gpt2, smollm2-135m, llama-3-8b or codellama-13b.")],
     gpu_memory: Annotated[float, typer.Option(help="The GPU's memory in GB (10^9 bytes).")],
-    pos: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 64,
+    pos: Annotated[int, typer.Option("--tokens", help="Tokens of a prompt.")] = 64,
     pairs: Annotated[int | None, typer.Option(help="Pairs a step; else what fits.")] = None,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"], typer.Option(help="Of the weights.")
@@ -33,7 +33,7 @@ def plan(
 
     shape, element = find_shape(model), BYTES[dtype]
     if pos < 1 or (pairs is not None and pairs < 1):
-        raise ValueError(f"--pos {pos}, --pairs {pairs}: expected 1 or more.")
+        raise ValueError(f"--tokens {pos}, --pairs {pairs}: expected 1 or more.")
     room = int(gpu_memory * 1e9 - RESERVED)
     most = fitting_pairs(shape, pos, room, element=element, on_gpu=True)
     least = Work(1, pos, element=element, on_gpu=True)

@@ -67,6 +67,9 @@ def show(
         dot.parent.mkdir(parents=True, exist_ok=True)
         write_whole(dot, found.to_dot().encode("utf-8", "replace"))
     print(f"{out}: {found.n_edges:,} of {found.graph.n_edges:,} edges. Open it in a browser.")
+    beside = [str(path) for path in (svg, png, dot) if path is not None]
+    if beside:
+        print(f"Also written: {', '.join(beside)}.")
 
 
 def _figures(circuit: Path) -> dict[str, Any] | None:

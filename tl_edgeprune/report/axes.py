@@ -28,7 +28,10 @@ def log_axis(axes: Axes, which: str, values: Sequence[float], floor: float = -ma
 
 
 def round_ticks(values: Sequence[float], most: int) -> list[float]:
-    """Round numbers over the values' range, at most about so many: 1, 2, 5 or powers of ten."""
+    """Round numbers over the values' range, at most about so many: 1, 2, 5 or powers of ten.
+
+    Where fewer than two lie there, the ends of the range.
+    """
     positive = [value for value in values if value > 0 and math.isfinite(value)]
     if not positive:
         return []
@@ -40,6 +43,8 @@ def round_ticks(values: Sequence[float], most: int) -> list[float]:
             for step in steps
             if min(positive) / 1.3 <= step * 10.0**power <= max(positive) * 1.3
         ]
+        if len(ticks) < 2:
+            return sorted({float(f"{end:.3g}") for end in (min(positive), max(positive))})
         if len(ticks) <= most:
             return ticks
     return ticks[:: math.ceil(len(ticks) / most)]

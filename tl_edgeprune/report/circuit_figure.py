@@ -79,7 +79,7 @@ def draw_circuit(
     )
     head = 26.0 if title else 0.0
     height = layout.height + _LEGEND_HEIGHT + head
-    width = max(layout.width, 330.0)
+    width = max(layout.width, 330.0, _legend_width(strokes))
     with saved_figure(path, width / _POINTS_PER_INCH, height / _POINTS_PER_INCH, dpi) as figure:
         axes = figure.add_axes((0, 0, 1, 1))
         spare = (width - layout.width) / 2
@@ -215,6 +215,11 @@ def _node_color(kind: str, share: float) -> tuple[float, float, float]:
     ink = to_rgb(INK)
     shade = _HUB_SHADE * share**0.5
     return tuple((1 - shade) * b + shade * i for b, i in zip(base, ink, strict=True))
+
+
+def _legend_width(strokes: Sequence[_Stroke]) -> float:
+    """Points that the legend takes, rather too many than too few."""
+    return sum(46 + 6.2 * len(label) for label in {s.label for s in strokes if s.label})
 
 
 def _draw_legend(axes: Axes, strokes: Sequence[_Stroke]) -> None:

@@ -26,6 +26,7 @@ from tl_edgeprune.report.readable import title_of
 from tl_edgeprune.scores import EdgeScores
 
 SCRIPTS = ("model", "scene", "camera", "pointer", "panel", "charts", "tools", "save", "main")
+PICTURES = (".png", ".svg", ".pdf")
 IN_A_CELL = 3000  # edges that a notebook's cell draws; each takes about 200 bytes of the notebook
 
 
@@ -65,8 +66,12 @@ def write_html(
 
     Raises:
         ValueError: circuits of several graphs, `other` and `circuits` together, or scores of
-            another length or graph, or not finite.
+            another length or graph, or not finite; a path that ends like a picture's.
     """
+    if Path(path).suffix.lower() in PICTURES:
+        raise ValueError(
+            f"{path}: a page is HTML, so end its name in .html (circuit.draw: pictures)."
+        )
     page = page_of(
         circuit,
         title=title,
