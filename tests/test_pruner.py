@@ -307,6 +307,18 @@ def test_settings_that_cannot_work_are_refused_before_any_run(settings, message)
         pruner(**settings)
 
 
+def test_what_is_no_model_no_task_and_no_number_is_refused():
+    model = zoo.load(MODEL)
+    with pytest.raises(
+        TypeError, match="expected a HookedTransformer or a TransformerBridge, got str"
+    ):
+        pruner().fit("gpt2", pairs(model))
+    with pytest.raises(TypeError, match="task"):
+        pruner().fit(model, "ioi")
+    with pytest.raises(TypeError, match="n_edges"):
+        pruner("10")
+
+
 def test_a_size_above_the_graph_is_refused():
     model = zoo.load(MODEL)
     above = EdgeGraph.from_model(model).n_edges + 1

@@ -29,7 +29,7 @@ from tl_edgeprune.circuit import Circuit, check_budget
 from tl_edgeprune.constants import OPTIMAL, Ablation, Constants
 from tl_edgeprune.distributed import Ranks
 from tl_edgeprune.graph import EdgeGraph
-from tl_edgeprune.hooks import find_sites
+from tl_edgeprune.hooks import find_sites, model_kind
 from tl_edgeprune.locks import held_file
 from tl_edgeprune.masked import MaskedModel, check_ablation
 from tl_edgeprune.masks import (
@@ -249,6 +249,7 @@ class EdgePruner:
         Inside a process group (distributed.py) the processes share out each batch's pairs, and all
         get the same result; LostProcess where one of them ends or hangs.
         """
+        model_kind(model)
         task = checked(task, self._check_pairs(int(model.cfg.d_vocab)))
         loss_of = find_objective(self.objective, sample(task))
         graph = EdgeGraph.from_model(
@@ -299,6 +300,8 @@ class EdgePruner:
         return values
 
     def _check(self) -> None:
+        if self.n_edges is not None and not isinstance(self.n_edges, int):
+            raise TypeError(f"n_edges={self.n_edges!r}: expected a whole number of edges, or None.")
         if self.n_edges is not None and self.n_edges < 1:
             raise ValueError(f"n_edges={self.n_edges}: a circuit needs at least one edge.")
         for name in ("steps", "batch_size", "accumulate", "checkpoint_every"):

@@ -110,7 +110,15 @@ AnyTask = Task | TaskStream
 
 
 def checked(task: AnyTask, check: Callable[[Task], Any]) -> AnyTask:
-    """The task, whose pairs pass `check`: a Task's now, a stream's as they come."""
+    """The task, whose pairs pass `check`: a Task's now, a stream's as they come.
+
+    Raises TypeError for anything else.
+    """
+    if not isinstance(task, Task | TaskStream):
+        raise TypeError(
+            f"expected a Task or a TaskStream, got {type(task).__name__}: make one with "
+            "tasks.load(name, model, n=…), tasks.from_jsonl(path, model) or tasks.stream(…)."
+        )
     if isinstance(task, Task):
         check(task)
         return task
