@@ -9,12 +9,9 @@ import brute_force as bf
 import pytest
 import torch
 import zoo
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 
 from tl_edgeprune import EdgeGraph, masked
-from tl_edgeprune.masked import MaskedModel
 
 KINDS = ("mlp", "dimensions")
 QUICK = {"bridge-gpt2", "bridge-llama-gqa", "bridge-pythia", "native-no-norm", "hooked-llama-gqa"}
