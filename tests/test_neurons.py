@@ -366,6 +366,7 @@ def test_files_that_are_not_whole_are_refused(tmp_path: Path) -> None:
         ({"neurons": "heads"}, "neurons='heads': expected 'mlp'"),
         ({"neurons": None}, "need neurons='mlp' or 'dimensions'"),
         ({"neurons": None, "n_neurons": None, "neuron_controller": ExactBudget()}, "need neurons="),
+        ({"n_neurons": None, "neuron_controller": ExactBudget()}, "without n_neurons: "),
         ({"n_neurons": 0}, "n_neurons=0: expected at least one"),
         ({"recompute": True}, "recompute=True is not supported"),
         ({"ablation": "optimal"}, "ablation of constants is not supported"),

@@ -15,6 +15,7 @@ Bhaskar, Wettig, Friedman and Chen 2024, "Finding Transformer Circuits with Edge
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, is_dataclass, replace
@@ -374,6 +375,10 @@ class EdgePruner:
             return
         if self.n_neurons is not None and self.n_neurons < 1:
             raise ValueError(f"n_neurons={self.n_neurons}: expected at least one neuron, or None.")
+        try:
+            copy.deepcopy(self.neuron_controller).start(2, self.n_neurons and 1)
+        except ValueError as error:
+            raise ValueError(f"neuron_controller without n_neurons: {error}") from None
         if self.recompute:
             raise ValueError(
                 f"neurons={self.neurons!r} with recompute=True is not supported: recomputed blocks "
