@@ -133,6 +133,7 @@ def test_gates_are_their_definition(name: str, kind: str, seed: int) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_of_gates_are_finite_differences(kind: str) -> None:
+    torch.manual_seed(0)
     model = zoo.load("native-no-norm", torch.float64)
     mask = torch.rand(EdgeGraph.from_model(model).n_edges, dtype=torch.float64)
     gates = torch.rand(shape_of(model, kind), dtype=torch.float64, requires_grad=True)
@@ -305,7 +306,7 @@ def test_one_run_ranks_for_every_number_of_neurons() -> None:
         plain.top_neurons(3)
 
 
-def test_all_neurons_are_none_removed(tmp_path: Path) -> None:
+def test_all_neurons_are_none_removed() -> None:
     model = zoo.load(MODEL)
     graph, task = EdgeGraph.from_model(model), zoo.pairs(model, 4)
     circuit = Circuit.top(graph, torch.rand(graph.n_edges), 40)

@@ -375,6 +375,7 @@ class EdgePruner:
             return
         if self.n_neurons is not None and self.n_neurons < 1:
             raise ValueError(f"n_neurons={self.n_neurons}: expected at least one neuron, or None.")
+        assert self.neuron_controller is not None
         try:
             copy.deepcopy(self.neuron_controller).start(2, self.n_neurons and 1)
         except ValueError as error:
