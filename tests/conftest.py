@@ -40,17 +40,8 @@ CLASSLESS = (
 )
 # Of these, only what is of a HookedTransformer is quick there.
 HALF = (
-    *(
-        "acdc",
-        "evaluate",
-        "explain",
-        "ground_truth",
-        "neurons",
-        "notebooks",
-        "positions",
-        "semi_synthetic",
-    ),
-    "tracr",
+    *("acdc", "evaluate", "explain", "ground_truth", "notebooks", "positions", "semi_synthetic"),
+    *("neurons", "tracr"),
 )
 
 

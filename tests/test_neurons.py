@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -58,12 +59,8 @@ def shape_of(model: Any, kind: str) -> tuple[int, int]:
     return len(places(EdgeGraph.from_model(model), kind)), width
 
 
-def hidden_of(model: Any, tokens: Tensor, seen: dict[str, Tensor]) -> Tensor:
-    """The model's own logits, and every MLP's hidden activations into `seen`."""
-    return with_hidden(model, seen, lambda: model(tokens))
-
-
-def with_hidden(model: Any, seen: dict[str, Tensor], run: Any) -> Tensor:
+def with_hidden(model: Any, seen: dict[str, Tensor], run: Callable[[], Tensor]) -> Tensor:
+    """What `run` gives, and every MLP's hidden activations in it into `seen`."""
     with ExitStack() as undo:
         for layer in range(model.cfg.n_layers):
             point = model.hook_dict[f"blocks.{layer}.mlp.hook_post"]
@@ -81,7 +78,7 @@ def naive(model: Any, clean: Tensor, corrupted: Tensor, mask: Tensor, gates: Ten
     row_of = {name: row for row, name in enumerate(places(graph, kind))}
     h, h_ref = {}, {}
     if kind == "mlp":
-        hidden_of(model, corrupted, h_ref)
+        with_hidden(model, h_ref, lambda: model(corrupted))
     replacement = bf.source_outputs(model, corrupted)
 
     def gated(name: str, y: Tensor) -> Tensor:
