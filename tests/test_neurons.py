@@ -231,7 +231,7 @@ def planted(model: Any, keep: int = 4) -> set[str]:
     names: set[str] = set()
     generator = torch.Generator().manual_seed(0)
     for layer, block in enumerate(model.blocks):
-        out = block.mlp.out.original_component.weight if bf.is_bridge(model) else block.mlp.W_out
+        out = block.mlp.out.original_component.weight  # [neuron, d_model]
         chosen = torch.randperm(len(out), generator=generator)[:keep]
         scale = torch.full((len(out), 1), 0.02).index_fill(0, chosen, 1.0)
         with torch.no_grad():
@@ -240,22 +240,24 @@ def planted(model: Any, keep: int = 4) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("warm", [True, False], ids=["warm", "cold"])
-def test_training_finds_the_neurons_that_matter(warm: bool) -> None:
-    model = zoo.build(MODEL)
+def test_training_finds_the_neurons_that_matter() -> None:
+    """Of 288 neurons 12 are planted, some of which these few prompts hardly use; half of them would
+    be found by chance once in a million runs.
+    """
+    model = zoo.build("bridge-gpt2")
     names, task = planted(model), zoo.pairs(model)
-    run = pruner(
-        n_edges=EdgeGraph.from_model(model).n_edges - 20,
-        n_neurons=len(names),
-        steps=20 if warm else 60,
-        init_scores="mask-ig" if warm else None,
-    )
-    result = run.fit(model, task)
-    assert len(names & {*result.neurons.names}) >= (len(names) if warm else 0.7 * len(names))
-    chosen = evaluate(model, result.circuit, task, neurons=result.neurons)
-    others = Neurons(result.graph, "mlp", ~result.neurons.mask)
-    assert chosen.kl < 0.5 * evaluate(model, result.circuit, task, neurons=others).kl
-    assert (chosen.n_neurons, chosen.n_neurons_full) == (len(names), others.mask.numel())
+    graph = EdgeGraph.from_model(model)
+    result = pruner(n_edges=graph.n_edges - 1, n_neurons=len(names), steps=20).fit(model, task)
+    assert len(names & {*result.neurons.names}) >= len(names) / 2
+
+    def kl_of(neurons: Neurons) -> float:
+        found = evaluate(model, result.circuit, task, neurons=neurons)
+        assert (found.n_neurons, found.n_neurons_full) == (neurons.n_neurons, 288)
+        return found.kl
+
+    chosen = kl_of(result.neurons)
+    assert chosen < 0.5 * kl_of(Neurons(graph, "mlp", ~result.neurons.mask))
+    assert chosen < 2 * kl_of(Neurons.from_names(graph, "mlp", names, 96))
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
