@@ -265,12 +265,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize(
+    "name", ["mlp", "dimensions", pytest.param("lagrangian", marks=pytest.mark.slow)]
+)
 def test_resuming_gives_the_bits_of_a_run_never_stopped(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, path, settings = zoo.load(MODEL), tmp_path / "run.safetensors", SETTINGS[name]
-    task = zoo.pairs(model)
+    task = zoo.pairs(model, 4)
     whole = pruner(**settings).fit(model, task)
     assert whole.neurons.n_neurons == 20 and whole.circuit.n_edges == 30
     assert {"neurons", "neuron_target"} <= {*whole.history[-1]}
