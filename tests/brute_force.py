@@ -339,11 +339,13 @@ def masked_logits(
     mask: Mapping[str, float | Tensor],
     replacement: Mapping[str, Tensor],
     reference_bias: Sequence[Tensor] | None = None,
+    gated: Callable[[str, Tensor], Tensor] = lambda name, y: y,
 ) -> Tensor:
     """Logits of x_i = sum_j z_ij y_j + (1 - z_ij) ref_j + sum of b_O before i, at every i.
 
-    y_j is what source j gives in this same masked run. mask: one number per edge's name, kept whole
-    (1) where it has none. reference_bias: b_O of each block, the model's own by default.
+    y_j is what source j gives in this same masked run (after `gated`, which may change it). mask:
+    one number per edge's name, kept whole (1) where it has none. reference_bias: b_O of each block,
+    the model's own by default.
     """
     unknown = set(mask) - set(edges(model))
     if unknown:
@@ -360,4 +362,4 @@ def masked_logits(
             x = x + z * written[source] + (1 - z) * replacement[source]
         return x
 
-    return run(model, clean, read, written.__setitem__)
+    return run(model, clean, read, lambda name, y: written.__setitem__(name, gated(name, y)))

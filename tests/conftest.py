@@ -42,7 +42,7 @@ CLASSLESS = (
 # Of these, only what is of a HookedTransformer is quick there.
 HALF = (
     *("acdc", "evaluate", "explain", "ground_truth", "notebooks", "positions", "semi_synthetic"),
-    "tracr",
+    *("neurons", "tracr"),
 )
 
 

@@ -21,11 +21,11 @@ from tl_edgeprune import (
     models,
     tasks,
 )
+from tl_edgeprune.masks import rank_quantiles
 from tl_edgeprune.objectives import kl
 from tl_edgeprune.placement import placed
 from tl_edgeprune.pruner import Optimizer
 from tl_edgeprune.scores import EdgeScores
-from tl_edgeprune.training import rank_quantiles
 
 MODEL = "bridge-gpt2"
 LENGTHS = (5, 6, 8)

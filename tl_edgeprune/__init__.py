@@ -33,6 +33,7 @@ __all__ = [
     "Lagrangian",
     "Minimality",
     "MinimalityTest",
+    "Neurons",
     "Optimizer",
     "Penalty",
     "PruneResult",

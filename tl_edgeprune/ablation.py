@@ -36,7 +36,7 @@ class Reference:
 
     `bias_in_heads`: the output biases are no part of the streams; each head writes its share.
     `any_batch`, `any_position`: one prompt's that stands for all, one position's that stands for
-    all.
+    all. `hidden`: what the MLPs' output weights read, in runs with gates on their neurons.
     """
 
     inputs: Float[Tensor, "input batch pos d_model"]
@@ -46,6 +46,7 @@ class Reference:
     bias_in_heads: bool = False
     any_batch: bool = False
     any_position: bool = False
+    hidden: Float[Tensor, "mlp batch pos d_mlp"] | None = None
 
     @property
     def batch(self) -> int:
@@ -82,11 +83,13 @@ class Reference:
         return parts[0]._with(torch.cat(column, dim=1) for column in columns)
 
     def _tensors(self) -> tuple[Tensor, ...]:
-        return self.inputs, self.z, self.mlp, self.streams
+        hidden = () if self.hidden is None else (self.hidden,)
+        return self.inputs, self.z, self.mlp, self.streams, *hidden
 
     def _with(self, tensors: Iterable[Tensor]) -> Reference:
-        inputs, z, mlp, streams = tensors
-        return replace(self, inputs=inputs, z=z, mlp=mlp, streams=streams)
+        inputs, z, mlp, streams, *rest = tensors
+        hidden = rest[0] if rest else None
+        return replace(self, inputs=inputs, z=z, mlp=mlp, streams=streams, hidden=hidden)
 
 
 # ------------------------------------------------------------------------------------ one run
@@ -156,6 +159,7 @@ def _recorders(sites: Sites, seen: dict[str, Tensor]) -> list[Hook]:
     names = [f"{block}.hook_resid_pre" for block in sites.blocks] + [sites.embed, sites.final]
     names += [site.z for site in sites.attention]
     names += [name for site in sites.mlp for name in (site.read, site.write)]
+    names += sites.hidden
     return [recorder(name) for name in names]
 
 
@@ -173,7 +177,25 @@ def _reference_from(sites: Sites, graph: EdgeGraph, seen: dict[str, Tensor]) -> 
             streams.append(seen[f"{sites.blocks[read.layer]}.hook_resid_pre"])
         else:
             streams.append(seen[sites.mlp[read.layer].read])
-    return Reference(inputs, torch.stack(z), _mlp_outputs(sites, seen, start), torch.stack(streams))
+    mlp = _mlp_outputs(sites, seen, start)
+    return Reference(
+        inputs, torch.stack(z), mlp, torch.stack(streams), hidden=_hidden(sites, seen, start)
+    )
+
+
+def _hidden(
+    sites: Sites, seen: dict[str, Tensor], like: Tensor
+) -> Float[Tensor, "mlp batch pos d_mlp"] | None:
+    if not sites.hidden:
+        return None
+    parts = [seen[name].reshape(*like.shape[:2], -1) for name in sites.hidden]
+    widths = {part.shape[-1] for part in parts}
+    if len(widths) > 1:
+        raise NotImplementedError(
+            f"neurons='mlp' needs MLPs of one width, and this model's have {sorted(widths)} hidden "
+            "neurons. Use neurons='dimensions'."
+        )
+    return torch.stack(parts)
 
 
 def _mlp_outputs(sites: Sites, seen: dict[str, Tensor], like: Tensor) -> Tensor:
@@ -243,12 +265,13 @@ def mean_reference(
     """
     if len(prompts) == 0:
         raise ValueError("a mean ablation needs prompts to take the means over, and got none.")
+    names = ("inputs", "z", "mlp", *(("hidden",) if sites.hidden else ()))
     longest = max(len(prompt) for prompt in prompts)
     counts = torch.zeros(longest, dtype=torch.float64)
     sums: list[Tensor] | None = None
     for tokens in batches_by_length(prompts):
         reference, _ = record(model, sites, graph, tokens)
-        parts = [t.double().sum(1) for t in reference._tensors()[:3]]  # [source, pos, …]
+        parts = [getattr(reference, name).double().sum(1) for name in names]  # [source, pos, …]
         if sums is None:
             sums = [t.new_zeros(t.shape[0], longest, *t.shape[2:]) for t in parts]
         pos = tokens.shape[1]
@@ -256,13 +279,14 @@ def mean_reference(
         for total, part in zip(sums, parts, strict=True):
             total[:, :pos] += part
     assert sums is not None
-    kept = dict(zip(("inputs", "z", "mlp"), sums, strict=True))
+    kept = dict(zip(names, sums, strict=True))
     like = reference.inputs
     means = {
         name: _mean(t, counts.to(t.device), positional).to(like.dtype) for name, t in kept.items()
     }
+    hidden = means.pop("hidden", None)
     reference = _with_streams(sites, graph, **means)
-    return replace(reference, any_batch=True, any_position=not positional)
+    return replace(reference, any_batch=True, any_position=not positional, hidden=hidden)
 
 
 def _mean(total: Tensor, counts: Tensor, positional: bool) -> Tensor:

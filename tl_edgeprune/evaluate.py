@@ -6,7 +6,7 @@ token a pair; where a task has none, they are None.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ import torch
 from tl_edgeprune.circuit import Circuit
 from tl_edgeprune.constants import Ablation
 from tl_edgeprune.measures import figures_for, standard_error, wrong_agreement
+from tl_edgeprune.neurons import Neurons
 from tl_edgeprune.sweep import PairFigures, ablation_of, check_origin, sweep
 from tl_edgeprune.tasks.task import Task
 
@@ -33,7 +34,8 @@ class Evaluation:
     prob_diff, …: probability of the right tokens less that of the wrong ones, likewise. recovered:
     logit_diff / logit_diff_full. faithfulness: (m(C) - m(empty)) / (m(full) - m(empty)) with m the
     mean logit difference, else the mean probability difference, else minus the mean objective (then
-    m(full) = 0). n_alive: edges on a path from input to logits.
+    m(full) = 0). n_alive: edges on a path from input to logits. n_neurons, n_neurons_full: neurons
+    kept, and those that there are, of a circuit with neurons.
     """
 
     n_pairs: int
@@ -56,6 +58,8 @@ class Evaluation:
     prob_diff_empty: float | None
     recovered: float | None
     faithfulness: float | None
+    n_neurons: int | None = None
+    n_neurons_full: int | None = None
 
     def to_dict(self) -> dict[str, float | int | None]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
@@ -64,6 +68,8 @@ class Evaluation:
         lines = [
             f"edges kept      {self.n_edges:,} of {self.n_edges_full:,} ({self.n_alive:,} alive)"
         ]
+        if self.n_neurons is not None:
+            lines.append(f"neurons kept    {self.n_neurons:,} of {self.n_neurons_full:,}")
         lines.append(f"KL              {self.kl:.3f}")
         if self.logit_diff is not None:
             lines.append(
@@ -91,13 +97,16 @@ def evaluate(
     *,
     ablation: Ablation | None = None,
     batch_size: int = 16,
+    neurons: Neurons | None = None,
 ) -> Evaluation:
     """Run the circuit on every pair of the task.
 
-    ablation: the circuit's own by default, else counterfactual. Raises ValueError for a circuit of
-    another graph, or one made under zero or mean ablation on differently folded weights.
+    ablation: the circuit's own by default, else counterfactual. neurons: those that are kept beside
+    the edges (`result.neurons`); all by default. Raises ValueError for a circuit or neurons of
+    another graph, or a circuit made under zero or mean ablation on differently folded weights.
     """
-    return evaluate_all(model, [circuit], task, ablation=ablation, batch_size=batch_size)[0]
+    settings: dict[str, Any] = {"ablation": ablation, "batch_size": batch_size}
+    return evaluate_all(model, [circuit], task, neurons=neurons, **settings)[0]
 
 
 def evaluate_all(
@@ -107,9 +116,10 @@ def evaluate_all(
     *,
     ablation: Ablation | None = None,
     batch_size: int = 16,
+    neurons: Neurons | None = None,
 ) -> list[Evaluation]:
-    """`evaluate` for several circuits of one graph and ablation: the full and the empty runs are
-    made once.
+    """`evaluate` for several circuits of one graph and ablation (and with the same neurons): the
+    full and the empty runs are made once.
     """
     if not circuits:
         return []
@@ -127,11 +137,16 @@ def evaluate_all(
         figures_for(task),
         ablation=_shared_ablation(circuits) if ablation is None else ablation,
         batch_size=batch_size,
+        neurons=neurons,
     )
-    return [
+    found = [
         _evaluation(circuit, figures, full, empty, task)
         for circuit, figures in zip(circuits, own, strict=True)
     ]
+    if neurons is None:
+        return found
+    counts = {"n_neurons": neurons.n_neurons, "n_neurons_full": neurons.n_neurons_full}
+    return [replace(evaluation, **counts) for evaluation in found]
 
 
 def evaluate_groups(

@@ -116,6 +116,7 @@ class Sites:
     parallel: bool
     has_positions: bool
     n_kv_heads: int
+    hidden: tuple[str, ...] = ()  # where W_out reads, in runs with gates on the MLPs' neurons
 
     def graph(self, *, split_qkv: bool, split_embeddings: bool) -> EdgeGraph:
         """The model's edge graph with these options."""
@@ -178,6 +179,25 @@ def find_sites(model: Any) -> Sites:
     )
     _check_one_shape(sites)
     return sites
+
+
+def hidden_points(model: Any, sites: Sites) -> tuple[str, ...]:
+    """The points of what each MLP's output weights read: its hidden neurons' activations.
+
+    Raises NotImplementedError, naming the part, for an MLP without such a point (experts).
+    """
+    point = "hook_post" if model_kind(model) == "hooked" else "out.hook_in"
+    names = tuple(f"{block}.mlp.{point}" for block in sites.blocks)
+    known = model.hook_dict
+    missing = [layer for layer, name in enumerate(names) if name not in known]
+    if missing:
+        label = type(model.blocks[missing[0]].mlp).__name__
+        raise NotImplementedError(
+            f"{getattr(model.cfg, 'model_name', 'this model')}: blocks.{missing[0]}.mlp ({label}) "
+            "has no one layer of hidden neurons (a mixture of experts has one an expert), so "
+            "neurons='mlp' is not supported. Use neurons='dimensions'."
+        )
+    return names
 
 
 def model_kind(model: Any) -> str:

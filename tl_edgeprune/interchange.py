@@ -527,6 +527,8 @@ def _some(names: list[str]) -> str:
 def _check_neurons(path: str | os.PathLike[str], rows: list[Any]) -> None:
     if any(0 < sum(map(bool, row)) < len(row) for row in rows):
         raise ValueError(
-            f"{path} is a circuit of neurons (parts of a node's output), which has no counterpart "
-            "here: save EAP-IG's graph without neurons."
+            f"{path} is a circuit of neurons (dimensions of a node's output). EAP-IG's evaluation "
+            "cuts no edge of a node that keeps neurons, only the node's other dimensions; here "
+            "edges have masks beside neurons, so it would be scored as another circuit. Save "
+            "EAP-IG's graph without neurons, or build a Circuit and Neurons of kind 'dimensions'."
         )

@@ -17,7 +17,7 @@ import inspect
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -28,6 +28,7 @@ from torch import Tensor
 from tl_edgeprune import ablation as ablations
 from tl_edgeprune.ablation import Reference
 from tl_edgeprune.constants import OPTIMAL, Ablation, Constants
+from tl_edgeprune.ends import edge_ends
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.hooks import (
     Hook,
@@ -35,11 +36,14 @@ from tl_edgeprune.hooks import (
     attached,
     dropouts,
     find_sites,
+    hidden_points,
     prepared,
     refuse_conflicts,
     refuse_hooks,
 )
 from tl_edgeprune.idle import idle_work, resting
+from tl_edgeprune.neuron_gates import NeuronGates
+from tl_edgeprune.neurons import MLP, Neurons, check_gates, kind_of
 from tl_edgeprune.norms import identity
 from tl_edgeprune.projections import project
 from tl_edgeprune.residual import BufferPool, Stream, WholeStream
@@ -72,6 +76,7 @@ def masked(
     positions: Int[Tensor, "batch read"] | None = None,
     spans: Int[Tensor, "batch pos"] | None = None,
     graph: EdgeGraph | None = None,
+    neurons: Neurons | Shaped[Tensor, "place unit"] | None = None,
 ) -> Iterator[Any]:
     """The model itself, its edges masked for as long as the context lasts.
 
@@ -86,6 +91,8 @@ def masked(
         spans: each position's span, as its place among the graph's spans (`batch.spans`), for a
             circuit or mask with spans. One by position needs none.
         graph: the mask's graph, where it is not `EdgeGraph.from_model(model)`.
+        neurons: Neurons, or gates as the mask's numbers are: [n_layers, d_mlp] on the MLPs' hidden
+            neurons or [n_sources, d_model] on what each source writes (neurons.py).
 
     Yields the model. Weights are frozen inside; hooks, flags, gradients and mode are on leaving as
     they were. Raises ValueError for a mask of another length or kind, for tokens of another shape
@@ -97,10 +104,11 @@ def masked(
     """
     mask = _mask_of(circuit_or_mask)
     kind = _ablation_kind(ablation, corrupted, prompts)
-    with MaskedModel.attach(model, _wanted_graph(circuit_or_mask, graph)) as run:
+    with MaskedModel.attach(model, _wanted_graph(circuit_or_mask, graph), neurons) as run:
         check_mask(mask, run.graph)
+        gates = run.gates_of(neurons)
         reference = run.reference(kind, corrupted=corrupted, prompts=prompts)
-        run.set(mask=mask, reference=reference, positions=positions, spans=spans)
+        run.set(mask=mask, reference=reference, positions=positions, spans=spans, neurons=gates)
         with run.shadowed():
             yield model
 
@@ -206,6 +214,7 @@ class _Inputs:
     contract: Tensor | None = None
     whole: bool = False
     spans: Tensor | None = None
+    neurons: Tensor | None = None
 
 
 class MaskedModel:
@@ -220,6 +229,8 @@ class MaskedModel:
         self._model_forward: Callable[..., Any] = model.forward
         self._names = list(inspect.signature(self._model_forward).parameters)
         self._points = sites.overwritten(model)
+        self.neurons: str | None = None  # the kind of gates that it takes, and their shape
+        self.neuron_shape = (0, 0)
         self._idle = [
             stand_in
             for block, site in zip(model.blocks, sites.attention, strict=True)
@@ -230,14 +241,24 @@ class MaskedModel:
 
     @classmethod
     @contextmanager
-    def attach(cls, model: Any, graph: EdgeGraph | None = None) -> Iterator[MaskedModel]:
+    def attach(
+        cls,
+        model: Any,
+        graph: EdgeGraph | None = None,
+        neurons: Neurons | Tensor | str | None = None,
+    ) -> Iterator[MaskedModel]:
         """Attach hooks for as long as the context lasts; without `set`, the model runs as ever.
+
+        `neurons`: a kind of neurons, or some of that kind, to take gates on.
 
         The first time that a model is seen, checks on a few tokens that it does split into the
         graph's sources: with every edge kept it must give its own logits.
         """
         sites = find_sites(model)
         graph = _graph_of(sites, graph)
+        kind = kind_of(neurons, graph)
+        if kind == MLP:
+            sites = replace(sites, hidden=hidden_points(model, sites))
         refuse_conflicts(model, sites)
         with ExitStack() as undo:
             undo.enter_context(prepared(model, sites))
@@ -245,7 +266,29 @@ class MaskedModel:
             undo.enter_context(attached(model, run._hooks()))
             undo.callback(run._close)
             _check_once(run)
+            if kind is not None:
+                run._take_neurons(kind)
             yield run
+
+    def _take_neurons(self, kind: str) -> None:
+        self.neurons = kind
+        self.neuron_shape = (self.graph.n_sources, self.sites.attention[0].output.shape[-1])
+        if kind == MLP:
+            self.neuron_shape = _hidden_shape(self)
+            _check_neurons_once(self)
+
+    def gates_of(
+        self, neurons: Neurons | Shaped[Tensor, "..."] | None
+    ) -> Shaped[Tensor, "place unit"] | None:
+        """Gates as a forward takes them. Raises ValueError for those of another shape, and where no
+        kind of neurons was attached.
+        """
+        gates = neurons.mask if isinstance(neurons, Neurons) else neurons
+        if gates is not None and self.neurons is None:
+            raise ValueError("this run takes no gates on neurons: attach it with neurons=….")
+        if gates is not None:
+            check_gates(gates, self.neuron_shape)
+        return gates
 
     def __call__(
         self,
@@ -257,16 +300,17 @@ class MaskedModel:
         contract: Float[Tensor, "source row d_model"] | None = None,
         whole: bool = False,
         spans: Int[Tensor, "batch pos"] | None = None,
+        neurons: Shaped[Tensor, "place unit"] | None = None,
     ) -> Float[Tensor, "batch read d_vocab"]:
         """Logits under a mask, at `positions` or everywhere.
 
         `held`: sources to hold. `contract`: the differences that the mask's gradient is taken
         against, where they are not this run's own. `whole`: the mask is 1 everywhere (only its
         gradient is wanted), and reads need no products. `spans`: each position's, where the graph
-        has them (it is of no account where not).
+        has them (it is of no account where not). `neurons`: gates, of the attached kind's shape.
         """
         before = self._inputs
-        self._inputs = _Inputs(mask, reference, positions, held, contract, whole, spans)
+        self._inputs = _Inputs(mask, reference, positions, held, contract, whole, spans, neurons)
         try:
             return self._run(tokens)
         finally:
@@ -279,6 +323,7 @@ class MaskedModel:
         reference: Reference,
         positions: Tensor | None = None,
         spans: Tensor | None = None,
+        neurons: Tensor | None = None,
     ) -> None:
         """What the model's own forwards run with, inside `shadowed`."""
         if spans is not None and not self.graph.spans:
@@ -286,7 +331,7 @@ class MaskedModel:
                 "spans=… belongs to a circuit or mask of a graph with spans, and this one's edges "
                 "are the same at every position: leave spans out, or give graph=graph.at(names)."
             )
-        self._inputs = _Inputs(mask, reference, positions, spans=spans)
+        self._inputs = _Inputs(mask, reference, positions, spans=spans, neurons=neurons)
 
     def reference(
         self,
@@ -302,6 +347,7 @@ class MaskedModel:
         """
         check_ablation(kind)
         if isinstance(kind, Constants):
+            self._refuse_constants()
             return kind.reference(self.sites, self.graph)
         if kind == "counterfactual":
             assert corrupted is not None
@@ -310,11 +356,23 @@ class MaskedModel:
         with self._plain():
             if kind == "zero":
                 like = self.sites.attention[0].output
-                return ablations.zero_reference(
+                zero = ablations.zero_reference(
                     self.sites, self.graph, like, bias_in_heads=bias_in_heads
                 )
+                if self.neurons != MLP:
+                    return zero
+                n_layers, width = self.neuron_shape
+                return replace(zero, hidden=like.new_zeros(n_layers, 1, 1, width))
             return ablations.mean_reference(
                 self.model, self.sites, self.graph, prompts, positional=kind == "mean-positional"
+            )
+
+    def _refuse_constants(self) -> None:
+        if self.neurons == MLP:
+            raise ValueError(
+                "neurons='mlp' with an ablation of constants is not supported: constants are what "
+                "whole sources carry, and none were learned for hidden neurons. Use another "
+                "ablation, or neurons='dimensions'."
             )
 
     def differences(
@@ -395,6 +453,7 @@ class MaskedModel:
         given = args[0] if args else kwargs.get("input", kwargs.get("input_ids"))
         tokens = self._checked_call(given, dict(zip(self._names, args, strict=False)) | kwargs)
         check_mask(inputs.mask, self.graph)
+        self.gates_of(inputs.neurons)
         self._forward = _Forward(self, inputs, tokens)
         try:
             with resting(self._idle):
@@ -476,6 +535,7 @@ class MaskedModel:
             hooks.append((site.z, at("heads", layer)))
         for layer, mlp in enumerate(sites.mlp):
             hooks += [(mlp.read, at("mlp_in", layer)), (mlp.write, at("mlp_out", layer))]
+        hooks += [(name, at("hidden", layer)) for layer, name in enumerate(sites.hidden)]
         hooks.append((sites.final, at("logits_in")))
         return hooks + ([(sites.cut, at("cut"))] if sites.cut else [])
 
@@ -496,6 +556,9 @@ class _Forward:
         self.held, self.contract = inputs.held, inputs.contract
         if self.contract is not None and self.spans is not None:
             self.contract = self.contract.index_select(1, self.spans.order)
+        self.gates: NeuronGates | None = None
+        if inputs.neurons is not None and run.neurons is not None:
+            self.gates = NeuronGates(run.neurons, inputs.neurons, weight)
         # In a parallel block the MLP reads after the heads wrote, but not what they wrote.
         self.whole = inputs.whole and not self.graph.parallel
         self.blocks = [
@@ -553,18 +616,30 @@ class _Forward:
             bias = site.output_bias / site.output.shape[0]
         first = self.graph.first_head(layer)
         rows = self._or_held(first, rows.transpose(0, 1))
-        self._stream.write_heads(first, rows, site.output, site.gain, bias)
+        gates = None if self.gates is None else self.gates.of_heads(first, len(rows))
+        self._stream.write_heads(first, rows, site.output, site.gain, bias, gates)
         return z.detach()
 
     def mlp_in(self, tensor: Tensor, layer: int) -> Tensor:
         x = self._restored(self._read("mlp", layer)[0])
         return self.sites.mlp[layer].norm(x).view(tensor.shape)
 
+    def hidden(self, h: Tensor, layer: int) -> Tensor | None:
+        """At what an MLP's output weights read."""
+        if self.gates is None or self.reference.hidden is None:
+            return None
+        return self.gates.hidden(h, self.reference.hidden[layer], layer)
+
     def mlp_out(self, y: Tensor, layer: int) -> Tensor:
         source = self.graph.mlp_source(layer)
-        difference = self._ordered((y - self.reference.mlp[layer]).flatten(0, 1))
-        self._stream.write(source, self._or_held(source, difference))
+        self._write(source, (y - self.reference.mlp[layer]).flatten(0, 1))
         return y.detach()
+
+    def _write(self, source: int, difference: Tensor) -> None:
+        difference = self._or_held(source, self._ordered(difference))
+        if self.gates is not None:
+            difference = self.gates.gated(difference, source)
+        self._stream.write(source, difference)
 
     def _or_held(self, source: int, difference: Tensor) -> Tensor:
         if self.held is None or source not in self.held.sources:
@@ -602,6 +677,8 @@ class _Forward:
                 "point did not fire, or its hook was removed inside the context "
                 "(model.reset_hooks?)."
             )
+        if self.gates is not None:
+            self.gates.finish(self.graph.n_layers)
         logits = getattr(output, "logits", output)
         if isinstance(logits, Tensor) and logits.dim() == 3:
             expected = (self.batch, self.pos if self.positions is None else self.positions.shape[1])
@@ -641,8 +718,7 @@ class _Forward:
         for source, (value, reference) in enumerate(
             zip(inputs, self.reference.inputs, strict=True)
         ):
-            difference = self._ordered((value - reference).flatten(0, 1))
-            self.stream.write(source, self._or_held(source, difference))
+            self._write(source, (value - reference).flatten(0, 1))
 
     def _read(self, kind: str, layer: int, rows: Tensor | None = None) -> Tensor:
         place = self.read_of[kind, layer]
@@ -784,6 +860,43 @@ def _check_once(run: MaskedModel) -> None:
             "scored wrongly, so it is refused."
         )
     _checked.setdefault(run.model, set()).add(dtype)
+
+
+def _hidden_shape(run: MaskedModel) -> tuple[int, int]:
+    """MLPs, and the hidden neurons of each."""
+    tokens = _probe_tokens(run)
+    reference, _ = run.record(tokens, tokens.new_empty((len(tokens), 0)))
+    assert reference.hidden is not None
+    return len(reference.hidden), reference.hidden.shape[-1]
+
+
+_neurons_checked: weakref.WeakKeyDictionary[Any, set[torch.dtype]] = weakref.WeakKeyDictionary()
+
+
+def _check_neurons_once(run: MaskedModel) -> None:
+    """Raise NotImplementedError unless MLPs without their neurons are MLPs without their edges."""
+    dtype = run.sites.attention[0].output.dtype
+    if dtype in _neurons_checked.get(run.model, ()) or run.active_dropout():
+        return
+    tokens = _probe_tokens(run)
+    with torch.no_grad():
+        reference, _ = run.record(tokens.flip(0))
+        kept = torch.ones(run.graph.n_edges, device=tokens.device)
+        mlps = [run.graph.mlp_source(layer) for layer in range(run.graph.n_layers)]
+        of_mlps = torch.isin(edge_ends(run.graph)[0], torch.tensor(mlps)).to(tokens.device)
+        gates, spans = kept.new_zeros(run.neuron_shape), torch.zeros_like(tokens)
+        without_edges = run(tokens, kept.masked_fill(of_mlps, 0.0), reference, spans=spans)
+        without_neurons = run(tokens, kept, reference, spans=spans, neurons=gates)
+    error = _relative(without_neurons, without_edges)
+    tolerance = 0.25 if dtype in (torch.float16, torch.bfloat16) else 1e-3
+    if not error <= tolerance:
+        name = getattr(run.model.cfg, "model_name", "this model")
+        raise NotImplementedError(
+            f"{name}: its MLPs do more than their output weights' input shows (with every hidden "
+            f"neuron removed the logits are off by {error:.2g} of their size), so neurons='mlp' is "
+            "not supported. Use neurons='dimensions'."
+        )
+    _neurons_checked.setdefault(run.model, set()).add(dtype)
 
 
 def _relative(actual: Tensor, expected: Tensor) -> float:

@@ -48,6 +48,37 @@ def open_probability(log_alpha: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     return torch.sigmoid(log_alpha - OPEN_OFFSET)
 
 
+def top_gates(
+    log_alpha: Float[Tensor, " gate"], ranking: Float[Tensor, " gate"], k: int
+) -> Float[Tensor, " gate"]:
+    """Exactly the k gates of highest ranking forward, the soft gates' gradient backward."""
+    soft = open_probability(log_alpha)
+    top = torch.zeros_like(soft)
+    top[ranking.to(soft.device).topk(k).indices] = 1.0
+    return top + soft - soft.detach()
+
+
+def first_log_alpha(
+    spread: tuple[float, float],
+    count: int,
+    scores: Float[Tensor, " gate"] | None,
+    generator: torch.Generator,
+) -> Float[Tensor, " gate"]:
+    """Log alphas of a mean and standard deviation: ranked by scores, or at random without."""
+    mean, std = spread
+    if scores is None:
+        return mean + std * torch.randn(count, generator=generator)
+    return mean + std * rank_quantiles(scores)
+
+
+def rank_quantiles(scores: Float[Tensor, " gate"]) -> Float[Tensor, " gate"]:
+    """Standard normal quantiles by rank: the scale of scores differs from method to method."""
+    order = torch.argsort(scores.double(), stable=True)
+    ranks = torch.empty_like(order)
+    ranks[order] = torch.arange(len(order))
+    return torch.special.ndtri((ranks.double() + 0.5) / len(order)).float()
+
+
 def deterministic_gates(log_alpha: Float[Tensor, " gate"]) -> Float[Tensor, " gate"]:
     """The published code's masks at evaluation, of one tensor of gates.
 

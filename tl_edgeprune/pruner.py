@@ -4,9 +4,10 @@
    a batch of pairs and lowers the objective, by default the KL to the full model's output.
 2. A controller makes the gates sparse: `ExactBudget` holds the expected number of open gates at a
    budget that falls from 30 % of all edges to the size asked for; `Lagrangian` is the paper's.
-3. In the last part of the run the forward pass keeps exactly the top edges, as the final circuit
+3. Neurons may have gates of their own beside the edges' (neurons.py), with a budget of their own.
+4. In the last part of the run the forward pass keeps exactly the top edges, as the final circuit
    will, while the gradient is that of the soft gates.
-4. The circuit is the edges of highest log alpha.
+5. The circuit is the edges of highest log alpha.
 
 `EdgePruner()` has our settings, `EdgePruner.paper()` those of the published code.
 Bhaskar, Wettig, Friedman and Chen 2024, "Finding Transformer Circuits with Edge Pruning".
@@ -14,6 +15,8 @@ Bhaskar, Wettig, Friedman and Chen 2024, "Finding Transformer Circuits with Edge
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, is_dataclass, replace
@@ -38,6 +41,8 @@ from tl_edgeprune.masks import (
     Lagrangian,
     sample_gates,
 )
+from tl_edgeprune.neurons import MLP, Neurons, check_kind
+from tl_edgeprune.neurons import check_budget as check_neuron_budget
 from tl_edgeprune.objectives import Objective, find_objective
 from tl_edgeprune.placement import placed
 from tl_edgeprune.positions import check_positions, graph_at
@@ -82,7 +87,8 @@ class PruneResult:
     """What a run found. `log_alpha` ranks every edge; `circuit` has the size asked for.
 
     `constants`: what removed edges carried, under ablation="optimal" or Constants: the `ablation`
-    to evaluate the circuit with.
+    to evaluate the circuit with. `neuron_log_alpha` ranks every neuron of a run with
+    neurons="mlp" or "dimensions"; `neurons` are as many as asked for.
     """
 
     graph: EdgeGraph
@@ -92,6 +98,9 @@ class PruneResult:
     metadata: dict[str, Any]
     finished: bool = True
     constants: Constants | None = None
+    neuron_kind: str | None = None
+    neuron_log_alpha: Float[Tensor, "place unit"] | None = None
+    n_neurons: int | None = None
 
     @property
     def circuit(self) -> Circuit:
@@ -99,6 +108,25 @@ class PruneResult:
         if self.n_edges is None:
             raise ValueError("this run was for no one size (n_edges=None): use result.top(k).")
         return self.top(self.n_edges)
+
+    @property
+    def neurons(self) -> Neurons | None:
+        """The top neurons by log alpha, exactly as many as asked for; None in a run without."""
+        if self.neuron_log_alpha is None:
+            return None
+        if self.n_neurons is None:
+            raise ValueError(
+                "this run was for no one number of neurons (n_neurons=None): use "
+                "result.top_neurons(k)."
+            )
+        return self.top_neurons(self.n_neurons)
+
+    def top_neurons(self, k: int) -> Neurons:
+        """The k neurons of highest log alpha. Raises ValueError in a run without neurons."""
+        if self.neuron_kind is None or self.neuron_log_alpha is None:
+            raise ValueError("this run had no gates on neurons: use EdgePruner(neurons=…).")
+        scores, kind = self.neuron_log_alpha, self.neuron_kind
+        return Neurons.top(self.graph, kind, scores, k, **self.metadata)
 
     @property
     def scores(self) -> EdgeScores:
@@ -142,6 +170,10 @@ class EdgePruner:
         split_qkv, split_embeddings: of the graph.
         positions: "span" for edges with a mask in each span of the task, "position" with one at
             each position (positions.py); None for one mask everywhere. n_edges counts them all.
+        neurons: "mlp" for a gate on each hidden neuron of the MLPs too, "dimensions" for one on
+            each source's dimensions (neurons.py), trained with the edges; n_neurons of them are
+            kept (None: a ranking of all), which come back as `result.neurons`; neuron_controller:
+            as controller, of their own.
         bias_in_heads: under zero ablation, remove each head's share of the output bias with it.
         recompute: run blocks again in backward, from the buffer of differences alone: memory is
             then two buffers and one half block, whatever the depth (recompute.py).
@@ -176,6 +208,9 @@ class EdgePruner:
         split_qkv: bool = True,
         split_embeddings: bool = False,
         positions: str | None = None,
+        neurons: str | None = None,
+        n_neurons: int | None = None,
+        neuron_controller: Controller | None = None,
         bias_in_heads: bool = False,
         recompute: bool = False,
         dtype: torch.dtype | None = None,
@@ -201,6 +236,10 @@ class EdgePruner:
         self.average_share = (0.6 if sampled else 0.0) if average_share is None else average_share
         self.split_qkv, self.split_embeddings = split_qkv, split_embeddings
         self.positions = positions
+        self.neurons, self.n_neurons = neurons, n_neurons
+        self.neuron_controller = neuron_controller
+        if neurons is not None and neuron_controller is None:
+            self.neuron_controller = ExactBudget("sampled" if n_neurons is None else "annealed")
         self.bias_in_heads, self.recompute = bias_in_heads, recompute
         self.dtype, self.device = dtype, device
         self.seed, self.checkpoint, self.checkpoint_every = seed, checkpoint, checkpoint_every
@@ -260,8 +299,13 @@ class EdgePruner:
             check_budget(self.n_edges, graph)
         engine = RecomputedModel if self.recompute else MaskedModel
         writes = self.checkpoint if Ranks.current().first else None
-        alone = held_file(writes) if writes else nullcontext()
-        with alone, placed(model, self.dtype, self.device), engine.attach(model, graph) as run:
+        with (
+            held_file(writes) if writes else nullcontext(),
+            placed(model, self.dtype, self.device),
+            engine.attach(model, graph, self.neurons) as run,
+        ):
+            if self.n_neurons is not None:
+                check_neuron_budget(self.n_neurons, math.prod(run.neuron_shape))
             fit = Training(self, run, task, loss_of)
             if resume is not None:
                 fit.restore(resume)
@@ -275,6 +319,9 @@ class EdgePruner:
             fit.metadata(),
             finished,
             fit.final_constants(),
+            self.neurons,
+            None if fit.neurons is None else fit.neurons.ranking(),
+            None if fit.neurons is None else fit.neurons.final_size(),
         )
 
     def scores(
@@ -283,9 +330,15 @@ class EdgePruner:
         """`fit`, as scores by that method's name.
 
         Those of a run that Ctrl-C ended early say so in their metadata ("finished": False). Raises
-        ValueError for ablation="optimal", whose constants scores cannot hold.
+        ValueError for ablation="optimal", whose constants scores cannot hold, and for neurons.
         """
         check_ablation(self.ablation)
+        if self.neurons is not None:
+            raise ValueError(
+                f"neurons={self.neurons!r}: scores of edges cannot hold gates on neurons. Use "
+                "EdgePruner(…).fit(model, task), which gives both (result.circuit, "
+                "result.neurons)."
+            )
         result = self.fit(model, task, resume=resume)
         early = {} if result.finished else {"finished": False}
         scores = result.scores
@@ -327,6 +380,36 @@ class EdgePruner:
             )
         if self.node_controller is not None and not self.node_masks:
             raise ValueError("node_controller needs node_masks=True.")
+        self._check_neurons()
+
+    def _check_neurons(self) -> None:
+        check_kind(self.neurons)
+        if self.neurons is None:
+            if self.n_neurons is not None or self.neuron_controller is not None:
+                raise ValueError(
+                    "n_neurons and neuron_controller need neurons='mlp' or 'dimensions'."
+                )
+            return
+        if self.n_neurons is not None and self.n_neurons < 1:
+            raise ValueError(f"n_neurons={self.n_neurons}: expected at least one neuron, or None.")
+        assert self.neuron_controller is not None
+        try:
+            copy.deepcopy(self.neuron_controller).start(2, self.n_neurons and 1)
+        except ValueError as error:
+            raise ValueError(f"neuron_controller without n_neurons: {error}") from None
+        if self.recompute:
+            raise ValueError(
+                f"neurons={self.neurons!r} with recompute=True is not supported: recomputed blocks "
+                "take no gates on neurons. Leave one of the two out."
+            )
+        if self.neurons == MLP and not (
+            isinstance(self.ablation, str) and self.ablation != OPTIMAL
+        ):
+            raise ValueError(
+                "neurons='mlp' with an ablation of constants is not supported: constants are what "
+                "whole sources carry, and none are learned for hidden neurons. Use another "
+                "ablation, or neurons='dimensions'."
+            )
 
     def _check_pairs(self, vocab: int) -> Callable[[Task], None]:
         def check(pairs: Task) -> None:

@@ -45,6 +45,7 @@ from tl_edgeprune.masked import (
     check_mask,
     fitting,
 )
+from tl_edgeprune.neurons import Neurons
 from tl_edgeprune.residual import SOURCES_APART, BufferPool, add_rows
 
 # Numbers that are normalised at once: what a processor's cache holds; on a GPU enough to fill it.
@@ -71,10 +72,20 @@ class RecomputedModel(MaskedModel):
 
     @classmethod
     @contextmanager
-    def attach(cls, model: Any, graph: EdgeGraph | None = None) -> Iterator[RecomputedModel]:
+    def attach(
+        cls,
+        model: Any,
+        graph: EdgeGraph | None = None,
+        neurons: Neurons | Tensor | str | None = None,
+    ) -> Iterator[RecomputedModel]:
         """As `MaskedModel.attach`. Raises NotImplementedError for a model whose blocks cannot be
-        run by halves, and for a graph with spans.
+        run by halves, for a graph with spans, and for gates on neurons.
         """
+        if neurons is not None:
+            raise NotImplementedError(
+                "recompute=True takes no gates on neurons: use recompute=False, or leave neurons "
+                "out."
+            )
         if graph is not None and graph.spans:
             raise NotImplementedError(
                 "recompute=True has one mask for all positions, and this graph has masks of their "
@@ -100,12 +111,14 @@ class RecomputedModel(MaskedModel):
         contract: Float[Tensor, "source row d_model"] | None = None,
         whole: bool = False,
         spans: Int[Tensor, "batch pos"] | None = None,
+        neurons: Shaped[Tensor, "place unit"] | None = None,
     ) -> Float[Tensor, "batch read d_vocab"]:
-        """As `MaskedModel`'s; `whole` changes nothing, and there are no spans."""
+        """As `MaskedModel`'s; `whole` changes nothing, and there are no spans and no neurons."""
         if not (self._trusted and torch.is_grad_enabled()):
             return super().__call__(tokens, mask, reference, positions, held, contract, whole)
         self._checked_call(tokens, {})
         check_mask(mask, self.graph)
+        self.gates_of(neurons)  # refused: none are attached
         self.halves.record(tokens)
         with torch.no_grad():
             resid, embedding = self.halves.embedded(tokens)

@@ -175,12 +175,13 @@ class Stream:
         weight: Float[Tensor, "head d_head d_model"],
         gain: Float[Tensor, " d_model"] | None = None,
         bias: Float[Tensor, " d_model"] | None = None,
+        gates: Float[Tensor, "head d_model"] | None = None,
     ) -> None:
-        """Heads `first`, `first + 1`, … add `z @ weight` (times `gain`, plus `bias`) to the
-        stream.
+        """Heads `first`, `first + 1`, … add `z @ weight` (times `gain`, plus `bias`, the whole
+        times `gates`) to the stream.
         """
         self._mark(first, z.shape[0])
-        self._token = _WriteHeads.apply(self._token, z, weight, gain, bias, self, first)
+        self._token = _WriteHeads.apply(self._token, z, weight, gain, bias, gates, self, first)
 
     def read(
         self,
@@ -380,11 +381,14 @@ class _WriteHeads(torch.autograd.Function):
         weight: Tensor,
         gain: Tensor | None,
         bias: Tensor | None,
+        gates: Tensor | None,
         stream: Stream,
         first: int,
     ) -> Tensor:
         stream.number(ctx)
-        ctx.first, ctx.weight, ctx.gain = first, weight, gain
+        ctx.first, ctx.weight, ctx.gain, ctx.bias = first, weight, gain, bias
+        if gates is not None:
+            ctx.save_for_backward(z, gates)
         assert stream.differences is not None
         rows = stream.differences[first : first + z.shape[0]]
         torch.bmm(z, weight, out=rows)
@@ -392,6 +396,8 @@ class _WriteHeads(torch.autograd.Function):
             rows.mul_(gain)
         if bias is not None:
             rows.add_(bias)
+        if gates is not None:
+            rows.mul_(gates.unsqueeze(1))
         stream.wrote(first, z.shape[0])
         return token.clone()
 
@@ -399,13 +405,25 @@ class _WriteHeads(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_token: Tensor) -> tuple[Tensor | None, ...]:
         ctx.stream.begin_backward(ctx.operation)
-        grad = None
+        grad = grad_gates = None
+        gates = ctx.saved_tensors[1] if ctx.saved_tensors else None
+        if ctx.needs_input_grad[5]:
+            grad_gates = _head_gates_gradient(ctx, ctx.saved_tensors[0])
         if ctx.needs_input_grad[1]:
             rows = ctx.stream.gradient_of(ctx.first, ctx.weight.shape[0])
+            rows = rows if gates is None else rows * gates.unsqueeze(1)
             rows = rows if ctx.gain is None else rows * ctx.gain
             grad = torch.bmm(rows, ctx.weight.transpose(1, 2))
         ctx.stream.end_backward(ctx.operation)
-        return grad_token, grad, None, None, None, None, None
+        return grad_token, grad, None, None, None, grad_gates, None, None
+
+
+def _head_gates_gradient(ctx: Any, z: Tensor) -> Float[Tensor, "head d_model"]:
+    """Sum over rows of gradient * (z @ weight * gain + bias), without that product's rows."""
+    grad = ctx.stream.gradient_of(ctx.first, len(ctx.weight))
+    found = (ctx.weight * torch.bmm(z.transpose(1, 2), grad)).sum(1)
+    found = found if ctx.gain is None else found * ctx.gain
+    return found if ctx.bias is None else found + ctx.bias * grad.sum(1)
 
 
 class _Read(torch.autograd.Function):

@@ -23,6 +23,7 @@ from tl_edgeprune.knockouts import Completeness, Minimality, completeness, minim
 from tl_edgeprune.masked import masked
 from tl_edgeprune.masks import ExactBudget, Lagrangian, Penalty
 from tl_edgeprune.methods.registry import discover
+from tl_edgeprune.neurons import Neurons
 from tl_edgeprune.optimal_ablation import optimal_constants
 from tl_edgeprune.polish import polish
 from tl_edgeprune.pruner import EdgePruner, Optimizer, PruneResult
@@ -50,6 +51,7 @@ __all__ = [
     "Lagrangian",
     "Minimality",
     "MinimalityTest",
+    "Neurons",
     "Optimizer",
     "Penalty",
     "PruneResult",

@@ -20,6 +20,7 @@ from tl_edgeprune.constants import Ablation
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.hooks import is_folded
 from tl_edgeprune.masked import MaskedModel
+from tl_edgeprune.neurons import Neurons
 from tl_edgeprune.objectives import Objective
 from tl_edgeprune.positions import task_for
 from tl_edgeprune.tasks.task import Task
@@ -48,21 +49,25 @@ def sweep(
     ablation: Ablation = "counterfactual",
     batch_size: int = 16,
     progress: bool = False,
+    neurons: Neurons | None = None,
 ) -> tuple[PairFigures, list[PairFigures]]:
     """The figures of the full model and of each mask, in the task's order of pairs (float64, CPU).
+
+    `neurons`: those that the masks' runs keep.
 
     Raises ValueError for tokens outside the vocabulary, and where the full model gives NaN.
     """
     check_vocabulary(task, int(model.cfg.d_vocab))
     task = task_for(task, graph)
     full, own = _Collected(), [_Collected() for _ in masks]
-    with torch.no_grad(), MaskedModel.attach(model, graph) as run:
+    with torch.no_grad(), MaskedModel.attach(model, graph, neurons) as run:
+        gates = run.gates_of(neurons)
         lessons = _lessons(run, task, ablation, batch_size)
         with tqdm(total=len(masks) * len(task), disable=not progress, leave=False) as bar:
             for lesson, nothing in lessons:
                 full.add(figures(lesson.full, lesson), lesson)
                 for mask, collected in zip(masks, own, strict=True):
-                    logits = _logits(run, mask, lesson, nothing)
+                    logits = _logits(run, mask, lesson, nothing, gates)
                     collected.add(figures(logits, lesson), lesson)
                     bar.update(len(lesson.batch))
     return full.in_order(), [collected.in_order() for collected in own]
@@ -131,12 +136,15 @@ def _lessons(
             yield Lesson(batch, full, reference), nothing
 
 
-def _logits(run: MaskedModel, mask: Tensor, lesson: Lesson, nothing: Tensor | None) -> Tensor:
+def _logits(
+    run: MaskedModel, mask: Tensor, lesson: Lesson, nothing: Tensor | None, gates: Tensor | None
+) -> Tensor:
     if nothing is not None and not bool(mask.any()):
         return nothing
     batch = lesson.batch
     mask = mask.to(lesson.full.device)
-    return run(batch.clean, mask, lesson.reference, batch.positions, spans=batch.spans)
+    reference, positions = lesson.reference, batch.positions
+    return run(batch.clean, mask, reference, positions, spans=batch.spans, neurons=gates)
 
 
 class _Collected:

@@ -9,6 +9,7 @@ pairs. What is kept is settled before the first step, so that a resumed run does
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -145,7 +146,8 @@ def sizes(run: MaskedModel, task: AnyTask) -> tuple[int, int]:
     cfg, graph, weight = run.model.cfg, run.graph, run.sites.attention[0].output
     heads, d_head, d_model = weight.shape
     streams = graph.n_inputs + len(run.sites.mlp) + len(graph.reads)
-    per_position = streams * d_model + graph.n_layers * heads * d_head
+    hidden = math.prod(run.neuron_shape) if run.sites.hidden else 0
+    per_position = streams * d_model + graph.n_layers * heads * d_head + hidden
     vocab = int(getattr(cfg, "d_vocab_out", None) or cfg.d_vocab)
     pairs = sample(task)
     share = len(task) / len(pairs) * weight.element_size()

@@ -22,11 +22,14 @@ from tl_edgeprune.ends import edge_ends
 from tl_edgeprune.feed import Feed
 from tl_edgeprune.hooks import is_folded
 from tl_edgeprune.learned_constants import LearnedConstants
+from tl_edgeprune.learned_neurons import LearnedNeurons, gate_scores
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.masks import (
     ExactBudget,
+    first_log_alpha,
     open_probability,
     sample_gates,
+    top_gates,
 )
 from tl_edgeprune.methods.gradients import path_scores
 from tl_edgeprune.methods.mask_ig import mask_path
@@ -42,6 +45,7 @@ if TYPE_CHECKING:
 
 History = list[dict[str, float | int]]
 HISTORY = ("step", "loss", "edges", "target", "seconds")
+OF_NEURONS = ("neurons", "neuron_target")
 WARM_STEPS, WARM_PAIRS = 5, 32
 EPOCHS = 10_000_000  # epochs' seeds lie beyond those of steps
 
@@ -82,6 +86,7 @@ class Training:
             self.node_controller.start(self.graph.n_sources, None)
         self.log_alpha = self._first_log_alpha().to(self.device).requires_grad_()
         self.node_log_alpha = self._node_log_alpha()
+        self.neurons = self._learned_neurons()
         self.source_of_edge = edge_ends(self.graph, self.device)[0]
         self.average = torch.zeros_like(self.log_alpha, requires_grad=False)
         self.optimizer, self.multipliers = self._optimizers()
@@ -119,6 +124,7 @@ class Training:
         progress = step / self.pruner.steps
         generator = torch.Generator().manual_seed(_mixed(self.pruner.seed, step))
         target = self.controller.target(progress, float(torch.rand((), generator=generator)))
+        neurons = None if self.neurons is None else self.neurons.target(progress, generator)
         self._set_rates(step)
         self._zero_grad()
         losses = []
@@ -126,9 +132,15 @@ class Training:
             batch, share = self.ranks.part(next(self.feed))
             lesson = self.teacher.lesson(batch)
             mask, penalty = self._draw(target, progress, generator)
+            gates = None
+            if self.neurons is not None and neurons is not None:
+                gates, price = self.neurons.draw(neurons, progress, generator)
+                penalty = penalty + price
             reference = lesson.reference if self.constants is None else self.constants.reference()
             batch = lesson.batch
-            logits = self.run(batch.clean, mask, reference, batch.positions, spans=batch.spans)
+            logits = self.run(
+                batch.clean, mask, reference, batch.positions, spans=batch.spans, neurons=gates
+            )
             loss = self.loss_of(logits, lesson.full, lesson.batch).mean() * share
             ((loss + penalty / self.ranks.size) / self.pruner.accumulate).backward()
             losses.append(float(loss.detach()))
@@ -140,7 +152,7 @@ class Training:
             self.constants.step(self.pruner.optimizer.rate(step, self.pruner.steps))
         self.ranks.hand_out(self._learned())
         self._take_in(step)
-        self._note(step, mean, target)
+        self._note(step, mean, target, neurons)
         self.place = self.feed.place
         self.between_steps = True
 
@@ -160,15 +172,9 @@ class Training:
                 wanted = self.node_controller.target(progress, 0.0)
                 penalty = penalty + self.node_controller.penalty(nodes, self.node_log_alpha, wanted)
         if progress >= 1 - self.pruner.hard_share:
-            mask = self._hard(shifted, max(1, round(target)))  # a Lagrangian may aim below 0
+            budget = max(1, round(target))  # a Lagrangian may aim below 0
+            mask = top_gates(shifted, self._ranking_now(), budget)
         return mask, penalty
-
-    def _hard(self, shifted: Tensor, budget: int) -> Tensor:
-        """Exactly the budget's top edges forward, the soft gates' gradient backward."""
-        soft = open_probability(shifted)
-        top = torch.zeros_like(soft)
-        top[self._ranking_now().topk(budget).indices] = 1.0
-        return top + soft - soft.detach()
 
     def _update(self) -> None:
         settings = self.pruner.optimizer
@@ -196,11 +202,10 @@ class Training:
         self.ranks.hand_out(self._learned())
 
     def _first_log_alpha(self) -> Float[Tensor, " edge"]:
-        mean, std = self.pruner.init_log_alpha
         generator = torch.Generator().manual_seed(_mixed(self.pruner.seed, -1))
-        noise = torch.randn(self.graph.n_edges, generator=generator)
+        spread, count = self.pruner.init_log_alpha, self.graph.n_edges
         if self.pruner.init_scores is None:
-            return mean + std * noise
+            return first_log_alpha(spread, count, None, generator)
         scores = self._warm_scores()
         if scores.shape != (self.graph.n_edges,):
             raise ValueError(
@@ -208,7 +213,7 @@ class Training:
             )
         if not bool(torch.isfinite(scores).all()):
             raise ValueError("init_scores holds NaN or infinite values.")
-        return mean + std * rank_quantiles(scores)
+        return first_log_alpha(spread, count, scores, generator)
 
     def _warm_scores(self) -> Float[Tensor, " edge"]:
         """What the first log alphas are ranked by."""
@@ -239,10 +244,27 @@ class Training:
         start = mean + std * torch.randn(self.graph.n_sources, generator=generator)
         return start.to(self.device).requires_grad_()
 
+    def _learned_neurons(self) -> LearnedNeurons | None:
+        if self.pruner.neurons is None:
+            return None
+        scores = None
+        if self.pruner.init_scores is not None:
+            scores = gate_scores(
+                self.run,
+                self.teacher,
+                self.loss_of,
+                steps=WARM_STEPS,
+                batch_size=self.pruner.batch_size,
+                max_batches=math.ceil(WARM_PAIRS / self.pruner.batch_size),
+                progress=self.pruner.progress,
+            )
+        generator = torch.Generator().manual_seed(_mixed(self.pruner.seed, -3))
+        return LearnedNeurons(self.pruner, self.run, scores, generator)
+
     def _optimizers(self) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer | None]:
         settings = self.pruner.optimizer
         common: dict[str, Any] = {"betas": settings.betas, "weight_decay": settings.weight_decay}
-        learned = [self.log_alpha] + ([] if self.node_log_alpha is None else [self.node_log_alpha])
+        learned = list(self._log_alphas().values())
         optimizer = torch.optim.AdamW(learned, lr=self.pruner.lr, **common)
         multipliers = list(self._multipliers().values())
         if not multipliers:
@@ -250,10 +272,24 @@ class Training:
         ascent = torch.optim.AdamW(multipliers, lr=settings.controller_lr, maximize=True, **common)
         return optimizer, ascent
 
+    def _state(self) -> dict[str, Tensor]:
+        """The tensors that a checkpoint holds, but for optimisers' and constants'."""
+        return {"average": self.average, **self._log_alphas(), **self._multipliers()}
+
+    def _log_alphas(self) -> dict[str, Tensor]:
+        learned = {"log_alpha": self.log_alpha}
+        if self.node_log_alpha is not None:
+            learned["node_log_alpha"] = self.node_log_alpha
+        if self.neurons is not None:
+            learned["neuron_log_alpha"] = self.neurons.log_alpha
+        return learned
+
     def _multipliers(self) -> dict[str, Tensor]:
         learned = dict(self.controller.learned())
         if self.node_controller is not None:
             learned |= {f"node_{k}": v for k, v in self.node_controller.learned().items()}
+        if self.neurons is not None:
+            learned |= {f"neuron_{k}": v for k, v in self.neurons.controller.learned().items()}
         return learned
 
     # ------------------------------------------------------------------------------- finishing
@@ -317,10 +353,7 @@ class Training:
         """
         if not (self.ranks.first and self.between_steps):
             return
-        tensors = {"log_alpha": self.log_alpha.detach(), "average": self.average}
-        tensors |= self._multipliers()
-        if self.node_log_alpha is not None:
-            tensors["node_log_alpha"] = self.node_log_alpha.detach()
+        tensors = self._state()
         optimizers = {"optimizer": self.optimizer, "multipliers": self.multipliers}
         if self.constants is not None:
             tensors |= self.constants.tensors()
@@ -358,10 +391,7 @@ class Training:
             _entry(*each) for each in enumerate(of_kind(note["history"], list, "history"))
         ]
         self.seconds_before = of_kind(note["seconds"], float, "seconds")
-        mine = {"log_alpha": self.log_alpha, "average": self.average, **self._multipliers()}
-        if self.node_log_alpha is not None:
-            mine["node_log_alpha"] = self.node_log_alpha
-        for name, tensor in mine.items():
+        for name, tensor in self._state().items():
             checkpoints.restore(tensor, tensors, name)
         checkpoints.load_optimizer(self.optimizer, states["optimizer"])
         if self.multipliers is not None:
@@ -410,14 +440,15 @@ class Training:
                 "infinite logits under masks. Try float32, or a lower learning rate."
             )
 
-    def _note(self, step: int, loss: float, target: float) -> None:
+    def _note(self, step: int, loss: float, target: float, neurons: float | None) -> None:
         with torch.no_grad():
             gates = self.controller.gates(self.log_alpha.detach(), target)
             edges = float(open_probability(gates).sum())
         seconds = self.seconds_before + time.monotonic() - self.started
-        self.history.append(
-            {"step": step, "loss": loss, "edges": edges, "target": target, "seconds": seconds}
-        )
+        entry = {"step": step, "loss": loss, "edges": edges, "target": target, "seconds": seconds}
+        if self.neurons is not None and neurons is not None:
+            entry |= {"neurons": self.neurons.expected(neurons), "neuron_target": neurons}
+        self.history.append(entry)
 
     def _show(self, bar: Any) -> None:
         last = self.history[-1]
@@ -434,15 +465,8 @@ def _entry(step: int, entry: Any) -> dict[str, float | int]:
     """The history's entry of a step. Raises KeyError or ValueError for none."""
     if entry["step"] != step:
         raise ValueError(f"history has step {entry['step']} in place of {step}")
-    return {name: of_kind(entry[name], float, name) for name in HISTORY}
-
-
-def rank_quantiles(scores: Float[Tensor, " edge"]) -> Float[Tensor, " edge"]:
-    """Standard normal quantiles by rank: the scale of scores differs from method to method."""
-    order = torch.argsort(scores.double(), stable=True)
-    ranks = torch.empty_like(order)
-    ranks[order] = torch.arange(len(order))
-    return torch.special.ndtri((ranks.double() + 0.5) / len(order)).float()
+    names = (*HISTORY, *(name for name in OF_NEURONS if name in entry))
+    return {name: of_kind(entry[name], float, name) for name in names}
 
 
 def _mixed(seed: int, step: int) -> int:

@@ -44,7 +44,7 @@ def resolved(given: Mapping[str, Any], *, paper: bool = False) -> dict[str, Any]
 def made(name: str, value: Any) -> Any:
     """A setting as EdgePruner takes it. Raises ValueError for one that it does not take."""
     option = f"--{name.replace('_', '-')}"
-    if name in ("controller", "node_controller") and isinstance(value, str | Mapping):
+    if name.endswith("controller") and isinstance(value, str | Mapping):
         return _controller(option, {"kind": value} if isinstance(value, str) else dict(value))
     if name == "optimizer" and isinstance(value, Mapping):
         return _built(option, Optimizer, value)

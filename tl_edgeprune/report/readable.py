@@ -12,7 +12,7 @@ from tl_edgeprune.circuit import Circuit
 Lines = dict[str, str]
 _SKIPPED = {  # told elsewhere, or beside another figure
     *("kl_sem", "logit_diff_full", "logit_diff_empty", "prob_diff_full", "prob_diff_empty"),
-    *("n_edges", "n_alive", "n_edges_full", "n_wrong"),
+    *("n_edges", "n_alive", "n_edges_full", "n_wrong", "n_neurons_full"),
 }
 
 
@@ -66,6 +66,7 @@ def plain(value: Any) -> float | int | str:
 def _label(name: str) -> str:
     return {
         "n_pairs": "pairs",
+        "n_neurons": "neurons kept",
         "kl": "KL to the full model",
         "js": "Jensen–Shannon",
         "mse": "mean squared error",

@@ -1,0 +1,258 @@
+"""Neurons of a circuit: parts of what a source writes that are kept, beside the edges.
+
+1. kind "mlp": the hidden neurons of every MLP, [n_layers, d_mlp], named m3.n17. A removed one has
+   the activation h_ref that the ablation gives it: h_ref + g (h - h_ref) is what W_out reads.
+2. kind "dimensions": the dimensions of the residual stream in which each source writes,
+   [n_sources, d_model], named a0.h3.d5. A gate multiplies the source's difference there.
+3. A gate is the same for all edges of its source and at all positions; edges have masks besides.
+
+An MLP's output bias is no neuron's: it goes where the MLP's edges go.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Shaped
+from torch import Tensor
+
+from tl_edgeprune.circuit import versions
+from tl_edgeprune.files import write_whole
+from tl_edgeprune.graph import EdgeGraph
+
+FORMAT = 1
+FILE_KIND = "tl_edgeprune neurons"
+MLP, DIMENSIONS = "mlp", "dimensions"
+KINDS = {MLP: "n", DIMENSIONS: "d"}
+"""The kinds, and the letter before a unit's number in a name."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Neurons:
+    """Neurons that are kept, of one kind, as a mask [place, unit].
+
+    Places are the MLPs in order (kind "mlp", units d_mlp) or the graph's sources (kind
+    "dimensions", units d_model). metadata: plain JSON values, as a Circuit's.
+    """
+
+    graph: EdgeGraph
+    kind: str
+    mask: Bool[Tensor, "place unit"]
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_kind(self.kind)
+        places = len(places_of(self.graph, self.kind))
+        if self.mask.dim() != 2 or len(self.mask) != places or self.mask.dtype != torch.bool:
+            raise ValueError(
+                f"a mask of neurons of kind {self.kind!r} is bool [{places}, units] in "
+                f"{self.graph}, got {self.mask.dtype} {tuple(self.mask.shape)}."
+            )
+        object.__setattr__(self, "mask", self.mask.detach().cpu().clone())
+
+    # ---------------------------------------------------------------------------------- making
+
+    @classmethod
+    def from_names(
+        cls, graph: EdgeGraph, kind: str, names: Iterable[str], width: int, **metadata: Any
+    ) -> Neurons:
+        """The neurons of these names, of `width` (d_mlp or d_model) at each place.
+
+        Raises KeyError for an unknown name.
+        """
+        rows = {place: row for row, place in enumerate(places_of(graph, kind))}
+        mask = torch.zeros(len(rows), width, dtype=torch.bool)
+        for name in names:
+            found = re.fullmatch(rf"(.+)\.{KINDS[kind]}(\d+)", name)
+            if found is None or found[1] not in rows or int(found[2]) >= width:
+                raise KeyError(
+                    f"no neuron {name!r} of kind {kind!r}: expected names such as "
+                    f"{next(iter(rows))}.{KINDS[kind]}0, with numbers below {width}."
+                )
+            mask[rows[found[1]], int(found[2])] = True
+        return cls(graph, kind, mask, metadata)
+
+    @classmethod
+    def top(
+        cls,
+        graph: EdgeGraph,
+        kind: str,
+        scores: Float[Tensor, "place unit"],
+        n_neurons: int,
+        **metadata: Any,
+    ) -> Neurons:
+        """The `n_neurons` of highest score; of equal ones, those first in order.
+
+        Raises ValueError for a number that there are not, and for NaN.
+        """
+        check_budget(n_neurons, scores.numel())
+        if bool(scores.isnan().any()):
+            raise ValueError("scores of neurons hold NaN, which cannot be ranked.")
+        flat = scores.detach().cpu().double().flatten()
+        mask = torch.zeros(len(flat), dtype=torch.bool)
+        mask[flat.argsort(descending=True, stable=True)[:n_neurons]] = True
+        return cls(graph, kind, mask.view(scores.shape), metadata)
+
+    # -------------------------------------------------------------------------------- describing
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the neurons that are kept, in order."""
+        places, letter = places_of(self.graph, self.kind), KINDS[self.kind]
+        return tuple(f"{places[row]}.{letter}{unit}" for row, unit in self.mask.nonzero().tolist())
+
+    @property
+    def n_neurons(self) -> int:
+        return int(self.mask.sum())
+
+    @property
+    def n_neurons_full(self) -> int:
+        """How many there are to keep."""
+        return self.mask.numel()
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many are kept at each place that has any."""
+        kept = zip(places_of(self.graph, self.kind), self.mask.sum(1).tolist(), strict=True)
+        return {place: count for place, count in kept if count}
+
+    def __repr__(self) -> str:
+        return f"Neurons({self.kind}: {self.n_neurons:,} of {self.n_neurons_full:,})"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Neurons):
+            return NotImplemented
+        same = (self.graph, self.kind) == (other.graph, other.kind)
+        return same and self.mask.equal(other.mask)
+
+    def __hash__(self) -> int:
+        return hash((self.graph, self.kind, self.mask.numpy().tobytes()))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.names
+
+    def __len__(self) -> int:
+        return self.n_neurons
+
+    # ------------------------------------------------------------------------------------ on disk
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write JSON: the graph, the neurons kept by place, metadata, versions. Whole or not at
+        all.
+        """
+        kept = zip(places_of(self.graph, self.kind), self.mask, strict=True)
+        document = {
+            "format": FORMAT,
+            "kind": FILE_KIND,
+            "graph": self.graph.to_dict(),
+            "neurons": self.kind,
+            "width": self.mask.shape[1],
+            "n_neurons": self.n_neurons,
+            "kept": {place: row.nonzero().flatten().tolist() for place, row in kept if row.any()},
+            "metadata": self.metadata,
+            "versions": versions(),
+        }
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(document).encode())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Neurons:
+        """Read what `save` wrote. Raises ValueError for a damaged file or one of another format."""
+        try:
+            document = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is no file of neurons: not valid JSON ({error}).") from None
+        if not isinstance(document, dict) or document.get("kind") != FILE_KIND:
+            raise ValueError(f"{path} is no file of neurons: expected one that Neurons.save wrote.")
+        if document.get("format") != FORMAT:
+            raise ValueError(
+                f"{path} has format {document.get('format')!r}, this version reads {FORMAT}."
+            )
+        try:
+            kind, letter = document["neurons"], KINDS[document["neurons"]]
+            names = [f"{p}.{letter}{unit}" for p, kept in document["kept"].items() for unit in kept]
+            graph, metadata = EdgeGraph.from_dict(document["graph"]), dict(document["metadata"])
+            found = cls.from_names(graph, kind, names, int(document["width"]), **metadata)
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise ValueError(f"{path} is damaged: {error}.") from None
+        if found.n_neurons != document.get("n_neurons"):
+            raise ValueError(
+                f"{path} is damaged: it says {document.get('n_neurons')} neurons and lists "
+                f"{found.n_neurons}."
+            )
+        return found
+
+
+# ------------------------------------------------------------------------------------------ checks
+
+
+def places_of(graph: EdgeGraph, kind: str) -> tuple[str, ...]:
+    """What has neurons of a kind: MLPs, or all sources."""
+    if kind == DIMENSIONS:
+        return graph.sources
+    return tuple(f"m{layer}" for layer in range(graph.n_layers)) if graph.has_mlp else ()
+
+
+def check_kind(kind: str | None) -> None:
+    """Raise ValueError unless it is None or a kind of neurons."""
+    if kind is not None and kind not in KINDS:
+        raise ValueError(
+            f"neurons={kind!r}: expected 'mlp' (hidden neurons of the MLPs), 'dimensions' (each "
+            "source's dimensions of the residual stream) or None."
+        )
+
+
+def check_budget(n_neurons: int, most: int) -> None:
+    """Raise ValueError unless 1 <= n_neurons <= most."""
+    if isinstance(n_neurons, bool) or int(n_neurons) != n_neurons or not 1 <= n_neurons <= most:
+        raise ValueError(
+            f"n_neurons={n_neurons}: expected a whole number from 1 to {most}, the neurons that "
+            "there are."
+        )
+
+
+def kind_of(neurons: Neurons | Tensor | str | None, graph: EdgeGraph) -> str | None:
+    """The kind of neurons, or of gates by their number of rows, in a run on this graph.
+
+    Raises ValueError for neurons of another graph, or where the model has none of the kind.
+    """
+    if isinstance(neurons, Neurons):
+        if neurons.graph.sources != graph.sources:
+            raise ValueError(
+                f"the neurons are of another model or graph: {neurons.graph}, this run's is "
+                f"{graph}."
+            )
+        kind: str | None = neurons.kind
+    elif isinstance(neurons, Tensor):
+        rows = {len(places_of(graph, kind)): kind for kind in KINDS}
+        kind = rows.get(len(neurons)) if neurons.dim() == 2 else None
+        if kind is None:
+            raise ValueError(
+                f"gates of shape {tuple(neurons.shape)}: expected [{graph.n_layers}, d_mlp] for "
+                f"the MLPs' neurons or [{graph.n_sources}, d_model] for sources' dimensions."
+            )
+    else:
+        kind = neurons
+        check_kind(kind)
+    if kind == MLP and not graph.has_mlp:
+        raise ValueError(
+            "neurons='mlp' needs MLPs, and this model has none: use neurons='dimensions'."
+        )
+    return kind
+
+
+def check_gates(gates: Shaped[Tensor, "..."], shape: tuple[int, int]) -> None:
+    """Raise ValueError unless these are floats or bools of this shape, without NaN."""
+    if gates.shape != shape:
+        raise ValueError(f"gates of neurons have shape {tuple(gates.shape)}, expected {shape}.")
+    if not (gates.is_floating_point() or gates.dtype == torch.bool):
+        raise ValueError(f"gates of neurons are {gates.dtype}, expected floats in [0, 1] or bool.")
+    if not bool(torch.isfinite(gates).all()):
+        raise ValueError("gates of neurons hold NaN or infinite values; expected [0, 1].")
