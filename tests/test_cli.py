@@ -16,7 +16,7 @@ import torch
 from command_line import SMALL, mistake, told
 
 import tl_edgeprune
-from tl_edgeprune import Circuit, EdgePruner, EdgeScores
+from tl_edgeprune import Circuit, EdgePruner, EdgeScores, Neurons
 from tl_edgeprune.checkpoints import load as load_checkpoint
 from tl_edgeprune.methods.registry import METHODS
 
@@ -78,6 +78,23 @@ def test_evaluate_gives_the_figures_of_the_run(run: Path, task: str, tmp_path: P
     result = told("evaluate", run / "circuit.json", "--task", task, "--out", out)
     assert "16 pairs of gifts" in result.stdout
     assert json.loads(out.read_text())["n_pairs"] == 16
+
+
+def test_neurons_are_written_and_judged_with_the_circuit(
+    model: str, task: str, tmp_path: Path
+) -> None:
+    out, asked = tmp_path / "run", ["--neurons", "mlp", "--steps", 2, "--json"]
+    assert "--n-neurons is missing" in mistake("prune", model, task, *SMALL, *asked, "--out", out)
+    asked += ["--n-neurons", 9]
+    result = told("prune", model, task, *SMALL, *asked, "--out", out)
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)["evaluation"]
+    kept = Neurons.load(out / "neurons.json")
+    assert found["n_neurons"] == kept.n_neurons == 9
+    again = json.loads(told("evaluate", out / "circuit.json", "--json").stdout)
+    assert again == pytest.approx(found, abs=1e-5)
+    (out / "neurons.json").unlink()
+    assert json.loads(told("evaluate", out / "circuit.json", "--json").stdout)["kl"] != found["kl"]
 
 
 def test_show_writes_a_page(run: Path, tmp_path: Path) -> None:

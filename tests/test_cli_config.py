@@ -177,7 +177,7 @@ def test_wrong_files_are_wrong_usage(
         (["--optimizer", "betas=3"], "--optimizer betas=3: expected tuple[float, float]"),
         (["--optimizer", "3"], "--optimizer: unknown name 'kind'"),
         (["--init-scores", "nope"], "init_scores='nope'"),
-        (["--init-scores", "nope.safetensors"], "no scores at"),
+        (["--init-scores", "nope.safetensors"], "no file of scores at"),
         (["--node-controller", "penalty"], "node_controller needs node_masks=True"),
         (["--task-set", "nope=1"], "--task-set: unknown name 'nope'"),
         (["--task-set", "split=1"], "--task-set split=1: expected"),

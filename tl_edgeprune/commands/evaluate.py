@@ -12,7 +12,7 @@ import typer
 from tl_edgeprune.commands import options
 from tl_edgeprune.commands.inputs import Inputs
 from tl_edgeprune.commands.named import parsed
-from tl_edgeprune.commands.run_folder import CONSTANTS, SETTINGS, Run, write_json
+from tl_edgeprune.commands.run_folder import CONSTANTS, NEURONS, SETTINGS, Run, write_json
 from tl_edgeprune.commands.told import told
 
 
@@ -45,6 +45,7 @@ def evaluate(
 
     A circuit in a run's folder is judged on the pairs that the run held out. With --task it is
     judged on all pairs of that task; a circuit without its run's folder needs --model and --task.
+    One that was found with neurons is judged with the neurons.json beside it.
 
     Example: tl-edgeprune evaluate runs/ioi/circuit.json
 
@@ -62,11 +63,13 @@ def evaluate(
         cls=_one_of("--cls", cls or inputs.cls, ("bridge", "hooked")),
         device=device,
     ).resolved()
-    constants = _ablation(circuit, found, ablation)
+    constants, neurons = _ablation(circuit, found, ablation), _neurons(circuit)
     loaded = inputs.load_model()
     all_pairs = inputs.load_pairs(loaded)
     judged_on = all_pairs if task is not None else inputs.split(all_pairs)[1]
-    figures = judge(loaded, found, judged_on, ablation=constants, batch_size=batch_size)
+    figures = judge(
+        loaded, found, judged_on, ablation=constants, batch_size=batch_size, neurons=neurons
+    )
     if out is not None:
         write_json(out, figures.to_dict())
     if as_json:
@@ -121,6 +124,14 @@ def _one_of(option: str, name: str, known: tuple[str, ...]) -> str:
     if name not in known:
         raise ValueError(f"{option} {name!r}: expected one of {', '.join(known)}.")
     return name
+
+
+def _neurons(circuit: Path) -> Any:
+    """The neurons that the circuit's run kept beside it; None where all are."""
+    from tl_edgeprune.neurons import Neurons
+
+    path = circuit.parent / NEURONS
+    return Neurons.load(path) if path.is_file() else None
 
 
 def _ablation(path: Path, circuit: Any, given: str | None) -> Any:

@@ -60,7 +60,7 @@ def prune(
         float | None,
         typer.Option(
             help="Last part of the run whose log alphas are averaged for the ranking.",
-            show_default="0",
+            show_default="0.0",
         ),
     ] = None,
     optimizer: Annotated[
@@ -96,6 +96,14 @@ def prune(
     positions: Annotated[
         str | None,
         typer.Option(help="span or position: a mask on every edge in each of them."),
+    ] = None,
+    neurons: Annotated[
+        str | None,
+        typer.Option(help="mlp or dimensions: also learn a gate for each neuron of that kind."),
+    ] = None,
+    n_neurons: Annotated[int | None, typer.Option(help="Neurons to keep, with --neurons.")] = None,
+    neuron_controller: Annotated[
+        list[str] | None, typer.Option(help="As --controller, for the neurons.")
     ] = None,
     bias_in_heads: Annotated[
         bool | None,
@@ -152,6 +160,9 @@ def prune(
         "split_qkv": split_qkv,
         "split_embeddings": split_embeddings,
         "positions": positions,
+        "neurons": neurons,
+        "n_neurons": n_neurons,
+        "neuron_controller": _part("--neuron-controller", neuron_controller),
         "bias_in_heads": bias_in_heads,
         "recompute": recompute,
         "checkpoint_every": checkpoint_every,
@@ -187,6 +198,8 @@ def _run(inputs: Inputs, given: dict[str, Any], paper: bool) -> Run:
             "--n-edges is missing: how many edges to keep. (A ranking of all edges: "
             "tl-edgeprune discover --method edge-pruning.)"
         )
+    if isinstance(pruner.neuron_controller, ExactBudget) and pruner.n_neurons is None:
+        raise ValueError("--n-neurons is missing: how many neurons to keep.")
     return run
 
 

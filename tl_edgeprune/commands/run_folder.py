@@ -23,10 +23,11 @@ FORMAT, KIND = 1, "tl_edgeprune run"
 AGAIN = "If its version is another, or it cannot be repaired, start the run in another folder."
 SETTINGS, CHECKPOINT = "settings.json", "checkpoint.safetensors"
 CIRCUIT, SCORES, EVALUATION = "circuit.json", "scores.safetensors", "evaluation.json"
-CONSTANTS, HISTORY, PAGE = "constants.safetensors", "history.png", "circuit.html"
+CONSTANTS, NEURONS = "constants.safetensors", "neurons.json"
+HISTORY, PAGE = "history.png", "circuit.html"
 TABLE, PICTURE = "table.csv", "comparison.png"
 FILES = (
-    *(SETTINGS, CHECKPOINT, CIRCUIT, SCORES, EVALUATION, CONSTANTS, HISTORY, PAGE),
+    *(SETTINGS, CHECKPOINT, CIRCUIT, SCORES, EVALUATION, CONSTANTS, NEURONS, HISTORY, PAGE),
     *(TABLE, PICTURE),
 )
 

@@ -22,6 +22,7 @@ from tl_edgeprune.commands.run_folder import (
     CONSTANTS,
     EVALUATION,
     HISTORY,
+    NEURONS,
     PAGE,
     SCORES,
     SETTINGS,
@@ -76,7 +77,11 @@ def train(folder: Path, run: Run, *, new: bool, as_json: bool, progress: bool = 
 
 def write_results(folder: Path, result: PruneResult, model: Any, held_out: Task) -> Evaluation:
     """Everything that a finished run leaves; the circuit last."""
-    figures = evaluate(model, result.circuit, held_out, ablation=result.constants)
+    figures = evaluate(
+        model, result.circuit, held_out, ablation=result.constants, neurons=result.neurons
+    )
+    if result.neurons is not None:
+        result.neurons.save(folder / NEURONS)
     if result.constants is not None:
         result.constants.save(folder / CONSTANTS)
     result.scores.save(folder / SCORES)
