@@ -197,6 +197,7 @@ def test_acdc_is_the_naive_sequence(name, ablation):
         assert found.n_edges < graph.n_edges
 
 
+@pytest.mark.slow
 def test_side_by_side_is_one_at_a_time(monkeypatch):
     model = zoo.load("bridge-llama-gqa")
     task = random_task(model, n=2, lengths=(4, 5), seed=1)

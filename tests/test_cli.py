@@ -58,7 +58,7 @@ def test_prune_writes_what_it_says(run: Path, model: str, task: str) -> None:
     assert len(note["history"]) == 30
     assert (run / "history.png").read_bytes()[:4] == b"\x89PNG"
     assert "KL to the full model" in (run / "circuit.html").read_text(encoding="utf-8")
-    assert not [p for p in run.iterdir() if p.name.startswith(".") and p.suffix != ".lock"]
+    assert not [p for p in run.iterdir() if p.name.startswith(".") and not p.name.endswith(".lock")]
 
 
 def test_the_circuit_is_that_of_the_pruner(run: Path, model: str, task: str) -> None:

@@ -216,7 +216,7 @@ def test_files_of_other_kinds_are_refused_and_a_missing_one_is_missing(saved):
     Circuit.from_edges(GRAPH, ["input->logits"]).save(saved)
     with pytest.raises(ValueError, match="is no file of scores"):
         EdgeScores.load(saved)
-    with pytest.raises(FileNotFoundError, match="no scores at"):
+    with pytest.raises(FileNotFoundError, match="no file of scores at"):
         EdgeScores.load(saved.parent / "none.safetensors")
 
 

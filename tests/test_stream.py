@@ -249,7 +249,7 @@ def test_a_teachers_size_is_known_before_it_is_made():
 # ------------------------------------------------------------------------------------------- fit
 
 
-@pytest.mark.parametrize("stop", [2, 5])
+@pytest.mark.parametrize("stop", [pytest.param(2, marks=pytest.mark.slow), 5])
 def test_a_streamed_run_resumes_to_the_same_bits(tmp_path, stop):
     """In the first epoch and in the second (of six batches each, two lengths), with two a step."""
     model = zoo.load(MODEL)

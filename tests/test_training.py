@@ -47,9 +47,16 @@ SETTINGS = {
     "unsplit": {"split_qkv": False},
     "two-embeddings": {"split_embeddings": True},
 }
+QUICK = ("default", "sampled", "nodes-lagrangian", "two-embeddings")
 
 
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param(settings, id=name, marks=[pytest.mark.slow] * (name not in QUICK))
+        for name, settings in SETTINGS.items()
+    ],
+)
 def test_a_run_keeps_exactly_the_budget_and_repeats_to_the_bit(settings: dict[str, Any]) -> None:
     model = zoo.load(MODEL)
     task = zoo.pairs(model)

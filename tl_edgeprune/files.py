@@ -23,7 +23,7 @@ def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
             temporary.write_bytes(content)
             os.replace(temporary, path)
     except OSError as error:
-        said = f"could not be written ({error.strerror}), and is as it was before"
+        said = f"could not be written ({error.strerror or error}), and is as it was before"
         raise OSError(error.errno, said, str(path)) from error
 
 

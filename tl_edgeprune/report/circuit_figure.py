@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -219,7 +220,7 @@ def _node_color(kind: str, share: float) -> tuple[float, float, float]:
 
 def _legend_width(strokes: Sequence[_Stroke]) -> float:
     """Points that the legend takes, rather too many than too few."""
-    return sum(46 + 6.2 * len(label) for label in {s.label for s in strokes if s.label})
+    return math.fsum(46 + 6.2 * len(label) for label in {s.label for s in strokes if s.label})
 
 
 def _draw_legend(axes: Axes, strokes: Sequence[_Stroke]) -> None:

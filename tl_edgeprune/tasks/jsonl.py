@@ -76,7 +76,7 @@ def from_jsonl(
     lines = enumerate(read_text(path, "file of prompt pairs").split("\n"), start=1)
     entries = ((f"line {number}", line) for number, line in lines if line.strip())
     pairs, prepend_bos = read_pairs(str(path), entries, record_of, model, prepend_bos, split)
-    return task_of(path.stem, pairs, prepend_bos)
+    return task_of(path.stem, pairs, prepend_bos, str(path))
 
 
 def read_pairs(
@@ -114,10 +114,13 @@ def read_pairs(
     return pairs, prepend_bos
 
 
-def task_of(name: str, pairs: list[dict[str, Any]], prepend_bos: bool) -> Task:
-    """Encoded pairs as a task."""
+def task_of(name: str, pairs: list[dict[str, Any]], prepend_bos: bool, source: str) -> Task:
+    """Encoded pairs as a task. `source`: what was read, for errors."""
     fields: dict[str, Any] = {field: [pair[field] for pair in pairs] for field in pairs[0]}
-    fields |= lay_out_spans(fields.pop("spans"), [*map(len, fields["clean"])])
+    try:
+        fields |= lay_out_spans(fields.pop("spans"), [*map(len, fields["clean"])])
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
     return Task(name, **fields, prepend_bos=prepend_bos)
 
 

@@ -74,7 +74,7 @@ def stream_jsonl(
             for number, record in islice(_records(path, file, split, mark), len(places)):
                 with _at(path, number):
                     pairs.append(encode_pair(record, tokenizer, prepend_bos))
-        return task_of(path.stem, pairs, prepend_bos)
+        return task_of(path.stem, pairs, prepend_bos, str(path))
 
     identity = repr((index.digest, split, prepend_bos, len(tokenizer)))
     return TaskStream(

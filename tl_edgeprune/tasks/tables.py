@@ -50,7 +50,7 @@ def from_pandas(
     rows = frame[columns].astype(object).to_dict("records")
     entries = zip((f"row {index}" for index in frame.index), rows, strict=True)
     pairs, prepend_bos = read_pairs("DataFrame", entries, _record, model, prepend_bos, split)
-    return task_of(name, pairs, prepend_bos)
+    return task_of(name, pairs, prepend_bos, name)
 
 
 def from_hf_dataset(
@@ -83,7 +83,7 @@ def from_hf_dataset(
         _check_columns("dataset", columns)
     entries = ((f"row {number}", row) for number, row in enumerate(dataset))
     pairs, prepend_bos = read_pairs("dataset", entries, _record, model, prepend_bos, split)
-    return task_of(name, pairs, prepend_bos)
+    return task_of(name, pairs, prepend_bos, name)
 
 
 def _chosen(splits: Mapping[str, Any], split: str | None) -> Any:
