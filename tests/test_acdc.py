@@ -101,6 +101,7 @@ def test_every_architecture_runs_from_the_middle(name):
         assert cuts.partial_run_agrees(run, lesson)
 
 
+@pytest.mark.slow
 def test_a_partial_run_that_is_wrong_is_not_used(monkeypatch):
     """Where half blocks give something else, or cannot be run, whole runs do the work."""
     model, task = zoo.load("bridge-gpt2"), zoo.pairs(zoo.load("bridge-gpt2"), 2)

@@ -82,7 +82,7 @@ def test_a_method_in_bfloat16_ranks_much_as_in_float32(method: str) -> None:
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("search", ["exact", "bisect"])
+@pytest.mark.parametrize("search", [pytest.param("exact", marks=pytest.mark.slow), "bisect"])
 def test_acdc_in_bfloat16_keeps_much_the_same_edges(search: str) -> None:
     single, half = zoo.load(MODEL), zoo.load(MODEL, torch.bfloat16)
     task = zoo.pairs(single, 2)
