@@ -35,9 +35,9 @@ CLASSLESS = (
     *("chance", "circuit_tests", "cli", "cli_compare", "cli_config", "compare", "distributed"),
     *("docs", "faithfulness", "folder", "full_disk", "killed", "packaging"),
     *("interchange", "knockouts", "learned_constants", "masks", "measures", "objectives"),
-    *("planner", "polish", "report", "report_page", "residual", "roc", "scores", "stability"),
-    *("stream", "solved", "task_families", "task_tables", "training", "wrong_settings"),
-    *("strangers", "two_runs"),
+    *("planner", "polish", "pruner", "report", "report_page", "residual", "roc", "scores"),
+    *("stability", "stream", "solved", "task_families", "task_tables", "training"),
+    *("strangers", "two_runs", "wrong_settings"),
 )
 # Of these, only what is of a HookedTransformer is quick there.
 HALF = (
