@@ -412,7 +412,7 @@ def test_runs_that_cannot_have_neurons_are_refused(monkeypatch: pytest.MonkeyPat
     constants = Constants(graph, torch.zeros(1, 1), torch.zeros(1, 1, 1), torch.zeros(1, 1))
     with (
         MaskedModel.attach(model, None, "mlp") as run,
-        pytest.raises(ValueError, match="none were learned for hidden neurons"),
+        pytest.raises(ValueError, match="none are learned for hidden neurons"),
     ):
         run.reference(constants)
     with pytest.raises(ValueError, match=r"mask of neurons of kind 'mlp' is bool \[\d, units\]"):

@@ -27,7 +27,16 @@ from damage import RAW, harmed_bytes, harmed_json, harmed_safetensors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tl_edgeprune import Circuit, Constants, EdgeGraph, EdgePruner, EdgeScores, Explanation, tasks
+from tl_edgeprune import (
+    Circuit,
+    Constants,
+    EdgeGraph,
+    EdgePruner,
+    EdgeScores,
+    Explanation,
+    Neurons,
+    tasks,
+)
 from tl_edgeprune.commands import config
 from tl_edgeprune.commands.inputs import Inputs
 from tl_edgeprune.commands.run_folder import Run as CommandRun
@@ -108,6 +117,10 @@ def scores(graph: EdgeGraph) -> EdgeScores:
 def constants() -> Constants:
     parts = {"inputs": torch.rand(1, 4), "z": torch.rand(2, 2, 2), "mlp": torch.rand(2, 4)}
     return Constants(GRAPH, **parts, metadata=dict(ABOUT))
+
+
+def neurons() -> Neurons:
+    return Neurons.from_names(GRAPH, "mlp", ["m0.n3", "m1.n0"], 5, **ABOUT)
 
 
 def explanation() -> Explanation:
@@ -197,6 +210,7 @@ def readers(training: Training, folder_of: Any) -> dict[str, Reader]:
         "scores": Reader("s.safetensors", scores(GRAPH).save, EdgeScores.load, harmed_safetensors),
         "constants": Reader("k.safetensors", constants().save, Constants.load, harmed_safetensors),
         "explanation": Reader("e.json", explanation().save, Explanation.load, of_json),
+        "neurons": Reader("n.json", neurons().save, Neurons.load, of_json),
         "checkpoint": Reader("r.safetensors", checkpoint, training.restore, harmed_safetensors),
         "acdc": Reader(
             "a.json",
@@ -233,6 +247,7 @@ NAMES = [
     "scores",
     "constants",
     "explanation",
+    "neurons",
     "checkpoint",
     "acdc",
 ]

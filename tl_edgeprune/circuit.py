@@ -22,7 +22,7 @@ from torch import Tensor
 from tl_edgeprune import __version__
 from tl_edgeprune.files import write_whole
 from tl_edgeprune.graph import EdgeGraph
-from tl_edgeprune.strangers import damaged, of_kind, read_json
+from tl_edgeprune.strangers import AGAIN, damaged, of_format, of_kind, read_json
 
 FORMAT = 1
 KIND = "tl_edgeprune circuit"
@@ -186,14 +186,9 @@ class Circuit:
         """Read what `save` wrote. Raises FileNotFoundError, and ValueError for a damaged file or
         one of another format.
         """
-        document = read_json(path, "circuit file", HINT)
-        if not isinstance(document, dict) or document.get("kind") != KIND:
-            raise ValueError(f"{path} is no circuit file. {HINT}")
-        if document.get("format") != FORMAT:
-            raise ValueError(
-                f"{path} has format {document.get('format')!r:.100}, this version reads {FORMAT}: "
-                "save it again with the version that wrote it, or find the circuit anew."
-            )
+        what, again = "circuit file", f"{AGAIN}, or find the circuit anew"
+        document = read_json(path, what, HINT)
+        document = of_format(document, path, what, kind=KIND, format=FORMAT, hint=HINT, again=again)
         with damaged(path):
             graph = EdgeGraph.from_dict(document["graph"])
             edges = of_kind(document["edges"], list, "edges")

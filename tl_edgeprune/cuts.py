@@ -35,7 +35,7 @@ from tl_edgeprune.ablation import Reference
 from tl_edgeprune.blocks import Blocks
 from tl_edgeprune.graph import EdgeGraph, Read
 from tl_edgeprune.hooks import AttentionSite
-from tl_edgeprune.masked import MaskedModel, fitting
+from tl_edgeprune.masked import MaskedModel, _relative, _tolerance, fitting
 from tl_edgeprune.objectives import Objective
 from tl_edgeprune.teacher import Lesson, Teacher
 
@@ -486,8 +486,7 @@ class PartCuts(WholeCuts):
         dtype = self.run.sites.attention[0].output.dtype
         mask = self.mask.to(self.device, dtype)
         self._weights = [
-            mask[read.edges].view(-1, *self.graph.spans and (self.graph.n_spans,), read.n_sources)
-            for read in self.graph.reads
+            mask[read.edges].view(self.graph.block_shape(read)) for read in self.graph.reads
         ]
 
     def _changed(self, place: int, cuts: Tensor) -> list[int]:
@@ -706,6 +705,4 @@ def partial_run_agrees(run: MaskedModel, lesson: Lesson) -> bool:
             return False
         figures.append(torch.stack(seen))
         seen.clear()
-    tolerance = 0.25 if figures[0].dtype in (torch.float16, torch.bfloat16) else 1e-3
-    error = (figures[1] - figures[0]).float().norm() / figures[0].float().norm().clamp(min=1e-6)
-    return bool(error <= tolerance)
+    return _relative(figures[1], figures[0]) <= _tolerance(figures[0].dtype)

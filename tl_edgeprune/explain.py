@@ -30,6 +30,7 @@ from tl_edgeprune.masked import MaskedModel, fitting
 from tl_edgeprune.methods.exact import each_rise
 from tl_edgeprune.methods.gradients import origin
 from tl_edgeprune.objectives import Objective, find_objective
+from tl_edgeprune.report.names import kind_of
 from tl_edgeprune.slots import Layout, Slots
 from tl_edgeprune.sweep import ablation_of, check_origin
 from tl_edgeprune.tasks.task import Task
@@ -94,14 +95,6 @@ def explain(
     words = _Words(look, text_of, circuit.graph)
     rows = [words.row(edge, rises[edge]) for edge in wanted]
     return Explanation(tuple(rows), tuple(look.pattern_rows(text_of)), about)
-
-
-def kind_of(destination: str) -> str:
-    """What an edge enters there: q, k, v, attn (a head with one input), mlp or logits."""
-    node, _, port = destination.partition("<")
-    if port:
-        return port.rstrip(">")
-    return "logits" if node == "logits" else "mlp" if node.startswith("m") else "attn"
 
 
 class _Look:

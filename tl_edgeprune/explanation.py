@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tl_edgeprune.files import write_whole
-from tl_edgeprune.strangers import damaged, of_kind, read_json
+from tl_edgeprune.strangers import damaged, of_format, of_kind, read_json
 
 FORMAT = 1
 KIND = "tl_edgeprune explanation"
@@ -99,12 +99,7 @@ class Explanation:
     def load(cls, path: str | os.PathLike[str]) -> Explanation:
         """Read what `save` wrote as .json. Raises ValueError for any other file."""
         document = read_json(path, "explanation", HINT)
-        if not isinstance(document, dict) or document.get("kind") != KIND:
-            raise ValueError(f"{path} is no explanation. {HINT}")
-        if document.get("format") != FORMAT:
-            raise ValueError(
-                f"{path} has format {document.get('format')!r:.100}, this version reads {FORMAT}."
-            )
+        document = of_format(document, path, "explanation", kind=KIND, format=FORMAT, hint=HINT)
         with damaged(path):
             rows = tuple(_filled(row) for row in of_kind(document["edges"], list, "edges"))
             patterns = tuple(map(_pattern, of_kind(document["patterns"], list, "patterns")))

@@ -217,6 +217,11 @@ class EdgeGraph:
             for source in range(read.n_sources)
         )
 
+    def block_shape(self, read: Read) -> tuple[int, ...]:
+        """Of a read's part of a mask: [destination, source], or [destination, span, source]."""
+        spans = (self.n_spans,) if self.spans else ()
+        return (-1, *spans, read.n_sources)
+
     @cached_property
     def _place(self) -> dict[str, int]:
         return {name: index for index, name in enumerate(self.sources)}
@@ -292,12 +297,11 @@ class EdgeGraph:
         A node is a source at a span, source * n_spans + span. Queries and MLPs act where they read;
         keys and values may be read from any span.
         """
-        place = {name: index for index, name in enumerate(self.sources)}
         flows = []
         for row, name in enumerate(self.destinations):
             here = re.fullmatch(r"m\d+|[^<]*<q>", name.partition("@")[0]) is not None
             at = (row % self.n_spans,) if here else range(self.n_spans)
-            owners = [place[owner] * self.n_spans for owner in self.owner(name)]
+            owners = [self._place[owner] * self.n_spans for owner in self.owner(name)]
             flows.append(frozenset(first + span for first in owners for span in at))
         return tuple(flows)
 

@@ -8,7 +8,6 @@ averaged over a path on which all gates rise from 0 to 1 together.
 from __future__ import annotations
 
 import copy
-from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,8 +16,9 @@ from torch import Tensor
 
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.masks import ExactBudget, first_log_alpha, open_probability, top_gates
+from tl_edgeprune.methods.gradients import each_lesson
 from tl_edgeprune.objectives import Objective
-from tl_edgeprune.teacher import Lesson, Teacher, shown
+from tl_edgeprune.teacher import Lesson, Teacher
 
 if TYPE_CHECKING:
     from tl_edgeprune.pruner import EdgePruner
@@ -88,21 +88,22 @@ def gate_scores(
     *,
     steps: int = 5,
     batch_size: int = 8,
-    max_batches: int | None = None,
+    max_pairs: int | None = None,
     progress: bool = False,
 ) -> Float[Tensor, "place unit"]:
     """-d loss/d gate, mean over the teacher's pairs and over gates (1/2, 3/2, …)/steps, on the CPU.
 
-    Every edge is kept. `max_batches`: look at no more of them.
+    Every edge is kept. `max_pairs`: look at no more than about so many pairs.
     """
     total, pairs = torch.zeros(run.neuron_shape), 0
-    batches = teacher.task.batches(batch_size, shuffle=max_batches is not None)
-    wanted = len(teacher.task)
-    if max_batches is not None:
-        wanted = min(wanted, max_batches * batch_size)
-    for batch in shown(islice(batches, max_batches), "scoring neurons", wanted, progress):
-        pairs += len(batch)
-        lesson = teacher.lesson(batch)
+    for lesson in each_lesson(
+        teacher,
+        batch_size=batch_size,
+        max_pairs=max_pairs,
+        progress=progress,
+        doing="scoring neurons",
+    ):
+        pairs += len(lesson.batch)
         for step in range(steps):
             total -= _gradient(run, lesson, (step + 0.5) / steps, loss_of) / steps
     return total / pairs

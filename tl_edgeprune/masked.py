@@ -43,7 +43,7 @@ from tl_edgeprune.hooks import (
 )
 from tl_edgeprune.idle import idle_work, resting
 from tl_edgeprune.neuron_gates import NeuronGates
-from tl_edgeprune.neurons import MLP, Neurons, check_gates, kind_of
+from tl_edgeprune.neurons import MLP, Neurons, check_constants, check_gates, kind_of
 from tl_edgeprune.norms import identity
 from tl_edgeprune.projections import project
 from tl_edgeprune.residual import BufferPool, Stream, WholeStream
@@ -347,7 +347,7 @@ class MaskedModel:
         """
         check_ablation(kind)
         if isinstance(kind, Constants):
-            self._refuse_constants()
+            check_constants(self.neurons, kind)
             return kind.reference(self.sites, self.graph)
         if kind == "counterfactual":
             assert corrupted is not None
@@ -365,14 +365,6 @@ class MaskedModel:
                 return replace(zero, hidden=like.new_zeros(n_layers, 1, 1, width))
             return ablations.mean_reference(
                 self.model, self.sites, self.graph, prompts, positional=kind == "mean-positional"
-            )
-
-    def _refuse_constants(self) -> None:
-        if self.neurons == MLP:
-            raise ValueError(
-                "neurons='mlp' with an ablation of constants is not supported: constants are what "
-                "whole sources carry, and none were learned for hidden neurons. Use another "
-                "ablation, or neurons='dimensions'."
             )
 
     def differences(
@@ -562,7 +554,7 @@ class _Forward:
         # In a parallel block the MLP reads after the heads wrote, but not what they wrote.
         self.whole = inputs.whole and not self.graph.parallel
         self.blocks = [
-            part.view(-1, *self.graph.spans and (self.graph.n_spans,), read.n_sources)
+            part.view(self.graph.block_shape(read))
             for part, read in zip(
                 inputs.mask.to(weight).split(
                     [r.n_destinations * r.n_sources for r in self.graph.reads]
@@ -845,7 +837,7 @@ def _check_once(run: MaskedModel) -> None:
         spans = torch.zeros_like(tokens)
         errors = [_relative(run(tokens, kept, reference, spans=spans), plain)]
         errors.append(_relative(run(tokens, cut, reference, spans=spans), other))
-    tolerance = 0.25 if plain.dtype in (torch.float16, torch.bfloat16) else 1e-3
+    tolerance = _tolerance(plain.dtype)
     name = getattr(run.model.cfg, "model_name", "this model")
     if not errors[0] <= tolerance:
         raise NotImplementedError(
@@ -888,8 +880,7 @@ def _check_neurons_once(run: MaskedModel) -> None:
         without_edges = run(tokens, kept.masked_fill(of_mlps, 0.0), reference, spans=spans)
         without_neurons = run(tokens, kept, reference, spans=spans, neurons=gates)
     error = _relative(without_neurons, without_edges)
-    tolerance = 0.25 if dtype in (torch.float16, torch.bfloat16) else 1e-3
-    if not error <= tolerance:
+    if not error <= _tolerance(dtype):
         name = getattr(run.model.cfg, "model_name", "this model")
         raise NotImplementedError(
             f"{name}: its MLPs do more than their output weights' input shows (with every hidden "
@@ -897,6 +888,11 @@ def _check_neurons_once(run: MaskedModel) -> None:
             "not supported. Use neurons='dimensions'."
         )
     _neurons_checked.setdefault(run.model, set()).add(dtype)
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    """How far two ways to the same numbers may be apart, in units of their size."""
+    return 0.25 if dtype in (torch.float16, torch.bfloat16) else 1e-3
 
 
 def _relative(actual: Tensor, expected: Tensor) -> float:

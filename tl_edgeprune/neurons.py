@@ -15,7 +15,7 @@ import json
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,16 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from tl_edgeprune.circuit import versions
+from tl_edgeprune.constants import OPTIMAL
 from tl_edgeprune.files import write_whole
 from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.strangers import damaged, of_format, of_kind, read_json
 
 FORMAT = 1
 FILE_KIND = "tl_edgeprune neurons"
+HINT = "Expected one written by Neurons.save."
+MOST_NEURONS = 2**27
+"""In a file. A Llama of 70 B parameters has 2**25.4 dimensions of sources."""
 MLP, DIMENSIONS = "mlp", "dimensions"
 KINDS = {MLP: "n", DIMENSIONS: "d"}
 """The kinds, and the letter before a unit's number in a name."""
@@ -164,27 +169,25 @@ class Neurons:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Neurons:
-        """Read what `save` wrote. Raises ValueError for a damaged file or one of another format."""
-        try:
-            document = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is no file of neurons: not valid JSON ({error}).") from None
-        if not isinstance(document, dict) or document.get("kind") != FILE_KIND:
-            raise ValueError(f"{path} is no file of neurons: expected one that Neurons.save wrote.")
-        if document.get("format") != FORMAT:
-            raise ValueError(
-                f"{path} has format {document.get('format')!r}, this version reads {FORMAT}."
-            )
-        try:
-            kind, letter = document["neurons"], KINDS[document["neurons"]]
-            names = [f"{p}.{letter}{unit}" for p, kept in document["kept"].items() for unit in kept]
-            graph, metadata = EdgeGraph.from_dict(document["graph"]), dict(document["metadata"])
-            found = cls.from_names(graph, kind, names, int(document["width"]), **metadata)
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise ValueError(f"{path} is damaged: {error}.") from None
+        """Read what `save` wrote. Raises FileNotFoundError, and ValueError for a damaged file or
+        one of another format.
+        """
+        what = "file of neurons"
+        document = read_json(path, what, HINT)
+        document = of_format(document, path, what, kind=FILE_KIND, format=FORMAT, hint=HINT)
+        with damaged(path):
+            kind = of_kind(document["neurons"], str, "neurons")
+            check_kind(kind)
+            graph = EdgeGraph.from_dict(document["graph"])
+            width, listed = of_kind(document["width"], int, "width"), document["kept"].items()
+            if not 0 < width <= MOST_NEURONS // max(1, len(places_of(graph, kind))):
+                raise ValueError(f"it says {width} neurons at each place")
+            names = [f"{place}.{KINDS[kind]}{unit}" for place, kept in listed for unit in kept]
+            metadata = of_kind(document["metadata"], dict, "metadata")
+            found = replace(cls.from_names(graph, kind, names, width), metadata=metadata)
         if found.n_neurons != document.get("n_neurons"):
             raise ValueError(
-                f"{path} is damaged: it says {document.get('n_neurons')} neurons and lists "
+                f"{path} is damaged: it says {document.get('n_neurons')!s:.100} neurons and lists "
                 f"{found.n_neurons}."
             )
         return found
@@ -206,6 +209,16 @@ def check_kind(kind: str | None) -> None:
         raise ValueError(
             f"neurons={kind!r}: expected 'mlp' (hidden neurons of the MLPs), 'dimensions' (each "
             "source's dimensions of the residual stream) or None."
+        )
+
+
+def check_constants(kind: str | None, ablation: Any) -> None:
+    """Raise ValueError for hidden neurons under constants, given or to be learned."""
+    if kind == MLP and (not isinstance(ablation, str) or ablation == OPTIMAL):
+        raise ValueError(
+            "neurons='mlp' with an ablation of constants is not supported: constants are what "
+            "whole sources carry, and none are learned for hidden neurons. Use another ablation, "
+            "or neurons='dimensions'."
         )
 
 

@@ -41,7 +41,7 @@ from tl_edgeprune.masks import (
     Lagrangian,
     sample_gates,
 )
-from tl_edgeprune.neurons import MLP, Neurons, check_kind
+from tl_edgeprune.neurons import Neurons, check_constants, check_kind
 from tl_edgeprune.neurons import check_budget as check_neuron_budget
 from tl_edgeprune.objectives import Objective, find_objective
 from tl_edgeprune.placement import placed
@@ -402,14 +402,7 @@ class EdgePruner:
                 f"neurons={self.neurons!r} with recompute=True is not supported: recomputed blocks "
                 "take no gates on neurons. Leave one of the two out."
             )
-        if self.neurons == MLP and not (
-            isinstance(self.ablation, str) and self.ablation != OPTIMAL
-        ):
-            raise ValueError(
-                "neurons='mlp' with an ablation of constants is not supported: constants are what "
-                "whole sources carry, and none are learned for hidden neurons. Use another "
-                "ablation, or neurons='dimensions'."
-            )
+        check_constants(self.neurons, self.ablation)
 
     def _check_pairs(self, vocab: int) -> Callable[[Task], None]:
         def check(pairs: Task) -> None:

@@ -42,6 +42,7 @@ from tl_edgeprune.masked import (
     _checked_positions,
     _probe_tokens,
     _relative,
+    _tolerance,
     check_mask,
     fitting,
 )
@@ -561,8 +562,7 @@ def _check_once(run: RecomputedModel) -> None:
             f"{name}: its blocks cannot be run by halves, as recompute=True asks ({error}). "
             f"{advice}"
         ) from error
-    tolerance = 0.25 if dtype in (torch.float16, torch.bfloat16) else 1e-3
-    if not max(errors) <= tolerance:
+    if not max(errors) <= _tolerance(dtype):
         raise NotImplementedError(
             f"{name}: run by halves, as recompute=True asks, its logits are off by "
             f"{errors[0]:.2g} of their size and its gradients by {errors[1]:.2g}. {advice}"

@@ -24,7 +24,7 @@ from tl_edgeprune.circuit import Circuit, check_budget, check_scores, versions
 from tl_edgeprune.counts import edge_counts, longest_run
 from tl_edgeprune.files import write_whole
 from tl_edgeprune.graph import EdgeGraph
-from tl_edgeprune.strangers import damaged, of_kind
+from tl_edgeprune.strangers import AGAIN, damaged, of_format, of_kind
 from tl_edgeprune.tensor_files import floats, read_tensors
 
 FORMAT = 1
@@ -149,14 +149,9 @@ class EdgeScores:
         """Read what `save` wrote. Raises FileNotFoundError, and ValueError for a damaged file or
         one of another format.
         """
-        tensors, document = read_tensors(path, "tl_edgeprune", "file of scores", HINT)
-        if not isinstance(document, dict) or document.get("kind") != KIND:
-            raise ValueError(f"{path} is no file of scores. {HINT}")
-        if document.get("format") != FORMAT:
-            raise ValueError(
-                f"{path} has format {document.get('format')!r:.100}, this version reads {FORMAT}: "
-                "save it again with the version that wrote it, or score the edges anew."
-            )
+        what, again = "file of scores", f"{AGAIN}, or score the edges anew"
+        tensors, document = read_tensors(path, "tl_edgeprune", what, HINT)
+        document = of_format(document, path, what, kind=KIND, format=FORMAT, hint=HINT, again=again)
         with damaged(path):
             graph = EdgeGraph.from_dict(document["graph"])
             metadata = of_kind(document["metadata"], dict, "metadata")

@@ -18,6 +18,7 @@ AnyPath = str | os.PathLike[str]
 
 MOST_BYTES = 2**29  # of text; JSON takes some ten times its size in memory
 MOST_DEPTH = 100  # of lists and tables in one another
+AGAIN = ": save it again with the version that wrote it"
 WRONG = (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError)
 """What code raises that meets a value of another kind than it expects."""
 
@@ -68,6 +69,21 @@ def parse_json(text: str) -> Any:
         if not level:
             return document
     raise ValueError("nested too deep")
+
+
+def of_format(
+    document: Any, path: AnyPath, what: str, *, kind: str, format: int, hint: str, again: str = ""
+) -> dict[str, Any]:
+    """A file's document itself. Raises ValueError unless it is a table of this kind and format.
+
+    hint: what is no such file. again: what to do about another format.
+    """
+    if not isinstance(document, dict) or document.get("kind") != kind:
+        raise ValueError(f"{path} is no {what}. {hint}")
+    found = document.get("format")
+    if found != format:
+        raise ValueError(f"{path} has format {found!r:.100}, this version reads {format}{again}.")
+    return document
 
 
 @contextmanager

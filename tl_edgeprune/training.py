@@ -34,7 +34,6 @@ from tl_edgeprune.masks import (
 from tl_edgeprune.methods.gradients import path_scores
 from tl_edgeprune.methods.mask_ig import mask_path
 from tl_edgeprune.objectives import Objective
-from tl_edgeprune.positions import any_task_for
 from tl_edgeprune.scores import EdgeScores
 from tl_edgeprune.strangers import damaged, of_kind
 from tl_edgeprune.tasks.stream import AnyTask, identity, sample
@@ -58,7 +57,7 @@ class Training:
     ) -> None:
         self.ranks = Ranks.current()
         self.pruner, self.run = self.ranks.own(pruner), run
-        self.task, self.loss_of = any_task_for(task, run.graph), loss_of
+        self.loss_of = loss_of
         self.graph = run.graph
         self.started = time.monotonic()
         self.history: History = []
@@ -71,14 +70,14 @@ class Training:
             )
         self.teacher = Teacher(
             run,
-            self.task,
+            task,
             pruner.ablation if self.constants is None else self.constants.constants().detached(),
             batch_size=pruner.batch_size,
             bias_in_heads=pruner.bias_in_heads,
             progress=self.pruner.progress,
             visits=pruner.steps * pruner.accumulate * self.ranks.most(pruner.batch_size),
         )
-        self.device = self.teacher.device
+        self.task, self.device = self.teacher.task, self.teacher.device
         self.controller = copy.deepcopy(pruner.controller)
         self.controller.start(self.graph.n_edges, pruner.n_edges)
         self.node_controller = copy.deepcopy(pruner.node_controller)
@@ -255,7 +254,7 @@ class Training:
                 self.loss_of,
                 steps=WARM_STEPS,
                 batch_size=self.pruner.batch_size,
-                max_batches=math.ceil(WARM_PAIRS / self.pruner.batch_size),
+                max_pairs=WARM_PAIRS,
                 progress=self.pruner.progress,
             )
         generator = torch.Generator().manual_seed(_mixed(self.pruner.seed, -3))

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from tl_edgeprune.commands import options
-from tl_edgeprune.commands.inputs import Inputs
+from tl_edgeprune.commands.inputs import CLASSES, DTYPES, Inputs
 from tl_edgeprune.commands.named import parsed
 from tl_edgeprune.commands.run_folder import CONSTANTS, NEURONS, SETTINGS, Run, write_json
 from tl_edgeprune.commands.told import told
@@ -59,8 +59,8 @@ def evaluate(
     inputs = _inputs(circuit, model, task, pairs, seed, parsed("--task-set", task_set or []))
     inputs = replace(
         inputs,
-        dtype=_one_of("--dtype", dtype or inputs.dtype, tuple(options.BYTES)),
-        cls=_one_of("--cls", cls or inputs.cls, ("bridge", "hooked")),
+        dtype=_one_of("--dtype", dtype or inputs.dtype, DTYPES),
+        cls=_one_of("--cls", cls or inputs.cls, CLASSES),
         device=device,
     ).resolved()
     constants, neurons = _ablation(circuit, found, ablation), _neurons(circuit)

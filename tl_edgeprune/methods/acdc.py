@@ -49,6 +49,7 @@ from tl_edgeprune.methods.sequence import one_by_one
 from tl_edgeprune.objectives import Objective, find_objective
 from tl_edgeprune.positions import graph_at
 from tl_edgeprune.strangers import damaged, of_kind, read_json
+from tl_edgeprune.tasks.stream import identity
 from tl_edgeprune.tasks.task import Task
 from tl_edgeprune.teacher import Teacher, check_vocabulary
 
@@ -105,7 +106,9 @@ def acdc(
     )
     alone = nullcontext() if checkpoint is None else held_file(checkpoint)
     with alone, MaskedModel.attach(model, graph) as run:
-        saved = _Saved(checkpoint, about | {"graph": run.graph.to_dict(), "pairs": _digest(task)})
+        saved = _Saved(
+            checkpoint, about | {"graph": run.graph.to_dict(), "pairs": digest(identity(task))}
+        )
         mask, start, runs = saved.load(run.graph)
         teacher = Teacher(run, task, ablation, batch_size=batch_size, max_bytes=0)
         cuts = find_cuts(run, teacher, loss_of, batch_size=batch_size)
@@ -162,12 +165,6 @@ def _reporter(cuts: WholeCuts, bar: Any, saved: _Saved) -> Callable[[int], None]
         saved.save(cuts, edge)
 
     return report
-
-
-def _digest(task: Task) -> str:
-    spans = (task.spans,) if task.spans else ()
-    prompts = (task.clean, task.corrupted, *spans)
-    return digest([[tokens.tolist() for tokens in field] for field in prompts])
 
 
 class _Saved:

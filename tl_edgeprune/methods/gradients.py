@@ -30,7 +30,7 @@ from tl_edgeprune.objectives import (
     has_logit_diff,
     kl,
 )
-from tl_edgeprune.positions import check_positions, graph_at
+from tl_edgeprune.positions import graph_at
 from tl_edgeprune.scores import EdgeScores
 from tl_edgeprune.tasks.task import Task
 from tl_edgeprune.teacher import Lesson, Teacher, check_vocabulary, shown
@@ -66,7 +66,6 @@ def scores_along(
     `positions`: "span" or "position" for edges with a mask in each (positions.py).
     `magnitudes`: of each point's and batch's absolute values in place of signed ones.
     """
-    check_positions(positions)
     loss_of = find_objective(objective, task)
 
     def scores(run: MaskedModel, teacher: Teacher) -> Float[Tensor, " edge"]:
@@ -124,10 +123,22 @@ def scored(
     return EdgeScores(run.graph, scores.cpu(), origin(model, task, **metadata), by_magnitude)
 
 
-def each_lesson(teacher: Teacher, *, batch_size: int, progress: bool = False) -> Iterator[Lesson]:
-    """Every pair once, batch by batch, with targets and references."""
-    batches = teacher.task.batches(batch_size)
-    for batch in shown(batches, "scoring edges", len(teacher.task), progress):
+def each_lesson(
+    teacher: Teacher,
+    *,
+    batch_size: int,
+    max_pairs: int | None = None,
+    progress: bool = False,
+    doing: str = "scoring edges",
+) -> Iterator[Lesson]:
+    """Every pair once, batch by batch, with targets and references.
+
+    `max_pairs`: no more than about so many pairs, drawn at random.
+    """
+    most = None if max_pairs is None else math.ceil(max_pairs / batch_size)
+    batches = islice(teacher.task.batches(batch_size, shuffle=most is not None), most)
+    wanted = min(len(teacher.task), max_pairs or len(teacher.task))
+    for batch in shown(batches, doing, wanted, progress):
         yield teacher.lesson(batch)
 
 
@@ -147,12 +158,9 @@ def path_scores(
     `max_pairs`: look at no more than about so many pairs.
     """
     total, pairs = torch.zeros(run.graph.n_edges, device=teacher.device), 0
-    most = None if max_pairs is None else math.ceil(max_pairs / batch_size)
-    batches = islice(teacher.task.batches(batch_size, shuffle=most is not None), most)
-    wanted = min(len(teacher.task), max_pairs or len(teacher.task))
-    for batch in shown(batches, "scoring edges", wanted, progress):
-        pairs += len(batch)
-        lesson = teacher.lesson(batch)
+    lessons = each_lesson(teacher, batch_size=batch_size, max_pairs=max_pairs, progress=progress)
+    for lesson in lessons:
+        pairs += len(lesson.batch)
         parts = [
             -edge_gradient(run, lesson, point, loss_of, teacher.watch)
             for point in path(run, lesson)

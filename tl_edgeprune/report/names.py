@@ -70,16 +70,20 @@ def parse_node(name: str) -> Node:
     return Node(name, kind, int(match["head_layer"]), int(match["index"]), where)
 
 
+def kind_of(destination: str) -> str:
+    """What an edge enters there, one of KINDS: attn is a head with one input."""
+    target = destination.partition("@")[0]
+    port, kind = _PORT.search(target), parse_node(_PORT.sub("", target)).kind
+    return port[1] if port else {"head": "attn", "kv": "attn"}.get(kind, kind)
+
+
 def parse_edge(name: str) -> Edge:
     """Parse an edge name such as `a0.h3->a5.h2<q>`, with `@` and a span or without."""
     source, arrow, target = name.partition("->")
     if not arrow:
         raise ValueError(f"edge name {name!r}: expected 'source->destination', as in 'm0->logits'.")
     target, at, span = target.partition("@")
-    port = _PORT.search(target)
-    destination = _PORT.sub("", target)
-    node_kind = parse_node(destination).kind
-    kind = port[1] if port else {"head": "attn", "kv": "attn"}.get(node_kind, node_kind)
+    kind, destination = kind_of(target), _PORT.sub("", target)
     if not at:
         return Edge(name, source, destination, kind)
     start = source if "@" in source else f"{source}@{span}"
