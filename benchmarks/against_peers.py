@@ -15,6 +15,8 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -31,6 +33,7 @@ ROWS = (
 )
 ACDC = ("ACDC, an edge (2 layers)", "acdc, an edge", "auto-circuit: acdc, an edge")
 Line = tuple[str, str, str, str]
+RULE = ("---", "---:", "---:", "---:")  # below the head of a Markdown table
 
 
 def times(layers: int, repeats: int) -> list[Line]:
@@ -83,14 +86,22 @@ def peak_of(who: str, layers: int) -> int:
     return peak_bytes() - before
 
 
-def show(lines: list[Line], markdown: bool) -> None:
-    head = ("", "tl_edgeprune", "auto-circuit", "ratio")
-    if markdown:
-        rows = [head, ("---", "---:", "---:", "---:"), *lines]
-        print("\n".join("| " + " | ".join(row) + " |" for row in rows))
-        return
-    for row in (head, *lines):
-        print(f"{row[0]:28}{row[1]:>14}{row[2]:>14}{row[3]:>8}", flush=True)
+def show(lines: Iterable[Line], markdown: bool) -> None:
+    """Each line as soon as it is measured."""
+    head = [("", "tl_edgeprune", "auto-circuit", "ratio"), *([RULE] if markdown else [])]
+    for row in chain(head, lines):
+        show_row(row, markdown)
+
+
+def show_row(row: Line, markdown: bool) -> None:
+    plain = f"{row[0]:28}{row[1]:>14}{row[2]:>14}{row[3]:>8}"
+    print("| " + " | ".join(row) + " |" if markdown else plain, flush=True)
+
+
+def measured(layers: int, repeats: int) -> Iterator[Line]:
+    yield from times(layers, repeats)
+    yield from memory(layers)
+    yield from acdc_times()
 
 
 def main() -> None:
@@ -104,8 +115,7 @@ def main() -> None:
     if options.memory:
         print(peak_of(options.memory, options.layers))
         return
-    lines = times(options.layers, options.repeats) + acdc_times() + memory(options.layers)
-    show(lines, options.markdown)
+    show(measured(options.layers, options.repeats), options.markdown)
 
 
 if __name__ == "__main__":
