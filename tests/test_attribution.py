@@ -16,7 +16,8 @@ import zoo
 from torch import Tensor
 
 from tl_edgeprune import discover, models, tasks
-from tl_edgeprune.masked import Held, MaskedModel
+from tl_edgeprune.forward import Held
+from tl_edgeprune.masked import MaskedModel
 
 MODEL = "bridge-gpt2"
 KINDS = (MODEL, "bridge-gemma2")  # the second with shared keys, and norms after heads and MLP

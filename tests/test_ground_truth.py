@@ -192,4 +192,5 @@ def test_known_circuits_are_of_their_graphs():
     for name in tracr.NAMES:
         graph = EdgeGraph.from_model(models.load(name, device="cpu"))
         for ablation in ABLATIONS:
-            Circuit.from_edges(graph, models.known_circuit(name, ablation))
+            known = models.known_circuit(name, ablation)
+            assert set(Circuit.from_edges(graph, known).edges) == known <= set(graph.edges)

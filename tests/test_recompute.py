@@ -16,8 +16,9 @@ from transformer_lens.model_bridge.sources import build_bridge_from_module
 
 from tl_edgeprune import EdgeGraph, EdgePruner
 from tl_edgeprune.blocks import Blocks
+from tl_edgeprune.forward import Held
 from tl_edgeprune.live_bytes import LiveBytes
-from tl_edgeprune.masked import Held, MaskedModel
+from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.recompute import RecomputedModel
 from tl_edgeprune.residual import BufferPool
 
@@ -177,7 +178,7 @@ def peak_beside_buffers(kind: type[MaskedModel], n_layers: int) -> float:
             run.together = 2  # one block at a time, whatever the depth
             run.halves.record(clean)
         reference = run.reference("counterfactual", corrupted=corrupted)
-        run._pool = BufferPool()
+        run.pool = BufferPool()
         with LiveBytes() as live:
             run(clean, mask, reference, torch.full((8, 1), 31)).sum().backward()
     return live.peak / stream - 2 * graph.n_sources

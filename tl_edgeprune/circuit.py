@@ -246,10 +246,10 @@ class Circuit:
         return interchange.read_circuit(path, graph, shared)
 
     def to_networkx(self) -> Any:
-        """The circuit as a networkx DiGraph: see `interchange`."""
-        from tl_edgeprune import interchange
+        """The circuit as a networkx DiGraph: see `networks`."""
+        from tl_edgeprune.networks import to_networkx
 
-        return interchange.to_networkx(self)
+        return to_networkx(self)
 
 
 def check_budget(n_edges: int, graph: EdgeGraph, most: int | None = None) -> None:

@@ -33,9 +33,11 @@ from torch import Tensor
 
 from tl_edgeprune.ablation import Reference
 from tl_edgeprune.blocks import Blocks
+from tl_edgeprune.first_look import relative, tolerance
+from tl_edgeprune.forward import fitting
 from tl_edgeprune.graph import EdgeGraph, Read
 from tl_edgeprune.hooks import AttentionSite
-from tl_edgeprune.masked import MaskedModel, _relative, _tolerance, fitting
+from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.objectives import Objective
 from tl_edgeprune.teacher import Lesson, Teacher
 
@@ -705,4 +707,4 @@ def partial_run_agrees(run: MaskedModel, lesson: Lesson) -> bool:
             return False
         figures.append(torch.stack(seen))
         seen.clear()
-    return _relative(figures[1], figures[0]) <= _tolerance(figures[0].dtype)
+    return relative(figures[1], figures[0]) <= tolerance(figures[0].dtype)

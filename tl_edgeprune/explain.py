@@ -23,10 +23,11 @@ from tl_edgeprune.circuit import Circuit
 from tl_edgeprune.constants import Ablation
 from tl_edgeprune.cuts import find_cuts
 from tl_edgeprune.explanation import Explanation, Row
+from tl_edgeprune.forward import fitting
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.hooks import attached
 from tl_edgeprune.lens import Score, answer_direction, answer_score
-from tl_edgeprune.masked import MaskedModel, fitting
+from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.methods.exact import each_rise
 from tl_edgeprune.methods.gradients import origin
 from tl_edgeprune.objectives import Objective, find_objective

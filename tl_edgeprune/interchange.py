@@ -1,4 +1,4 @@
-"""Circuits and scores in EAP-IG's files, which the MIB benchmark's leaderboard takes; networkx.
+"""Circuits and scores in EAP-IG's files, which the MIB benchmark's leaderboard takes.
 
 EAP-IG's graph has one input, an MLP in every layer, and a query, key and value input for every
 head. Its files hold a score and a place in the circuit for each edge:
@@ -145,48 +145,6 @@ def read_circuit(path: str | os.PathLike[str], graph: EdgeGraph, shared: str = "
             "EdgeScores.from_mib(path, graph).top(k)."
         )
     return Circuit(graph, mask, origin)
-
-
-def to_networkx(circuit: Circuit) -> Any:
-    """The circuit as a networkx DiGraph, whose paths are those of the model.
-
-    Nodes are sources and destinations by name, with `kind` ("input", "head", "mlp", "logits",
-    "query", "key", "value", "head-input") and `layer`. The circuit's edges have kind="edge"; links
-    of kind="inside" lead from a head's query, key and value to the head itself (a shared key to
-    every head of its group), so that a walk can go on.
-
-    Raises ImportError where networkx is not installed, ValueError for a circuit with spans.
-    """
-    try:
-        import networkx
-    except ImportError:
-        raise ImportError(
-            "Circuit.to_networkx needs networkx: install it with pip install networkx."
-        ) from None
-    refuse_spans(circuit.graph, "Circuit.to_networkx")
-    graph, found = circuit.graph, networkx.DiGraph()
-    for name in ("input", "tok", "pos"):
-        if name in graph.sources:
-            found.add_node(name, kind="input", layer=-1)
-    found.add_node("logits", kind="logits", layer=graph.n_layers)
-    for edge in circuit.edges:
-        source, _, destination = edge.partition("->")
-        for name in (source, destination):
-            if name not in found:
-                found.add_node(name, **_description(name))
-        found.add_edge(source, destination, kind="edge")
-        for owner in graph.owner(destination):
-            if owner != destination:
-                found.add_node(owner, **_description(owner))
-                found.add_edge(destination, owner, kind="inside")
-    return found
-
-
-def _description(name: str) -> dict[str, Any]:
-    node, _, part = name.partition("<")
-    layer = int(node.partition(".")[0][1:])
-    kinds = {"q>": "query", "k>": "key", "v>": "value"}
-    return {"kind": kinds.get(part, "head" if node[0] == "a" else "mlp"), "layer": layer}
 
 
 # ----------------------------------------------------------------------------- one graph, two views

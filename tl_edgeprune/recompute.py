@@ -34,18 +34,11 @@ from torch.autograd.function import once_differentiable
 from tl_edgeprune import ablation as ablations
 from tl_edgeprune.ablation import Reference
 from tl_edgeprune.blocks import Blocks
+from tl_edgeprune.first_look import probe_tokens, relative, tolerance
+from tl_edgeprune.forward import Held, checked_positions, fitting
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.hooks import AttentionSite, Sites
-from tl_edgeprune.masked import (
-    Held,
-    MaskedModel,
-    _checked_positions,
-    _probe_tokens,
-    _relative,
-    _tolerance,
-    check_mask,
-    fitting,
-)
+from tl_edgeprune.masked import MaskedModel, check_mask
 from tl_edgeprune.neurons import Neurons
 from tl_edgeprune.residual import SOURCES_APART, BufferPool, add_rows
 
@@ -100,7 +93,7 @@ class RecomputedModel(MaskedModel):
 
     def release_buffers(self) -> None:
         """Free the buffers that are kept for the next forward."""
-        self._pool = BufferPool()
+        self.pool = BufferPool()
 
     def __call__(
         self,
@@ -124,7 +117,7 @@ class RecomputedModel(MaskedModel):
         with torch.no_grad():
             resid, embedding = self.halves.embedded(tokens)
             inputs = ablations.split_inputs(self.graph, resid, embedding)
-        positions = _checked_positions(positions, tokens, resid.device)
+        positions = checked_positions(positions, tokens, resid.device)
         reference = fitting(reference, tokens)
         job = _Job(self, inputs, reference, positions, held, contract)
         return self.halves.logits(_HalfByHalf.apply(job, mask, *reference._tensors()))
@@ -172,7 +165,7 @@ class _Job:
 
     def release(self) -> None:
         """Give the buffer back; a backward after this raises."""
-        self.run._pool.give(self.differences)
+        self.run.pool.give(self.differences)
         self.differences = None
 
     def forward(
@@ -181,8 +174,8 @@ class _Job:
         """What the logits read. `tensors`: the reference's."""
         reference = self._of(tensors)
         like = self.inputs[0].flatten(0, 1)  # [row, d_model]
-        self.run._pool.start(like)
-        self.differences = self.run._pool.take(self.graph.n_sources, like, SOURCES_APART)
+        self.run.pool.start(like)
+        self.differences = self.run.pool.take(self.graph.n_sources, like, SOURCES_APART)
         for source, value in enumerate(self.inputs - reference.inputs):
             torch.mul(value.flatten(0, 1), self._share(source), out=self.differences[source])
         reads = _Reads(self, mask, reference)
@@ -347,7 +340,7 @@ class _Reads:
         places, size = list(range(len(self.reads) - 1)), job.run.together
         self.groups = [places[start : start + size] for start in range(0, len(places), size)]
         most = max(sum(self.reads[p].n_destinations for p in group) for group in self.groups)
-        self.memory = job.run._pool.take(most, self.differences[0])
+        self.memory = job.run.pool.take(most, self.differences[0])
         self.slots: dict[int, Tensor] = {}
         self.first = 0  # how many sources the group's shared pass goes over
 
@@ -375,7 +368,7 @@ class _Reads:
         return x.view(-1, self.differences.shape[-1])
 
     def close(self) -> None:
-        self.job.run._pool.give(self.memory)
+        self.job.run.pool.give(self.memory)
 
     def _together(self, group: list[int]) -> tuple[Tensor, Tensor]:
         """The slots of a group, and its destinations' weights of the sources before it."""
@@ -400,7 +393,7 @@ class _Gradients(_Reads):
     ) -> None:
         super().__init__(job, mask, reference)
         count, like = len(self.differences), self.differences[0]
-        self.gradients = job.run._pool.take(count, like, SOURCES_APART).zero_()
+        self.gradients = job.run.pool.take(count, like, SOURCES_APART).zero_()
         self.against = self.differences if job.contract is None else job.contract
         self.of_mask = torch.empty_like(mask)
         tensors = reference._tensors()
@@ -462,7 +455,7 @@ class _Gradients(_Reads):
         of_inputs, count = self.of_reference[0], self.job.graph.n_inputs
         if of_inputs is not None:
             of_inputs.copy_(-self.gradients[:count].reshape_as(of_inputs))
-        self.job.run._pool.give(self.gradients)
+        self.job.run.pool.give(self.gradients)
         self.job.release()
         self.close()
         return [self.of_mask, *self.of_reference]
@@ -562,7 +555,7 @@ def _check_once(run: RecomputedModel) -> None:
             f"{name}: its blocks cannot be run by halves, as recompute=True asks ({error}). "
             f"{advice}"
         ) from error
-    if not max(errors) <= _tolerance(dtype):
+    if not max(errors) <= tolerance(dtype):
         raise NotImplementedError(
             f"{name}: run by halves, as recompute=True asks, its logits are off by "
             f"{errors[0]:.2g} of their size and its gradients by {errors[1]:.2g}. {advice}"
@@ -572,7 +565,7 @@ def _check_once(run: RecomputedModel) -> None:
 
 def _errors(run: RecomputedModel) -> list[float]:
     """How far logits and gradients are off on a few tokens, in units of their size."""
-    tokens = _probe_tokens(run)
+    tokens = probe_tokens(run)
     positions = torch.full((len(tokens), 1), tokens.shape[1] - 1, device=tokens.device)
     reference, _ = run.record(tokens.flip(0))
     uniform = torch.rand(run.graph.n_edges, generator=torch.Generator().manual_seed(0))
@@ -584,4 +577,4 @@ def _errors(run: RecomputedModel) -> list[float]:
             (grad,) = torch.autograd.grad(logits.float().logsumexp(-1).sum(), mask)
         figures.append((logits.detach(), grad))
     run._trusted = False
-    return [_relative(mine, theirs) for theirs, mine in zip(*figures, strict=True)]
+    return [relative(mine, theirs) for theirs, mine in zip(*figures, strict=True)]

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from tl_edgeprune.masked import Held, MaskedModel
+from tl_edgeprune.forward import Held
+from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.methods.gradients import Point, differentiable_at_one, scores_along
 from tl_edgeprune.objectives import Objective
 from tl_edgeprune.scores import EdgeScores

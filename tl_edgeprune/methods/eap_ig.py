@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from tl_edgeprune.masked import Held, MaskedModel
+from tl_edgeprune.forward import Held
+from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.methods.gradients import (
     Path,
     Point,

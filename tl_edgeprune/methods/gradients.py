@@ -20,9 +20,10 @@ from torch import Tensor
 
 from tl_edgeprune.chance import ChanceWatch
 from tl_edgeprune.constants import Ablation
+from tl_edgeprune.forward import Held
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.hooks import is_folded
-from tl_edgeprune.masked import Held, MaskedModel
+from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.objectives import (
     WITHOUT_TARGETS,
     Objective,

@@ -1,0 +1,320 @@
+"""One masked forward: what each hook of `masked.py` writes into the stream and reads from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_edgeprune import ablation as ablations
+from tl_edgeprune.ablation import Reference
+from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.neuron_gates import NeuronGates
+from tl_edgeprune.projections import project
+from tl_edgeprune.residual import Stream, WholeStream
+from tl_edgeprune.span_products import Spans
+
+if TYPE_CHECKING:
+    from tl_edgeprune.masked import MaskedModel
+
+# Reads that share one pass over the buffer: those of four blocks with an MLP. More would save
+# little (few passes are left) and cost memory (their mixes wait until they are read).
+READS_AHEAD = 8
+
+
+@dataclass(frozen=True)
+class Held:
+    """Sources that write `share` of their difference, as constants: no gradient flows into them.
+
+    The heads of a layer are held together. An input held at a share lies on the straight path from
+    the corrupted (0) to the clean one (1).
+    """
+
+    sources: range
+    share: float = 1.0
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What one forward runs with."""
+
+    mask: Tensor
+    reference: Reference
+    positions: Tensor | None
+    held: Held | None = None
+    contract: Tensor | None = None
+    whole: bool = False
+    spans: Tensor | None = None
+    neurons: Tensor | None = None
+
+
+class Forward:
+    """One masked forward: the stream, and what each hook does with it."""
+
+    def __init__(self, run: MaskedModel, inputs: Inputs, tokens: Tensor) -> None:
+        self.graph, self.sites, self.pool = run.graph, run.sites, run.pool
+        self.batch, self.pos = tokens.shape
+        self.reference = fitting(inputs.reference, tokens)
+        weight = self.sites.attention[0].output  # mask and positions may come from another device
+        self.positions = checked_positions(inputs.positions, tokens, weight.device)
+        self.spans = spans_of(inputs.spans, tokens, self.graph, weight.device)
+        self.held, self.contract = inputs.held, inputs.contract
+        if self.contract is not None and self.spans is not None:
+            self.contract = self.contract.index_select(1, self.spans.order)
+        self.gates: NeuronGates | None = None
+        if inputs.neurons is not None and run.neurons is not None:
+            self.gates = NeuronGates(run.neurons, inputs.neurons, weight)
+        # In a parallel block the MLP reads after the heads wrote, but not what they wrote.
+        self.whole = inputs.whole and not self.graph.parallel
+        self.blocks = [
+            part.view(self.graph.block_shape(read))
+            for part, read in zip(
+                inputs.mask.to(weight).split(
+                    [r.n_destinations * r.n_sources for r in self.graph.reads]
+                ),
+                self.graph.reads,
+                strict=True,
+            )
+        ]
+        self.read_of: dict[tuple[str, int], int] = {
+            (read.kind, read.layer): place for place, read in enumerate(self.graph.reads)
+        }
+        self.embedding: Tensor | None = None
+        self.stream: Stream | None = None
+        self.handed: dict[int, Tensor] = {}
+        self.reads = 0
+
+    def embed(self, tensor: Tensor) -> None:
+        self.embedding = tensor
+
+    def enter_block(self, resid: Tensor, layer: int) -> None:
+        """At a block's start: the input writes (block 0), and attention's destinations read."""
+        if layer == 0:
+            self._write_inputs(resid)
+        site = self.sites.attention[layer]
+        x = self._read("attention", layer)  # [destination, row, d_model]
+        parts = project(x, site, self.graph.split_qkv)
+        self.handed = dict(enumerate(map(self._by_head, parts)))
+
+    def projected(self, tensor: Tensor, layer: int, part: int) -> Tensor:
+        """At hook_q, hook_k, hook_v: the projections of what the destinations read."""
+        if part not in self.handed:
+            raise RuntimeError(
+                f"hook_{'qkv'[part]} of block {layer} has nothing to hand on: it fired twice, or "
+                "the block's read was removed inside the context (model.reset_hooks?)."
+            )
+        site = self.sites.attention[layer]
+        return site.placed(part, self.handed.pop(part).to(tensor.dtype))
+
+    def heads(self, z: Tensor, layer: int) -> Tensor:
+        """At hook_z: the heads write. The model goes on with a copy that no gradient follows."""
+        if self.handed:
+            raise RuntimeError(
+                f"hook_{'qkv'[min(self.handed)]} of block {layer} did not fire, or its hook was "
+                "removed inside the context (model.reset_hooks?)."
+            )
+        site = self.sites.attention[layer]
+        rows = site.scaled(z.reshape(-1, *z.shape[2:])) - self.reference.z[layer].flatten(0, 1)
+        rows = self._ordered(rows)
+        bias = None
+        if self.reference.bias_in_heads and site.output_bias is not None:
+            bias = site.output_bias / site.output.shape[0]
+        first = self.graph.first_head(layer)
+        rows = self._or_held(first, rows.transpose(0, 1))
+        gates = None if self.gates is None else self.gates.of_heads(first, len(rows))
+        self._stream.write_heads(first, rows, site.output, site.gain, bias, gates)
+        return z.detach()
+
+    def mlp_in(self, tensor: Tensor, layer: int) -> Tensor:
+        x = self._restored(self._read("mlp", layer)[0])
+        return self.sites.mlp[layer].norm(x).view(tensor.shape)
+
+    def hidden(self, h: Tensor, layer: int) -> Tensor | None:
+        """At what an MLP's output weights read."""
+        if self.gates is None or self.reference.hidden is None:
+            return None
+        return self.gates.hidden(h, self.reference.hidden[layer], layer)
+
+    def mlp_out(self, y: Tensor, layer: int) -> Tensor:
+        source = self.graph.mlp_source(layer)
+        self._write(source, (y - self.reference.mlp[layer]).flatten(0, 1))
+        return y.detach()
+
+    def _write(self, source: int, difference: Tensor) -> None:
+        difference = self._or_held(source, self._ordered(difference))
+        if self.gates is not None:
+            difference = self.gates.gated(difference, source)
+        self._stream.write(source, difference)
+
+    def _or_held(self, source: int, difference: Tensor) -> Tensor:
+        if self.held is None or source not in self.held.sources:
+            return difference
+        return self.held.share * difference.detach()
+
+    def logits_in(self, resid: Tensor) -> Tensor:
+        """At the last residual stream: what the logits read, at the read positions only."""
+        if self.positions is None:
+            return self._restored(self._read("logits", self.graph.n_layers)[0]).view(resid.shape)
+        rows = (
+            self.positions + torch.arange(self.batch, device=resid.device)[:, None] * self.pos
+        ).flatten()
+        if self.sites.cut is None:
+            x = self._read("logits", self.graph.n_layers, rows)[0]  # [batch*read, d_model]
+            return x.view(self.batch, -1, x.shape[-1])
+        # The Bridge must see the input's length until after its last norm; `cut` undoes this.
+        rows = rows.unique()  # index_copy would give a repeated row its gradient twice
+        x = self._read("logits", self.graph.n_layers, rows)[0]
+        return (
+            x.new_zeros(self.batch * self.pos, x.shape[-1]).index_copy(0, rows, x).view(resid.shape)
+        )
+
+    def cut(self, normalised: Tensor) -> Tensor | None:
+        if self.positions is None:
+            return None
+        index = self.positions.unsqueeze(-1).expand(-1, -1, normalised.shape[-1])
+        return normalised.gather(1, index)
+
+    def finish(self, output: Any, keep: list[Tensor] | None) -> None:
+        """After the forward: every destination has read, and the logits are those asked for."""
+        if self.reads != len(self.graph.reads):
+            raise RuntimeError(
+                f"{self.reads} of {len(self.graph.reads)} reads happened in this forward: a hook "
+                "point did not fire, or its hook was removed inside the context "
+                "(model.reset_hooks?)."
+            )
+        if self.gates is not None:
+            self.gates.finish(self.graph.n_layers)
+        logits = getattr(output, "logits", output)
+        if isinstance(logits, Tensor) and logits.dim() == 3:
+            expected = (self.batch, self.pos if self.positions is None else self.positions.shape[1])
+            if logits.shape[:2] != expected:
+                raise RuntimeError(
+                    f"the model gave logits of shape {tuple(logits.shape)}, expected {expected} "
+                    "first."
+                )
+        if keep is not None:
+            assert self._stream.differences is not None
+            differences = self._stream.differences
+            back = None if self.spans is None else self.spans.back
+            keep.append(differences.clone() if back is None else differences.index_select(1, back))
+        self._stream.close()
+
+    def abandon(self) -> None:
+        """After a forward that failed half-way: let go of its graph."""
+        if self.stream is not None:
+            self.stream.close()
+
+    @property
+    def _stream(self) -> Stream:
+        if self.stream is None:
+            raise RuntimeError("block 0 did not run: its hook_resid_pre did not fire.")
+        return self.stream
+
+    def _write_inputs(self, resid: Tensor) -> None:
+        if resid.shape[:2] != (self.batch, self.pos):
+            raise RuntimeError(
+                f"block 0 got shape {tuple(resid.shape)} for tokens [{self.batch}, {self.pos}]."
+            )
+        kind = WholeStream if self.whole else Stream
+        products = None if self.spans is None else self.spans.products
+        like = resid.flatten(0, 1)
+        self.stream = kind(self.graph.n_sources, like, self.pool, self.contract, products)
+        inputs = ablations.split_inputs(self.graph, resid, self.embedding)
+        for source, (value, reference) in enumerate(
+            zip(inputs, self.reference.inputs, strict=True)
+        ):
+            self._write(source, (value - reference).flatten(0, 1))
+
+    def _read(self, kind: str, layer: int, rows: Tensor | None = None) -> Tensor:
+        place = self.read_of[kind, layer]
+        self.reads += 1
+        mask = self.blocks[place]
+        reference = self._ordered(self.reference.streams[place].flatten(0, 1))
+        if rows is not None and self.spans is not None:
+            rows = self.spans.back[rows]
+        if kind == "logits" or self.whole:
+            return self._stream.read(mask, reference, rows)
+        start = place - place % READS_AHEAD
+        if place == start:
+            self._read_ahead(start)
+        first = self.graph.reads[start].n_sources
+        return self._stream.read_rest(mask[..., first:], reference)
+
+    def _read_ahead(self, start: int) -> None:
+        """Mix the sources so far for the reads from `start` on, in one pass over the buffer."""
+        first = self.graph.reads[start].n_sources
+        places = range(start, min(start + READS_AHEAD, len(self.graph.reads) - 1))
+        blocks = [self.blocks[place][..., :first] for place in places]
+        self._stream.read_ahead(torch.cat(blocks))
+
+    def _by_head(
+        self, x: Float[Tensor, "head row d_head"]
+    ) -> Float[Tensor, "batch pos head d_head"]:
+        rows = self._restored(x.transpose(0, 1))
+        return rows.reshape(self.batch, self.pos, x.shape[0], x.shape[2])
+
+    def _ordered(self, rows: Tensor) -> Tensor:
+        """Rows as the stream has them."""
+        return rows if self.spans is None else self.spans.ordered(rows)
+
+    def _restored(self, rows: Tensor) -> Tensor:
+        """Rows of the stream as the model has them."""
+        return rows if self.spans is None else self.spans.restored(rows)
+
+
+def fitting(reference: Reference, tokens: Tensor) -> Reference:
+    """The reference for these tokens' shape: expanded where it is a mean or zero."""
+    batch, pos = tokens.shape
+    if (reference.batch, reference.n_positions) == (batch, pos):
+        return reference
+    if reference.any_batch:
+        return reference.expand(batch, pos)
+    raise ValueError(
+        f"the tokens have shape {(batch, pos)}, the corrupted prompts "
+        f"{(reference.batch, reference.n_positions)}. Edge masks mix the two runs position by "
+        "position, so both must have the same shape."
+    )
+
+
+def checked_positions(
+    positions: Tensor | None, tokens: Tensor, device: torch.device
+) -> Tensor | None:
+    if positions is None:
+        return None
+    batch, pos = tokens.shape
+    if positions.dim() != 2 or positions.shape[0] != batch or positions.is_floating_point():
+        raise ValueError(
+            f"positions has shape {tuple(positions.shape)}, expected whole numbers [{batch}, read]."
+        )
+    if positions.numel() and not 0 <= int(positions.min()) <= int(positions.max()) < pos:
+        raise ValueError(
+            f"positions go from {int(positions.min())} to {int(positions.max())}, expected 0 to "
+            f"{pos - 1}."
+        )
+    return positions.to(device, torch.long)
+
+
+def spans_of(
+    spans: Tensor | None, tokens: Tensor, graph: EdgeGraph, device: torch.device
+) -> Spans | None:
+    """Where the spans of these tokens are, if the graph has any."""
+    if not graph.spans:
+        return None
+    batch, pos = tokens.shape
+    if spans is None and graph.by_position and pos <= graph.n_spans:
+        spans = torch.arange(pos, device=device).expand(batch, pos)
+    if spans is None:
+        raise ValueError(
+            f"the edges of this graph have masks of their own in {graph.n_spans} spans "
+            f"({', '.join(graph.spans[:8])}), so a run needs to know which positions (of {pos}) "
+            "are whose: give spans=…, [batch, pos], such as batch.spans of a task that has them."
+        )
+    if spans.shape != tokens.shape or spans.is_floating_point():
+        raise ValueError(
+            f"spans has shape {tuple(spans.shape)} and type {spans.dtype}, expected whole numbers "
+            f"of the tokens' shape, {tuple(tokens.shape)}."
+        )
+    return Spans(spans.to(device, torch.long), graph.n_spans)
