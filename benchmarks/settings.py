@@ -5,7 +5,8 @@
 Indirect object identification, 64 pairs held out. Every run is a row of runs.csv in the folder: the
 held-out KL and exact match at --n-edges, the KL of its ranking at other sizes, and, in history/,
 the KL of the training steps as it fell. Rows that are there are not run again, so a run that was
-killed goes on; give several processes different variants.
+killed goes on; give several processes different variants. A polished circuit is that of the
+default's run, whose file is taken where it is there; its seconds are the exchanges' alone then.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from typing import Any
 
 import torch
 
-from tl_edgeprune import EdgePruner
+from tl_edgeprune import EdgePruner, EdgeScores, models, polish, tasks
+from tl_edgeprune.evaluate import evaluate_all
 from tl_edgeprune.masks import ExactBudget
 from tl_edgeprune.pruner import Optimizer
 
@@ -47,6 +49,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fixed": {"controller": ExactBudget("fixed")},
     "batch-16": {"batch_size": 16},
     "two-masks": {"accumulate": 2},
+    "polish-8": {"polish": 8},
     "pairs-64": {"pairs": 64},
     "pairs-1024": {"pairs": 1024},
 }
@@ -74,40 +77,51 @@ def add(path: Path, row: dict[str, Any]) -> None:
         writer.writerow(row)
 
 
-def main() -> None:
-    from tl_edgeprune import models, tasks
-    from tl_edgeprune.evaluate import evaluate_all
+def run_of(model: Any, train: Any, settings: dict[str, Any], scores: Path) -> tuple[Any, list[Any]]:
+    """Scores of a run and its history; of the file, without a history, where it is there."""
+    if scores.exists():
+        return EdgeScores.load(scores), []
+    result = EdgePruner(progress=False, **settings).fit(model, train)
+    result.scores.save(scores)
+    return result.scores, [[round(s["loss"], 4), round(s["edges"])] for s in result.history]
 
+
+def measured(model: Any, task: Any, name: str, seed: int, options: Any, out: Path) -> list[Any]:
+    """One variant's row, its history and its scores written."""
+    settings = {"n_edges": options.n_edges, "steps": options.steps, "seed": seed} | VARIANTS[name]
+    train = task[HELD_OUT:][: settings.pop("pairs", options.pairs)]
+    rounds = settings.pop("polish", 0)  # of the default run's circuit
+    file = f"{'default' if rounds else name}-{seed}-{options.steps}"
+    started = time.monotonic()
+    scores, history = run_of(model, train, settings, out / f"{file}.safetensors")
+    circuit = scores.top(options.n_edges)
+    if rounds:
+        circuit = polish(model, train, circuit, rounds=rounds)
+    seconds = time.monotonic() - started
+    circuits = [circuit, *map(scores.top, SIZES)]
+    found, *sized = evaluate_all(model, circuits, task[:HELD_OUT])
+    if history:
+        document = {"columns": ["loss", "edges"], "steps": history}
+        (out / "history" / f"{file}.json").write_text(json.dumps(document))
+    row = [name, seed, options.steps, options.n_edges, found.kl, found.exact_match]
+    return [*row, found.n_alive, round(seconds), *(round(other.kl, 4) for other in sized)]
+
+
+def main() -> None:
     options = parser().parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
     model = models.load("smollm2-135m")
     task = tasks.load(options.task, model, HELD_OUT + max(MOST_PAIRS, options.pairs), 0)
-    held_out, rest = task[:HELD_OUT], task[HELD_OUT:]
     out = options.out or Path("runs") / f"settings-{options.task}"
     (out / "history").mkdir(parents=True, exist_ok=True)
     for seed in options.seeds:
         for name in options.variants:
-            if (name, seed, options.steps) in done(out / "runs.csv"):
-                continue
-            settings = {"n_edges": options.n_edges, "steps": options.steps, "seed": seed}
-            settings |= VARIANTS[name]
-            train = rest[: settings.pop("pairs", options.pairs)]
-            started = time.monotonic()
-            result = EdgePruner(progress=False, **settings).fit(model, train)
-            seconds = time.monotonic() - started
-            sizes = [options.n_edges, *SIZES]
-            found, *sized = evaluate_all(model, [result.top(k) for k in sizes], held_out)
-            row = [name, seed, options.steps, options.n_edges, found.kl, found.exact_match]
-            row += [found.n_alive, round(seconds), *(round(other.kl, 4) for other in sized)]
-            row = dict(zip(FIELDS, row, strict=True))
-            history = [[round(step["loss"], 4), round(step["edges"])] for step in result.history]
-            (out / "history" / f"{name}-{seed}-{options.steps}.json").write_text(
-                json.dumps({"columns": ["loss", "edges"], "steps": history})
-            )
-            result.scores.save(out / f"{name}-{seed}-{options.steps}.safetensors")
-            add(out / "runs.csv", row)
-            print(row, flush=True)
+            if (name, seed, options.steps) not in done(out / "runs.csv"):
+                values = measured(model, task, name, seed, options, out)
+                row = dict(zip(FIELDS, values, strict=True))
+                add(out / "runs.csv", row)
+                print(row, flush=True)
 
 
 def parser() -> argparse.ArgumentParser:
