@@ -16,11 +16,12 @@ and by few-shot. SmolLM2-135M, the default here, does hypernymy in both forms. I
 5. explained/: what the highest-ranked edges of each form's circuit do (tl_edgeprune.explain).
    case-study.png: sizes and overlaps.
 
-What is there is not made again, so a run that was killed goes on: give the same arguments. For the
-paper's own study, on a GPU of 80 GB:
+What is there is not made again, so a run that was killed goes on: give the same arguments. With the
+paper's model and task, for a GPU of 80 GB:
 
     python benchmarks/case_study.py --model codellama/CodeLlama-13b-Instruct-hf \\
-        --task boolean-expressions --look boolean-expressions --dtype bfloat16 --recompute
+        --task boolean-expressions --look boolean-expressions --dtype bfloat16 --recompute \\
+        --depth 3 --pairs 4000 --held-out 400 --steps 3000 --n-edges 1500 --out runs/case-study-13b
 """
 
 from __future__ import annotations

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from tl_edgeprune import Attachment, compare, models, tasks
+
 METHODS = ("edge-pruning", "eap", "eap-ig", "mask-ig", "ugs", "acdc", "random")
 SIZES = (200, 500, 1000, 2300, 10_000)
 
@@ -32,6 +34,7 @@ def parser() -> argparse.ArgumentParser:
     add("--ig-steps", type=int, default=5, help="EAP-IG's and mask-IG's (default: 5)")
     add("--thresholds", nargs="+", type=float, default=[0.03, 0.01], help="ACDC's")
     add("--per-size", action="store_true", help="an Edge Pruning run for every size")
+    add("--attachment", type=float, default=None, help="a weight for Edge Pruning's Attachment")
     add("--seed", type=int, default=0)
     add("--threads", type=int, default=None, help="default: torch's")
     add("--device", default="cpu")
@@ -48,12 +51,12 @@ def settings(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
         "ugs": {"steps": options.steps},
         "acdc": {"search": "bisect", "threshold": options.thresholds},
     }
+    if options.attachment is not None:
+        every["edge-pruning"]["attachment"] = Attachment(options.attachment)
     return {name: own for name, own in every.items() if name in options.methods}
 
 
 def main() -> None:
-    from tl_edgeprune import compare, models, tasks
-
     options = parser().parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)

@@ -7,6 +7,7 @@ patching to brute-force path patching, and both searches to circuits that are kn
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from typing import Any
 
@@ -235,34 +236,65 @@ def test_metadata_say_where_a_circuit_is_from():
     json.dumps(circuit.metadata)
 
 
-def test_a_killed_run_goes_on(tmp_path, monkeypatch):
-    model = zoo.load("bridge-gpt2")
-    task = zoo.pairs(model, 3)
-    path = tmp_path / "acdc.json"
-    whole = acdc(model, task, threshold=0.02)
-    monkeypatch.setattr(acdc_module, "SAVE_SECONDS", 0.0)
-    calls = []
+def stopped_after(monkeypatch, most: float) -> list[int]:
+    """Groups of candidates that are tried from here on; the run is interrupted after so many."""
+    tried: list[int] = []
     losses = cuts.PartCuts.losses
 
-    def killed(self, place, candidates):
-        calls.append(place)
-        if len(calls) == 30:
+    def counted(self, place, candidates):
+        if len(tried) >= most:
             raise KeyboardInterrupt
+        tried.append(place)
         return losses(self, place, candidates)
 
-    monkeypatch.setattr(cuts.PartCuts, "losses", killed)
+    monkeypatch.setattr(cuts.PartCuts, "losses", counted)
+    return tried
+
+
+@pytest.mark.parametrize(("search", "share"), [("exact", 0.6), ("bisect", 0.6), ("bisect", 0.9)])
+def test_a_killed_run_goes_on_where_it_was(search, share, tmp_path, monkeypatch):
+    model = zoo.load("bridge-gpt2")
+    task, path = zoo.pairs(model, 2), tmp_path / "acdc.json"
+
+    def found(most: float, **settings):
+        with monkeypatch.context() as patch:
+            tried = stopped_after(patch, most)
+            return acdc(model, task, threshold=0.1, search=search, **settings), len(tried)
+
+    whole, all_of_them = found(math.inf)
+    monkeypatch.setattr(acdc_module, "SAVE_SECONDS", 0.0)
     with pytest.raises(KeyboardInterrupt):
-        acdc(model, task, threshold=0.02, checkpoint=path)
-    calls.clear()
-    calls.extend([0] * 100)
-    resumed = acdc(model, task, threshold=0.02, checkpoint=path)
+        found(int(share * all_of_them), checkpoint=path)
+    resumed, rest = found(math.inf, checkpoint=path)
     assert resumed == whole
+    assert rest < (1.25 - share) * all_of_them
     assert resumed.metadata["runs"] == pytest.approx(whole.metadata["runs"], rel=0.3)
+
+
+def test_a_checkpoint_of_another_run_and_a_damaged_one_are_refused(tmp_path, monkeypatch):
+    model = zoo.load("bridge-gpt2")
+    task, path = zoo.pairs(model, 3), tmp_path / "acdc.json"
+    monkeypatch.setattr(acdc_module, "SAVE_SECONDS", 0.0)
+    acdc(model, task, threshold=0.5, checkpoint=path)
     with pytest.raises(ValueError, match="another run \\(threshold differ\\)"):
         acdc(model, task, threshold=0.03, checkpoint=path)
     path.write_text("{")
     with pytest.raises(ValueError, match="damaged"):
-        acdc(model, task, threshold=0.02, checkpoint=path)
+        acdc(model, task, threshold=0.5, checkpoint=path)
+
+
+def test_each_edge_of_a_search_by_groups_costs_a_threshold_by_itself():
+    model, threshold = zoo.load("bridge-gpt2"), 0.1
+    task = zoo.pairs(model, 2)
+    circuit = acdc(model, task, threshold=threshold, search="bisect")
+    value = naive_value(model, task, circuit.mask, "counterfactual", circuit.graph)
+    assert value == pytest.approx(circuit.metadata["objective_at_end"], rel=1e-3)
+    assert 0 < circuit.n_edges < circuit.graph.n_edges / 2
+    for edge in circuit.mask.nonzero().flatten().tolist():
+        without = circuit.mask.clone()
+        without[edge] = False
+        tried = naive_value(model, task, without, "counterfactual", circuit.graph)
+        assert tried - value > threshold * (1 - 1e-3)
 
 
 # ------------------------------------------------------------------------------- many at a time

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import zoo
@@ -95,11 +97,13 @@ def test_circuits_are_the_longest_runs_of_top_edges_that_fit(seed, convention):
 # --------------------------------------------------------------------------------- on a model
 
 
-@pytest.mark.parametrize("absolute", [True, False])
+@pytest.mark.parametrize("absolute", [True, False, None])
 def test_a_curve_is_its_circuits_one_by_one(absolute):
+    """None: what fits the scores, here learned ones, which are ranked as they are."""
     model = zoo.load("bridge-llama-gqa")
     graph, task = EdgeGraph.from_model(model), zoo.pairs(model, 3)
     scores, shares = random_scores(graph), (0.005, 0.2, 0.7, 1.0)
+    scores = replace(scores, by_magnitude=absolute is not None)
     curve = faithfulness_curve(model, scores, task, shares=shares, absolute=absolute)
     ranked = scores.tensor.abs() if absolute else scores.tensor
     for place, share in enumerate(shares):

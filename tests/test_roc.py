@@ -76,6 +76,7 @@ def test_a_ranking_that_puts_the_known_edges_first_is_perfect():
     scores = EdgeScores(GRAPH, known.mask.float())
     assert roc(scores, known).auc == roc(scores, known, level="node").auc == 1
     assert roc(EdgeScores(GRAPH, -known.mask.float()), known, absolute=False).auc == 0
+    assert roc(EdgeScores(GRAPH, -known.mask.float(), by_magnitude=False), known).auc == 0
     assert str(roc(EdgeScores(GRAPH, torch.zeros(GRAPH.n_edges)), known)) == "AUC 0.500"
 
 

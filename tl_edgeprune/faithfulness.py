@@ -81,7 +81,7 @@ def faithfulness_curve(
     task: Task,
     *,
     shares: Sequence[float] = MIB_SHARES,
-    absolute: bool = True,
+    absolute: bool | None = None,
     measure: str | Objective | None = None,
     convention: str = "graph",
     ablation: Ablation | None = None,
@@ -91,7 +91,8 @@ def faithfulness_curve(
 
     Args:
         shares: rising, above 0 and at most 1; a circuit has int(share * n_edges) edges.
-        absolute: rank by magnitude; else by signed score.
+        absolute: rank by magnitude, or by signed score; None for what fits the scores, as in
+            `EdgeScores.top`.
         measure: an objective whose negative is measured; by default the logit difference where the
             task has one, else the probability difference, else the task's own objective.
         convention: "graph" counts this graph's edges. "mib" counts an edge into a key or value
@@ -107,7 +108,7 @@ def faithfulness_curve(
     check_origin(model, scores.graph, scores.metadata, "ranking")
     objective = find_measure(measure, task)
     counts = edge_counts(scores.graph, convention)
-    ranked = scores.tensor.abs() if absolute else scores.tensor
+    ranked = scores.ranking(absolute)
     circuits = [
         Circuit(scores.graph, mask).without_dead_edges()
         for mask in top_masks(ranked, counts, shares)

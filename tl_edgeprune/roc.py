@@ -43,16 +43,19 @@ class PrecisionRecall(NamedTuple):
     recall: float
 
 
-def roc(scores: EdgeScores, known: Circuit, *, level: str = "edge", absolute: bool = True) -> Roc:
+def roc(
+    scores: EdgeScores, known: Circuit, *, level: str = "edge", absolute: bool | None = None
+) -> Roc:
     """How well a ranking tells the edges (or nodes) of a known circuit from the others.
 
-    level: "edge" or "node". absolute: rank by magnitude; else by signed score.
+    level: "edge" or "node". absolute: rank by magnitude, or by signed score; None for what
+    fits the scores (learned ones are taken as they are).
 
     Raises ValueError for circuits of another graph, an unknown level, and where the known circuit
     has all edges (nodes) or none: there is nothing to tell apart.
     """
     _check(scores.graph, known.graph, level)
-    ranked = scores.tensor.abs() if absolute else scores.tensor
+    ranked = scores.ranking(absolute)
     ranked, wanted = ranked.detach().cpu().double(), known.mask
     if level == "node":
         ranked = node_scores(ranked, known.graph)

@@ -23,11 +23,13 @@ removes groups of edges instead (`bisect.py`).
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,7 @@ from tl_edgeprune.files import write_whole
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.locks import held_file
 from tl_edgeprune.masked import MaskedModel
-from tl_edgeprune.methods import bisect
+from tl_edgeprune.methods.bisect import Stage, in_groups
 from tl_edgeprune.methods.gradients import origin
 from tl_edgeprune.methods.sequence import one_by_one
 from tl_edgeprune.objectives import Objective, find_objective
@@ -56,6 +58,7 @@ from tl_edgeprune.teacher import Teacher, check_vocabulary
 SEARCHES = ("exact", "bisect")
 SAVE_SECONDS = 30.0
 ANEW = "Remove it to start anew."
+FIRST = Stage()
 
 
 def acdc(
@@ -109,18 +112,18 @@ def acdc(
         saved = _Saved(
             checkpoint, about | {"graph": run.graph.to_dict(), "pairs": digest(identity(task))}
         )
-        mask, start, runs = saved.load(run.graph)
+        mask, start, runs, stage = saved.load(run.graph)
         teacher = Teacher(run, task, ablation, batch_size=batch_size, max_bytes=0)
         cuts = find_cuts(run, teacher, loss_of, batch_size=batch_size)
         with tqdm(total=run.graph.n_edges, desc="acdc", unit="edge", disable=not progress) as bar:
             report = _reporter(cuts, bar, saved)
             cuts.set(mask)
             cuts.runs += runs
-            report(start)
+            report(start, stage)
             if search == "exact":
                 one_by_one(cuts, threshold, start, report)
             else:
-                bisect.in_groups(cuts, teacher, threshold, start, report, batch_size=batch_size)
+                in_groups(cuts, teacher, threshold, start, stage, report, batch_size=batch_size)
     circuit = Circuit(
         run.graph,
         cuts.mask,
@@ -156,13 +159,13 @@ def _warn_of_extremes(circuit: Circuit, threshold: float) -> None:
     )
 
 
-def _reporter(cuts: WholeCuts, bar: Any, saved: _Saved) -> Callable[[int], None]:
+def _reporter(cuts: WholeCuts, bar: Any, saved: _Saved) -> Callable[..., None]:
     """Tell the bar and the checkpoint that the edges from `edge` on are decided."""
 
-    def report(edge: int) -> None:
+    def report(edge: int, stage: Stage = FIRST) -> None:
         bar.update(max(0, bar.total - edge - bar.n))
         bar.set_postfix(objective=f"{cuts.value:.4g}", kept=int(cuts.mask[edge:].sum()))
-        saved.save(cuts, edge)
+        saved.save(cuts, edge, stage)
 
     return report
 
@@ -175,11 +178,11 @@ class _Saved:
         self._about = json.loads(json.dumps(about))
         self._last = time.monotonic()
 
-    def load(self, graph: EdgeGraph) -> tuple[Tensor, int, int]:
-        """The mask, the edge from which on edges are decided, and the runs so far."""
+    def load(self, graph: EdgeGraph) -> tuple[Tensor, int, int, Stage]:
+        """The mask, the edge from which on edges are decided, the runs so far, the stage."""
         mask = torch.ones(graph.n_edges, dtype=torch.bool)
         if self._path is None or not self._path.exists():
-            return mask, graph.n_edges, 0
+            return mask, graph.n_edges, 0, FIRST
         document = read_json(self._path, "checkpoint of ACDC", ANEW)
         with damaged(self._path, ANEW):
             about = of_kind(document["about"], dict, "about")
@@ -187,6 +190,7 @@ class _Saved:
             decided = of_kind(document["decided_from"], int, "decided_from")
             runs = of_kind(document["runs"], int, "runs")
             places = [decided, *(of_kind(edge, int, "an edge") for edge in removed)]
+            stage = _stage(of_kind(document["stage"], dict, "stage"))
             if not all(0 <= place <= graph.n_edges for place in places) or runs < 0:
                 raise ValueError("it has edges that this graph has not")
             mask[torch.tensor(removed, dtype=torch.long)] = False
@@ -196,13 +200,21 @@ class _Saved:
                 f"checkpoint {self._path} is of another run ({', '.join(different)} differ): give "
                 "another path, or remove it to start anew."
             )
-        return mask, decided, runs
+        return mask, decided, runs, stage
 
-    def save(self, cuts: WholeCuts, edge: int) -> None:
+    def save(self, cuts: WholeCuts, edge: int, stage: Stage) -> None:
         if self._path is None or time.monotonic() - self._last < SAVE_SECONDS:
             return
         removed = (~cuts.mask).nonzero().flatten().tolist()
         document = {"about": self._about, "decided_from": edge, "runs": cuts.runs}
+        document["stage"] = asdict(stage)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(self._path, json.dumps(document | {"removed": removed}).encode())
         self._last = time.monotonic()
+
+
+def _stage(saved: dict[str, Any]) -> Stage:
+    reach, single = saved["reach"], of_kind(saved["single"], bool, "single")
+    if reach is not None and not 0 < of_kind(reach, float, "reach") < math.inf:
+        raise ValueError(f"it says that groups reach {reach}")
+    return Stage(reach, single)

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -41,35 +42,58 @@ AIM = 0.7
 RESTORED = 0.25
 
 
+@dataclass(frozen=True)
+class Stage:
+    """Where a run by groups is. reach: of the next group, None at first. single: groups are done,
+    and all kept edges are about to be tried by themselves.
+    """
+
+    reach: float | None = None
+    single: bool = False
+
+
+Report = Callable[[int, Stage], None]
+"""Told that the edges from one on are decided, and the stage there."""
+
+
 def in_groups(
     cuts: WholeCuts,
     teacher: Teacher,
     threshold: float,
     start: int,
-    report: Callable[[int], None],
+    stage: Stage,
+    report: Report,
     *,
     batch_size: int = 8,
 ) -> None:
     """Remove what can go of the edges before `start`, put back what is missed, and try every kept
-    edge by itself.
+    edge by itself. `start` and `stage` are where a run begins: with any that was reported (and the
+    mask then), it goes on as if it had never stopped.
     """
     guess = _gradient(cuts, teacher, mask_path(ORDER_STEPS), ORDER_STEPS, batch_size).clamp(min=0)
-    groups = _Groups(cuts, guess, threshold)
-    for place in reversed(range(len(cuts.graph.reads))):
-        edges = [edge for edge in to_decide(cuts, place) if edge < start]
-        groups.remove(place, sorted(edges, key=lambda edge: float(guess[edge])))
-        report(min(start, cuts.graph.reads[place].first_edge))
-    _restore(cuts, teacher, threshold, batch_size)
+    if not stage.single:
+        groups = _Groups(cuts, guess, threshold, stage.reach)
+        for place in reversed(range(len(cuts.graph.reads))):
+            edges = [edge for edge in to_decide(cuts, place) if edge < start]
+            groups.remove(place, sorted(edges, key=lambda edge: float(guess[edge])))
+            report(min(start, cuts.graph.reads[place].first_edge), Stage(groups.reach))
+        _restore(cuts, teacher, threshold, batch_size)
     _try_each(cuts, threshold, guess, report)
 
 
 class _Groups:
     """Groups of edges to remove: how far to reach is learned from group to group."""
 
-    def __init__(self, cuts: WholeCuts, guess: Float[Tensor, " edge"], threshold: float) -> None:
+    def __init__(
+        self,
+        cuts: WholeCuts,
+        guess: Float[Tensor, " edge"],
+        threshold: float,
+        reach: float | None,
+    ) -> None:
         self.cuts, self.threshold = cuts, threshold
         self.guess: list[float] = guess.tolist()
-        self.reach = threshold
+        self.reach = threshold if reach is None else reach
 
     def remove(self, place: int, edges: Sequence[int]) -> None:
         """Remove what can go of these edges of a read, in this order: all, or group by group."""
@@ -138,15 +162,16 @@ def _try_each(
     cuts: WholeCuts,
     threshold: float,
     guess: Float[Tensor, " edge"],
-    report: Callable[[int], None],
+    report: Report,
 ) -> None:
     """Try kept edges by themselves, until trying all of them removes none."""
     rises: dict[int, float] = {}
+    report(0, Stage(single=True))
     while _pass(cuts, threshold, guess, rises):
-        report(0)
         unclear = {edge for edge, rise in rises.items() if rise < CLEAR * threshold}
         while _pass(cuts, threshold, guess, rises, among=unclear):
             unclear = {edge for edge in unclear if rises[edge] < CLEAR * threshold}
+        report(0, Stage(single=True))
 
 
 def _pass(

@@ -248,8 +248,8 @@ def differentiable_at_one(
         raise ValueError(
             f"objective {objective or task.objective!r} is smallest at the full model, so its "
             f"gradient there is zero and {method}'s scores would be noise. Use 'logit-diff' (it "
-            "needs an answer and a distractor of one token each), 'log-prob', or a method that "
-            "looks further: mask-ig, eap-ig."
+            "needs an answer and a distractor of one token each), 'prob-diff' (sets of right and "
+            "wrong tokens), 'log-prob', or a method that looks further: mask-ig, eap-ig."
         )
     assert objective is not None
     return objective
