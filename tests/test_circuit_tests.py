@@ -31,7 +31,13 @@ from tl_edgeprune.circuit_tests import (
 from tl_edgeprune.graph import EdgeGraph
 
 GRAPH = EdgeGraph(n_layers=2, n_heads=2, n_kv_heads=1)
-CASES = list(itertools.product(("tracr-xproportion", "tracr-reverse"), ("zero", "counterfactual")))
+# reverse has twice the edges, and is a slow one
+CASES = [
+    pytest.param(case, marks=[pytest.mark.slow] * (case[0] == "tracr-reverse"), id="-".join(case))
+    for case in itertools.product(
+        ("tracr-xproportion", "tracr-reverse"), ("zero", "counterfactual")
+    )
+]
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -206,7 +212,7 @@ def test_an_inflated_circuit_has_a_path_more_and_names_an_edge_of_it(seed, edges
 # ------------------------------------------------------------------------------- on programs
 
 
-@pytest.fixture(scope="module", params=CASES, ids="-".join)
+@pytest.fixture(scope="module", params=CASES)
 def program(request):
     name, ablation = request.param
     model = models.load(name)
