@@ -12,7 +12,7 @@ from command_line import left, told
 
 from tl_edgeprune import Circuit, tasks
 from tl_edgeprune.commands import demonstration
-from tl_edgeprune.evaluate import evaluate
+from tl_edgeprune.evaluate import evaluate, evaluate_groups
 from tl_edgeprune.methods.eap import eap
 
 
@@ -46,5 +46,9 @@ def test_it_writes_and_tells_what_it_found(task: str, tmp_path: Path, monkeypatc
     for name, row in table.items():
         (line,) = re.findall(rf"^{name} +(.*)$", result.stdout, re.M)
         assert line.split() == row
-    templates = re.findall(r"^.{34} +\d+\.\d{3} +-?\d+\.\d{3} +(\d+)$", result.stdout, re.M)
-    assert sum(map(int, templates)) == (0 if task == "ioi-t1" else 4)
+    _, _, by_template = result.stdout.partition("KL by template")
+    rows = [line.split() for line in by_template.split("\n\n")[0].splitlines()[1:]]
+    groups = evaluate_groups(model, [circuit], held_out) if task == "ioi" else {}
+    assert [int(row[-1]) for row in rows] == [found.n_pairs for (found,) in groups.values()]
+    kls = [found.kl for (found,) in groups.values()]
+    assert [float(row[-3]) for row in rows] == pytest.approx(kls, abs=6e-4)
