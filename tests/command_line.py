@@ -35,6 +35,11 @@ def task(folder: Path) -> str:
     return str(path)
 
 
+def left(folder: Path) -> set[str]:
+    """Names of the files in a folder, but for locks."""
+    return {path.name for path in folder.iterdir() if not path.name.endswith(".lock")}
+
+
 def told(*arguments: object) -> Any:
     """The command's result, its output apart from its errors. A defect is raised."""
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])

@@ -32,7 +32,8 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 # What touches no TransformerLens class, or only what other tests look at on both: with
 # TransformerLens 3 these are slow tests, since with TransformerLens 4 they run every time.
 CLASSLESS = (
-    *("chance", "circuit_tests", "cli", "cli_compare", "cli_config", "compare", "distributed"),
+    *("chance", "circuit_tests", "cli", "cli_compare", "cli_config", "cli_discover", "cli_wrong"),
+    *("compare", "demo", "distributed"),
     *("docs", "faithfulness", "folder", "full_disk", "killed", "packaging"),
     *("interchange", "knockouts", "learned_constants", "masks", "measures", "objectives"),
     *("planner", "polish", "pruner", "report", "report_page", "residual", "roc", "scores"),
@@ -80,3 +81,19 @@ def stories(fixtures: Path) -> Any:
         tokenizer=AutoTokenizer.from_pretrained(folder),
         model_name="stories260K",
     )
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a tiny Llama, for commands."""
+    import command_line
+
+    return command_line.model(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def gifts(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A file of pairs that this Llama reads."""
+    import command_line
+
+    return command_line.task(tmp_path_factory.mktemp("gifts"))

@@ -10,10 +10,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import command_line
 import pytest
 import torch
-from command_line import SMALL, mistake, told
+from command_line import SMALL, left, mistake, told
 
 import tl_edgeprune
 from tl_edgeprune import Circuit, EdgePruner, EdgeScores, Neurons
@@ -22,31 +21,21 @@ from tl_edgeprune.methods.registry import METHODS
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: Any) -> str:
-    return command_line.model(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(scope="module")
-def task(tmp_path_factory: Any) -> str:
-    return command_line.task(tmp_path_factory.mktemp("tasks"))
-
-
-@pytest.fixture(scope="module")
-def run(model: str, task: str, tmp_path_factory: Any) -> Path:
+def run(llama: str, gifts: str, tmp_path_factory: Any) -> Path:
     """A finished run of 30 steps."""
     out = tmp_path_factory.mktemp("runs") / "whole"
-    result = told("prune", model, task, *SMALL, "--steps", 30, "--out", out, "--json")
+    result = told("prune", llama, gifts, *SMALL, "--steps", 30, "--out", out, "--json")
     assert result.exit_code == 0, result.output
     printed = json.loads(result.stdout)
     assert printed["evaluation"] == json.loads((out / "evaluation.json").read_text())
-    assert all((out / name).is_file() for name in printed["files"])
+    assert left(out) == {*printed["files"], "settings.json", "checkpoint.safetensors"}
     return out
 
 
-def test_prune_writes_what_it_says(run: Path, model: str, task: str) -> None:
+def test_prune_writes_what_it_says(run: Path, llama: str, gifts: str) -> None:
     settings = json.loads((run / "settings.json").read_text())
-    assert settings["command_line"].startswith(f"tl-edgeprune prune {model}")
-    assert settings["inputs"]["task"] == task and settings["seed"] == 0
+    assert settings["command_line"].startswith(f"tl-edgeprune prune {llama}")
+    assert settings["inputs"]["task"] == gifts and settings["seed"] == 0
     assert {"tl_edgeprune", "torch", "transformer-lens"} <= set(settings["versions"])
     assert settings["settings"]["n_edges"] == 20
     circuit, scores = (
@@ -58,43 +47,75 @@ def test_prune_writes_what_it_says(run: Path, model: str, task: str) -> None:
     assert len(note["history"]) == 30
     assert (run / "history.png").read_bytes()[:4] == b"\x89PNG"
     assert "KL to the full model" in (run / "circuit.html").read_text(encoding="utf-8")
-    assert not [p for p in run.iterdir() if p.name.startswith(".") and not p.name.endswith(".lock")]
 
 
-def test_the_circuit_is_that_of_the_pruner(run: Path, model: str, task: str) -> None:
-    loaded: Any = tl_edgeprune.models.load(model, device="cpu")
-    train = tl_edgeprune.tasks.from_jsonl(task, loaded).split(0.25, 0)[1]
+def test_the_circuit_is_that_of_the_pruner(run: Path, llama: str, gifts: str) -> None:
+    loaded: Any = tl_edgeprune.models.load(llama, device="cpu")
+    train = tl_edgeprune.tasks.from_jsonl(gifts, loaded).split(0.25, 0)[1]
     pruner = EdgePruner(20, steps=30, batch_size=4, progress=False)
     assert pruner.fit(loaded, train).circuit == Circuit.load(run / "circuit.json")
 
 
-def test_evaluate_gives_the_figures_of_the_run(run: Path, task: str, tmp_path: Path) -> None:
+def test_evaluate_gives_the_figures_of_the_run(run: Path, gifts: str, tmp_path: Path) -> None:
     figures = json.loads(told("evaluate", run / "circuit.json", "--json").stdout)
     expected = json.loads((run / "evaluation.json").read_text())
     assert figures["n_pairs"] == 4 and figures.keys() == expected.keys()
     for name, value in expected.items():
         assert figures[name] == (None if value is None else pytest.approx(value, abs=1e-5)), name
     out = tmp_path / "figures.json"
-    result = told("evaluate", run / "circuit.json", "--task", task, "--out", out)
+    result = told("evaluate", run / "circuit.json", "--task", gifts, "--out", out)
     assert "16 pairs of gifts" in result.stdout
     assert json.loads(out.read_text())["n_pairs"] == 16
 
 
 def test_neurons_are_written_and_judged_with_the_circuit(
-    model: str, task: str, tmp_path: Path
+    llama: str, gifts: str, tmp_path: Path
 ) -> None:
     out, asked = tmp_path / "run", ["--neurons", "mlp", "--steps", 2, "--json"]
-    assert "--n-neurons is missing" in mistake("prune", model, task, *SMALL, *asked, "--out", out)
+    assert "--n-neurons is missing" in mistake("prune", llama, gifts, *SMALL, *asked, "--out", out)
     asked += ["--n-neurons", 9]
-    result = told("prune", model, task, *SMALL, *asked, "--out", out)
+    result = told("prune", llama, gifts, *SMALL, *asked, "--out", out)
     assert result.exit_code == 0, result.output
-    found = json.loads(result.stdout)["evaluation"]
+    printed = json.loads(result.stdout)
+    found = printed["evaluation"]
+    assert left(out) == {*printed["files"], "settings.json", "checkpoint.safetensors"}
     kept = Neurons.load(out / "neurons.json")
     assert found["n_neurons"] == kept.n_neurons == 9
     again = json.loads(told("evaluate", out / "circuit.json", "--json").stdout)
     assert again == pytest.approx(found, abs=1e-5)
     (out / "neurons.json").unlink()
     assert json.loads(told("evaluate", out / "circuit.json", "--json").stdout)["kl"] != found["kl"]
+
+
+def test_learned_constants_are_written_and_judged_with_the_circuit(
+    llama: str, gifts: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    result = told(
+        *("prune", llama, gifts, *SMALL, "--steps", 2, "--ablation", "optimal", "--out", out)
+    )
+    assert result.exit_code == 0, result.output
+    names = result.stdout.splitlines()[-1].removeprefix(f"In {out}/: ").removesuffix(".")
+    assert left(out) == {*names.split(", "), "settings.json", "checkpoint.safetensors"}
+    assert "constants.safetensors" in names
+    found = json.loads((out / "evaluation.json").read_text())
+    evaluate = ["evaluate", out / "circuit.json", "--json"]
+    assert json.loads(told(*evaluate).stdout) == pytest.approx(found, abs=1e-5)
+    (out / "constants.safetensors").rename(tmp_path / "elsewhere.safetensors")
+    assert "put the run's there, or give --ablation" in mistake(*evaluate)
+    given = json.loads(told(*evaluate, "--ablation", tmp_path / "elsewhere.safetensors").stdout)
+    assert given == pytest.approx(found, abs=1e-5)
+    assert json.loads(told(*evaluate, "--ablation", "zero").stdout)["kl"] != found["kl"]
+
+
+def test_a_circuit_from_elsewhere_is_judged_on_what_is_given(
+    run: Path, llama: str, gifts: str, tmp_path: Path
+) -> None:
+    circuit = tmp_path / "circuit.json"
+    circuit.write_bytes((run / "circuit.json").read_bytes())
+    judged = told("evaluate", circuit, "--model", llama, "--task", gifts, "--json")
+    assert judged.exit_code == 0, judged.output
+    assert judged.stdout == told("evaluate", run / "circuit.json", "--task", gifts, "--json").stdout
 
 
 def test_show_writes_a_page(run: Path, tmp_path: Path) -> None:
@@ -123,22 +144,8 @@ def test_show_draws_two_circuits_in_every_form(run: Path, tmp_path: Path) -> Non
     assert "its name must end in .svg" in wrong
 
 
-def test_discover_saves_scores_and_a_circuit(model: str, task: str, tmp_path: Path) -> None:
-    out = tmp_path / "ig"
-    arguments = ["--method", "mask-ig", "--set", "batch_size=4", "--n-edges", 15, "--out", out]
-    arguments += ["--ablation", "zero"]
-    result = told("discover", model, task, *arguments, "--json")
-    assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout)["evaluation"]["n_edges"] == 15
-    scores = EdgeScores.load(out / "scores.safetensors")
-    circuit = Circuit.load(out / "circuit.json")
-    assert scores.top(15) == circuit and circuit.metadata["ablation"] == "zero"
-    judged = json.loads(told("evaluate", out / "circuit.json", "--json").stdout)
-    assert judged["n_edges"] == 15 and judged["n_pairs"] == 4
-
-
 def test_a_run_that_was_stopped_goes_on_to_the_same_circuit(
-    run: Path, model: str, task: str, tmp_path: Path, monkeypatch: Any
+    run: Path, llama: str, gifts: str, tmp_path: Path, monkeypatch: Any
 ) -> None:
     from tl_edgeprune.training import Training
 
@@ -152,7 +159,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_circuit(
     out = tmp_path / "stopped"
     with monkeypatch.context() as patch:
         patch.setattr(Training, "_step", stopping)
-        result = told("prune", model, task, *SMALL, "--steps", 30, "--out", out)
+        result = told("prune", llama, gifts, *SMALL, "--steps", 30, "--out", out)
     assert result.exit_code == 130
     assert f"after 27 of 30 steps. Go on with tl-edgeprune resume {out}" in result.stderr
     assert not (out / "circuit.json").exists()
@@ -164,9 +171,9 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_circuit(
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_to_the_same_circuit(model: str, task: str, tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_to_the_same_circuit(llama: str, gifts: str, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    asked = [model, task, *SMALL, "--steps", 300]
+    asked = [llama, gifts, *SMALL, "--steps", 300]
     assert told("prune", *asked, "--out", whole, "--json").exit_code == 0
     command = [sys.executable, "-m", "tl_edgeprune", "prune", *map(str, asked), "--out", killed]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -183,10 +190,10 @@ def test_a_killed_run_goes_on_to_the_same_circuit(model: str, task: str, tmp_pat
 
 
 @pytest.mark.slow
-def test_prune_under_torchrun(run: Path, model: str, task: str, tmp_path: Path) -> None:
+def test_prune_under_torchrun(run: Path, llama: str, gifts: str, tmp_path: Path) -> None:
     out = tmp_path / "two"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    asked = ["prune", model, task, *SMALL, "--steps", "30", "--device", "cpu", "--out", str(out)]
+    asked = ["prune", llama, gifts, *SMALL, "--steps", "30", "--device", "cpu", "--out", str(out)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*launcher, "2", "-m", "tl_edgeprune", *asked, "--json"],
@@ -200,10 +207,10 @@ def test_prune_under_torchrun(run: Path, model: str, task: str, tmp_path: Path) 
     torch.testing.assert_close(EdgeScores.load(out / "scores.safetensors").tensor, alone)
 
 
-def test_a_dry_run_runs_nothing(model: str, task: str, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_dry_run_runs_nothing(llama: str, gifts: str, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr("tl_edgeprune.models.load", None)
     out = tmp_path / "none"
-    asked = ["prune", model, task, *SMALL, "--steps", 7, "--out", out, "--dry-run"]
+    asked = ["prune", llama, gifts, *SMALL, "--steps", 7, "--out", out, "--dry-run"]
     plan = json.loads(told(*asked, "--json").stdout)
     loaded = tl_edgeprune.EdgeGraph(2, 4, 2)
     assert (plan["edges"], plan["steps"], plan["pairs_a_step"]) == (loaded.n_edges, 7, 4)
@@ -214,10 +221,10 @@ def test_a_dry_run_runs_nothing(model: str, task: str, tmp_path: Path, monkeypat
     assert in_spans["edges"] is None  # the task's spans are known once it is loaded
     methods = {"eap": [], "ugs": ["--set", "steps=3"], "exact": []}
     for name, more in methods.items():
-        asked_too = ["discover", model, task, "--method", name, *more, "--out", out, "--dry-run"]
+        asked_too = ["discover", llama, gifts, "--method", name, *more, "--out", out, "--dry-run"]
         seconds = json.loads(told(*asked_too, "--json").stdout)["seconds_at_least"]
         assert (seconds[name] is None) == (name == "exact")
-    compared = ["compare", model, task, "--methods", "eap,acdc", "--sizes", "5,12", "--out", out]
+    compared = ["compare", llama, gifts, "--methods", "eap,acdc", "--sizes", "5,12", "--out", out]
     compared += ["--set", "acdc.threshold=0.1", "--dry-run"]
     assert json.loads(told(*compared, "--json").stdout)["sizes"] == [5, 12]
     assert "seconds at least" in told(*compared).stdout
@@ -245,27 +252,27 @@ def test_a_dry_run_runs_nothing(model: str, task: str, tmp_path: Path, monkeypat
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )
 def test_wrong_numbers_and_names(
-    changes: list[Any], message: str, model: str, task: str, tmp_path: Path
+    changes: list[Any], message: str, llama: str, gifts: str, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     if message == "--device cpu" and torch.cuda.is_available():
         pytest.skip("this machine has GPUs")
-    assert message in mistake("prune", model, task, *SMALL, "--out", out, "--json", *changes)
+    assert message in mistake("prune", llama, gifts, *SMALL, "--out", out, "--json", *changes)
     assert not (out / "settings.json").exists()  # so that the next try may have the folder
 
 
-def test_wrong_models_tasks_and_files(model: str, task: str, run: Path, tmp_path: Path) -> None:
+def test_wrong_models_tasks_and_files(llama: str, gifts: str, run: Path, tmp_path: Path) -> None:
     out = ["--out", tmp_path / "out"]
-    assert "no such folder" in mistake("prune", "./nope", task, *SMALL, *out)
-    assert "no config.json" in mistake("prune", tmp_path, task, *SMALL, *out)
-    assert "not one of" in mistake("prune", "no-such-model", task, *SMALL, *out, "--json")
-    assert "unknown task 'nope'" in mistake("prune", model, "nope", *SMALL, *out)
-    assert "no such file" in mistake("prune", model, "nope.jsonl", *SMALL, *out)
+    assert "no such folder" in mistake("prune", "./nope", gifts, *SMALL, *out)
+    assert "no config.json" in mistake("prune", tmp_path, gifts, *SMALL, *out)
+    assert "not one of" in mistake("prune", "no-such-model", gifts, *SMALL, *out, "--json")
+    assert "unknown task 'nope'" in mistake("prune", llama, "nope", *SMALL, *out)
+    assert "no such file" in mistake("prune", llama, "nope.jsonl", *SMALL, *out)
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"clean": 3}')
-    assert "line 1" in mistake("prune", model, bad, *SMALL, *out, "--json")
-    assert "unknown method 'nope'" in mistake("discover", model, task, "--method", "nope", *out)
-    eap = ["discover", model, task, "--method", "eap", *out, "--set"]
+    assert "line 1" in mistake("prune", llama, bad, *SMALL, *out, "--json")
+    assert "unknown method 'nope'" in mistake("discover", llama, gifts, "--method", "nope", *out)
+    eap = ["discover", llama, gifts, "--method", "eap", *out, "--set"]
     assert "unknown name 'batchsize'" in mistake(*eap, "batchsize=1")
     assert "Did you mean batch_size?" in mistake(*eap, "batchsize=1")
     assert 'batch_size="x": expected int' in mistake(*eap, "batch_size=x")
@@ -278,15 +285,15 @@ def test_wrong_models_tasks_and_files(model: str, task: str, run: Path, tmp_path
     assert "holds no run" in mistake("resume", tmp_path)
 
 
-def test_two_runs_do_not_mix(run: Path, model: str, task: str, tmp_path: Path) -> None:
+def test_two_runs_do_not_mix(run: Path, llama: str, gifts: str, tmp_path: Path) -> None:
     before = {path.name: path.read_bytes() for path in run.iterdir()}
     for arguments in (["prune", *SMALL], ["discover", "--method", "eap"]):
-        line = mistake(arguments[0], model, task, *arguments[1:], "--out", run)
+        line = mistake(arguments[0], llama, gifts, *arguments[1:], "--out", run)
         assert "holds another run" in line and f"resume {run}" in line
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
     file = tmp_path / "file"
     file.write_text("")
-    assert "is a file" in mistake("prune", model, task, *SMALL, "--out", file)
+    assert "is a file" in mistake("prune", llama, gifts, *SMALL, "--out", file)
 
 
 def test_debug_shows_where_an_error_came_from(tmp_path: Path, monkeypatch: Any) -> None:

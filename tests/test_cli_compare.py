@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import command_line
 import pandas
 import pytest
 from command_line import mistake, told
@@ -19,20 +18,10 @@ ASKED = """--methods eap,acdc --sizes 5,12 --set acdc.threshold=[0.01,0.1] --set
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: Any) -> str:
-    return command_line.model(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(scope="module")
-def task(tmp_path_factory: Any) -> str:
-    return command_line.task(tmp_path_factory.mktemp("tasks"))
-
-
-@pytest.fixture(scope="module")
-def out(model: str, task: str, tmp_path_factory: Any) -> Path:
+def out(llama: str, gifts: str, tmp_path_factory: Any) -> Path:
     """A finished comparison."""
     folder = tmp_path_factory.mktemp("runs") / "compared"
-    result = told("compare", model, task, *ASKED, "--out", folder, "--json")
+    result = told("compare", llama, gifts, *ASKED, "--out", folder, "--json")
     assert result.exit_code == 0, result.output
     printed = json.loads(result.stdout)
     assert len(printed["rows"]) == 4
@@ -40,9 +29,9 @@ def out(model: str, task: str, tmp_path_factory: Any) -> Path:
     return folder
 
 
-def test_figures_are_those_of_compare(out: Path, model: str, task: str) -> None:
-    loaded: Any = tl_edgeprune.models.load(model, device="cpu")
-    held_out, train = tl_edgeprune.tasks.from_jsonl(task, loaded)[:8].split(0.5, 0)
+def test_figures_are_those_of_compare(out: Path, llama: str, gifts: str) -> None:
+    loaded: Any = tl_edgeprune.models.load(llama, device="cpu")
+    held_out, train = tl_edgeprune.tasks.from_jsonl(gifts, loaded)[:8].split(0.5, 0)
     settings: Any = {"acdc": {"threshold": [0.01, 0.1]}, "eap": {"batch_size": 4}}
     expected = tl_edgeprune.compare(
         loaded, train, held_out, ["eap", "acdc"], [5, 12], settings=settings, progress=False
@@ -55,16 +44,16 @@ def test_figures_are_those_of_compare(out: Path, model: str, task: str) -> None:
 
 
 def test_a_folder_goes_on_and_takes_further_methods(
-    out: Path, model: str, task: str, monkeypatch: Any
+    out: Path, llama: str, gifts: str, monkeypatch: Any
 ) -> None:
     before = (out / "settings.json").read_bytes()
-    wrong = ["compare", model, task, *ASKED, "--out", out]
+    wrong = ["compare", llama, gifts, *ASKED, "--out", out]
     assert "holds a comparison with sizes [5, 12]" in mistake(*wrong, "--sizes", "5")
     assert "method 'hisp': unknown objective" in mistake(
         *wrong, "--methods", "hisp", "--set", "hisp.objective=nope"
     )
     assert (out / "settings.json").read_bytes() == before
-    assert f"resume {out}" in mistake("prune", model, task, "--n-edges", 9, "--out", out)
+    assert f"resume {out}" in mistake("prune", llama, gifts, "--n-edges", 9, "--out", out)
     made: list[str] = []
     discover = registry.discover
 
@@ -87,8 +76,8 @@ def test_a_folder_goes_on_and_takes_further_methods(
     assert result.exit_code == 130 and f"Go on with tl-edgeprune resume {out}" in result.stderr
 
 
-def test_wrong_comparisons(model: str, task: str, tmp_path: Path) -> None:
-    asked = ["compare", model, task, "--out", tmp_path / "new"]
+def test_wrong_comparisons(llama: str, gifts: str, tmp_path: Path) -> None:
+    asked = ["compare", llama, gifts, "--out", tmp_path / "new"]
     assert "--sizes is missing: eap rank" in mistake(*asked, "--methods", "eap")
     assert "--sizes x" in mistake(*asked, "--sizes", "x")
     assert "unknown method 'nope'" in mistake(*asked, "--methods", "nope", "--sizes", "5")

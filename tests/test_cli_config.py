@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import command_line
 import pytest
 import typer
 import yaml
@@ -59,24 +58,14 @@ optimizer = {betas = [0.9, 0.98], warmup = 2}
 }
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: Any) -> str:
-    return command_line.model(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(scope="module")
-def task(tmp_path_factory: Any) -> str:
-    return command_line.task(tmp_path_factory.mktemp("tasks"))
-
-
 @pytest.fixture
-def prune(model: str, task: str, monkeypatch: Any) -> Any:
+def prune(llama: str, gifts: str, monkeypatch: Any) -> Any:
     """What `prune` would run, by its arguments."""
     runs: list[Run] = []
     monkeypatch.setattr(training, "train", lambda out, run, **_: runs.append(run))
 
     def asked(*arguments: object) -> Run:
-        result = told("prune", model, task, "--out", "nowhere", *arguments)
+        result = told("prune", llama, gifts, "--out", "nowhere", *arguments)
         assert result.exit_code == 0, result.output
         return runs.pop()
 
@@ -183,8 +172,8 @@ def test_wrong_files_are_wrong_usage(
         (["--task-set", "split=1"], "--task-set split=1: expected"),
     ],
 )
-def test_wrong_parts(changes: list[str], message: str, model: str, task: str) -> None:
-    asked = ["prune", model, task, "--n-edges", 20, "--out", "nowhere", *changes]
+def test_wrong_parts(changes: list[str], message: str, llama: str, gifts: str) -> None:
+    asked = ["prune", llama, gifts, "--n-edges", 20, "--out", "nowhere", *changes]
     assert message in mistake(*asked, "--json")
 
 
@@ -202,8 +191,8 @@ def test_commands_and_files_of_the_page_are_valid(tmp_path: Path, monkeypatch: A
         group.commands[name].make_context(name, arguments, parent=parent)
 
 
-def test_a_run_without_a_size(model: str, task: str, prune: Any) -> None:
-    assert "--n-edges is missing" in mistake("prune", model, task, "--out", "nowhere")
+def test_a_run_without_a_size(llama: str, gifts: str, prune: Any) -> None:
+    assert "--n-edges is missing" in mistake("prune", llama, gifts, "--out", "nowhere")
     run = prune("--controller", "lagrangian", "--controller", "target_sparsity=0.9")
     assert run.settings["n_edges"] is None
 

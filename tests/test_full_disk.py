@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import command_line
 import pytest
 import torch
 import zoo
@@ -156,10 +155,9 @@ def test_a_run_whose_disk_fills_goes_on_from_its_last_checkpoint(
     assert rest.log_alpha.equal(whole.log_alpha)
 
 
-def test_the_command_line_tells_it_in_one_line(tmp_path: Path) -> None:
-    model, task = command_line.model(tmp_path), command_line.task(tmp_path)
+def test_the_command_line_tells_it_in_one_line(llama: str, gifts: str, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    asked = ["prune", model, task, *SMALL, "--steps", 3, "--out", out, "--json"]
+    asked = ["prune", llama, gifts, *SMALL, "--steps", 3, "--out", out, "--json"]
     with full_disk():
         line = mistake(*asked)
     assert "could not be written (File too large)" in line and str(out / "settings.json") in line

@@ -21,6 +21,7 @@ from tl_edgeprune.faithfulness import FaithfulnessCurve
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.report import (
     draw_circuit,
+    palette,
     plot_faithfulness,
     plot_heads,
     plot_history,
@@ -225,6 +226,12 @@ def test_page_loads_nothing(tmp_path: Path) -> None:
     assert any("default-src 'none'" in (text or "") for text in page.attributes("content"))
     assert not any(word in text for text in page.all("style") for word in ("url(", "@import"))
     assert page.all("noscript")
+
+
+def test_the_colours_of_the_page_are_those_of_the_figures() -> None:
+    style = (Path(palette.__file__).parent / "page" / "style.css").read_text("utf-8")
+    for name, color in (palette.KIND_COLORS | palette.SIDE_COLORS).items():
+        assert re.search(rf"--{name}: light-dark\({color}, #[0-9a-f]{{6}}\)", style)
 
 
 def test_page_of_an_empty_circuit(tmp_path: Path) -> None:

@@ -146,15 +146,6 @@ def test_it_draws_every_node_and_edge(show: Any) -> None:
         assert min(sum(abs(a - b) for a, b in zip(p, color, strict=True)) for p in near) < 90
 
 
-def test_the_colours_are_those_of_the_figures() -> None:
-    from tl_edgeprune.report import palette
-
-    folder = Path(palette.__file__).parent / "page"
-    style = (folder / "style.css").read_text("utf-8")
-    for name, color in (palette.KIND_COLORS | palette.SIDE_COLORS).items():
-        assert re.search(rf"--{name}: light-dark\({color}, #[0-9a-f]{{6}}\)", style)
-
-
 def test_an_edge_under_the_pointer_says_its_name_score_and_effect(show: Any) -> None:
     class Explanation:
         def by_edge(self) -> dict[str, dict[str, float | str]]:

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import command_line
 import pytest
 import zoo
 from command_line import SMALL, mistake, told
@@ -79,17 +78,18 @@ def test_a_comparisons_folder_has_one_process(tmp_path: Path) -> None:
     assert len(run().rows) == 1
 
 
-def test_every_command_that_writes_a_folder_is_refused(tmp_path: Path) -> None:
-    model, task = command_line.model(tmp_path), command_line.task(tmp_path)
+def test_every_command_that_writes_a_folder_is_refused(
+    llama: str, gifts: str, tmp_path: Path
+) -> None:
     out = tmp_path / "run"
-    prune = ["prune", model, task, *SMALL, "--steps", 2, "--out", out]
+    prune = ["prune", llama, gifts, *SMALL, "--steps", 2, "--out", out]
     assert told(*prune).exit_code == 0
     (out / "circuit.json").unlink()
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     commands = {
         "resume": ["resume", out],
-        "discover": ["discover", model, task, "--method", "random", "--out", tmp_path / "found"],
-        "compare": ["compare", model, task, "--methods", "random", "--sizes", 3],
+        "discover": ["discover", llama, gifts, "--method", "random", "--out", tmp_path / "found"],
+        "compare": ["compare", llama, gifts, "--methods", "random", "--sizes", 3],
     }
     commands["compare"] += ["--out", tmp_path / "found"]
     (tmp_path / "found").mkdir()

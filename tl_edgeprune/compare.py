@@ -35,7 +35,6 @@ from tl_edgeprune.teacher import check_vocabulary
 
 METHODS = ("edge-pruning", "eap", "eap-ig", "mask-ig", "random")
 EDGE_PRUNING = "edge-pruning"
-GIVE_CIRCUITS = ("acdc",)  # methods that choose the size themselves
 
 
 def compare(
@@ -148,7 +147,7 @@ def _check(
         check_budget(size, graph)
     if len(set(plan.sizes)) < len(plan.sizes):
         raise ValueError(f"compare: a size is given twice: {list(plan.sizes)}.")
-    wanting = [name for name in methods if name not in GIVE_CIRCUITS]
+    wanting = [name for name in methods if name not in registry.GIVE_CIRCUITS]
     if wanting and not plan.sizes:
         raise ValueError(
             f"compare: {', '.join(wanting)} rank all edges, and there are no sizes to take "
@@ -181,7 +180,7 @@ def _check_names(
                 f"compare: settings for {name!r}, which is not among the methods "
                 f"({', '.join(methods)})."
             )
-        if "threshold" in own and name not in GIVE_CIRCUITS:
+        if "threshold" in own and name not in registry.GIVE_CIRCUITS:
             raise ValueError(
                 f"compare: a threshold in the settings of {name!r}, which ranks all edges. "
                 "Thresholds are for acdc; how many edges to take of a ranking is compare(…, "

@@ -71,7 +71,7 @@ def compare(
     """
     from tl_edgeprune.commands.comparing import check_same, compare_in
     from tl_edgeprune.commands.method_settings import compared_settings, runs_settings
-    from tl_edgeprune.compare import GIVE_CIRCUITS
+    from tl_edgeprune.methods.registry import GIVE_CIRCUITS
 
     names = _listed(methods)
     own = runs_settings(names, parsed("--set", setting or []))

@@ -76,8 +76,7 @@ def discover(
     settings = method_settings(method, given)
     if "progress" in known:
         settings.setdefault("progress", progress and not as_json)
-    if n_edges is not None and n_edges < 1:
-        raise ValueError(f"--n-edges {n_edges}: a circuit needs at least one edge.")
+    _check_size(method, n_edges)
     wanted = {"method": method, "n_edges": n_edges, "absolute": absolute, "alive": alive, **given}
     check_free(out)
     if dry_run:
@@ -90,6 +89,21 @@ def discover(
     _find(out, run, method, settings, as_json)
 
 
+def _check_size(method: str, n_edges: int | None) -> None:
+    """Raise ValueError for --n-edges where the method chooses the size, and below 1."""
+    from tl_edgeprune.methods.registry import GIVE_CIRCUITS
+
+    if n_edges is None:
+        return
+    if method in GIVE_CIRCUITS:
+        raise ValueError(
+            f"--n-edges {n_edges}: {method} chooses the circuit's size itself. Leave --n-edges "
+            "out, and change the size by the method's settings (--set)."
+        )
+    if n_edges < 1:
+        raise ValueError(f"--n-edges {n_edges}: a circuit needs at least one edge.")
+
+
 def _find(out: Path, run: Run, method: str, settings: dict[str, Any], as_json: bool) -> None:
     from tl_edgeprune.commands.found import circuit_of, judged, write
     from tl_edgeprune.methods.registry import discover as find
@@ -99,6 +113,11 @@ def _find(out: Path, run: Run, method: str, settings: dict[str, Any], as_json: b
         loaded = inputs.load_model()
         found_on, judged_on = inputs.split(inputs.load_pairs(loaded))
         found = find(loaded, found_on, method, **settings)
+        if not found.metadata.get("finished", True):  # Edge Pruning keeps what Ctrl-C left it
+            raise KeyboardInterrupt(
+                f"stopped before the end of {method}: no scores are written. Start it anew in "
+                "another folder."
+            )
         how = {name: wanted[name] for name in ("absolute", "alive")}
         circuit = circuit_of(found, wanted["n_edges"], **how)
         figures = judged(loaded, circuit, judged_on, settings.get("ablation"))

@@ -1,4 +1,4 @@
-"""What `discover` makes of a method's scores: a circuit, its figures, and the files of both."""
+"""What `discover` makes of what a method found: a circuit, its figures, and the files of both."""
 
 from __future__ import annotations
 
@@ -18,11 +18,6 @@ def circuit_of(
 ) -> Circuit | None:
     """The circuit of this size, or the method's own."""
     if isinstance(found, Circuit):
-        if n_edges is not None:
-            raise ValueError(
-                "this method chooses the circuit's size itself: leave --n-edges out, and change "
-                "the size by the method's settings (--set)."
-            )
         return found.without_dead_edges() if alive else found
     return None if n_edges is None else found.top(n_edges, absolute=absolute, alive=alive)
 

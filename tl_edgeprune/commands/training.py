@@ -71,31 +71,35 @@ def train(folder: Path, run: Run, *, new: bool, as_json: bool, progress: bool = 
                 f"tl-edgeprune resume {folder}"
             )
         if ranks.first:
-            figures = write_results(folder, result, model, held_out)
-            show_results(folder, figures, as_json)
+            figures, files = write_results(folder, result, model, held_out)
+            show_results(folder, figures, files, as_json)
 
 
-def write_results(folder: Path, result: PruneResult, model: Any, held_out: Task) -> Evaluation:
-    """Everything that a finished run leaves; the circuit last."""
+def write_results(
+    folder: Path, result: PruneResult, model: Any, held_out: Task
+) -> tuple[Evaluation, list[str]]:
+    """Everything that a finished run leaves, the circuit last: its figures, the files' names."""
+    files = [CIRCUIT, SCORES, EVALUATION, HISTORY, PAGE]
     figures = evaluate(
         model, result.circuit, held_out, ablation=result.constants, neurons=result.neurons
     )
     if result.neurons is not None:
         result.neurons.save(folder / NEURONS)
+        files.append(NEURONS)
     if result.constants is not None:
         result.constants.save(folder / CONSTANTS)
+        files.append(CONSTANTS)
     result.scores.save(folder / SCORES)
     write_json(folder / EVALUATION, figures.to_dict())
     circuit = result.circuit
     plot_history(result.history, folder / HISTORY, title=title_of(circuit))
     circuit.report(folder / PAGE, measures=figures, result=result)
     circuit.save(folder / CIRCUIT)
-    return figures
+    return figures, files
 
 
-def show_results(folder: Path, figures: Evaluation, as_json: bool) -> None:
+def show_results(folder: Path, figures: Evaluation, files: list[str], as_json: bool) -> None:
     """What a run found, as text or as one JSON object."""
-    files = [CIRCUIT, SCORES, EVALUATION, HISTORY, PAGE]
     if as_json:
         print(json.dumps({"out": str(folder), "evaluation": figures.to_dict(), "files": files}))
         return

@@ -49,6 +49,7 @@ METHODS: dict[str, Callable[..., EdgeScores | Circuit]] = {
     "subspace-nodes": subspace_nodes,
     "random": random_scores,
 }
+GIVE_CIRCUITS = ("acdc",)  # they choose the size themselves; the others rank all edges
 # Their further settings are EdgePruner's, or those of what they call; the others' scores_along's.
 TRAINED = ("edge-pruning", "ugs", "subnetwork-probing")
 _SHARED = dict.fromkeys(("greedy-output", "subspace-nodes"), scores_of_gram)

@@ -1,0 +1,86 @@
+"""`tl-edgeprune discover`: what it writes is what the method finds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import left, mistake, told
+
+import tl_edgeprune
+from tl_edgeprune import Circuit, EdgeScores
+from tl_edgeprune.methods.registry import GIVE_CIRCUITS, METHODS
+from tl_edgeprune.training import Training
+
+
+def test_discover_saves_scores_and_a_circuit(llama: str, gifts: str, tmp_path: Path) -> None:
+    out = tmp_path / "ig"
+    arguments = ["--method", "mask-ig", "--set", "batch_size=4", "--n-edges", 15, "--out", out]
+    arguments += ["--ablation", "zero"]
+    result = told("discover", llama, gifts, *arguments, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["evaluation"]["n_edges"] == 15
+    scores = EdgeScores.load(out / "scores.safetensors")
+    circuit = Circuit.load(out / "circuit.json")
+    assert scores.top(15) == circuit and circuit.metadata["ablation"] == "zero"
+    judged = json.loads(told("evaluate", out / "circuit.json", "--json").stdout)
+    assert judged["n_edges"] == 15 and judged["n_pairs"] == 4
+
+
+def test_acdc_writes_its_circuit(llama: str, gifts: str, tmp_path: Path) -> None:
+    out = tmp_path / "acdc"
+    asked = ["--method", "acdc", "--set", "threshold=0.05", "--pairs", 8, "--out", out, "--json"]
+    result = told("discover", llama, gifts, *asked)
+    assert result.exit_code == 0, result.output
+    printed = json.loads(result.stdout)
+    files = ["circuit.json", "evaluation.json", "circuit.html"]
+    assert printed["files"] == files and left(out) == {*files, "settings.json"}
+    loaded: Any = tl_edgeprune.models.load(llama, device="cpu")
+    train = tl_edgeprune.tasks.from_jsonl(gifts, loaded)[:8].split(0.25, 0)[1]
+    expected = tl_edgeprune.discover(loaded, train, "acdc", threshold=0.05)
+    circuit = Circuit.load(out / "circuit.json")
+    assert circuit == expected and 0 < circuit.n_edges < circuit.graph.n_edges
+    figures = json.loads((out / "evaluation.json").read_text())
+    assert printed["evaluation"] == figures
+    assert (figures["n_edges"], figures["n_pairs"]) == (circuit.n_edges, 2)
+    assert json.loads(told("evaluate", out / "circuit.json", "--json").stdout) == figures
+    assert "KL to the full model" in (out / "circuit.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("method", GIVE_CIRCUITS)
+def test_a_size_for_a_method_that_chooses_it_is_refused_before_the_search(
+    method: str, llama: str, gifts: str, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("tl_edgeprune.models.load", None)
+    out = tmp_path / "out"
+    asked = ["discover", llama, gifts, "--method", method, "--set", "threshold=0.1", "--out", out]
+    for more in ([], ["--dry-run"]):
+        assert "chooses the circuit's size itself" in mistake(*asked, "--n-edges", 100, *more)
+    assert not out.exists()
+
+
+def test_methods_that_give_circuits_are_those_that_say_so() -> None:
+    annotated = {name: made.__annotations__["return"] for name, made in METHODS.items()}
+    assert {name for name, kind in annotated.items() if "Circuit" in str(kind)} == {*GIVE_CIRCUITS}
+
+
+def test_what_ctrl_c_leaves_of_a_search_is_no_result(
+    llama: str, gifts: str, tmp_path: Path, monkeypatch: Any
+) -> None:
+    step = Training._step
+
+    def stopping(self: Any, number: int) -> None:
+        if number == 1:
+            raise KeyboardInterrupt
+        step(self, number)
+
+    monkeypatch.setattr(Training, "_step", stopping)
+    out = tmp_path / "stopped"
+    asked = ["--method", "edge-pruning", "--set", "steps=3", "--n-edges", 9, "--out", out]
+    result = told("discover", llama, gifts, *asked)
+    assert (result.exit_code, result.stdout) == (130, "")
+    assert "stopped before the end of edge-pruning: no scores are written" in result.stderr
+    assert left(out) == {"settings.json"}
+    assert "start it anew in another folder" in mistake("resume", out)
