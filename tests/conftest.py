@@ -32,8 +32,8 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 # What touches no TransformerLens class, or only what other tests look at on both: with
 # TransformerLens 3 these are slow tests, since with TransformerLens 4 they run every time.
 CLASSLESS = (
-    *("chance", "circuit_tests", "cli", "cli_compare", "cli_config", "compare", "distributed"),
-    *("docs", "faithfulness", "folder", "full_disk", "killed", "packaging"),
+    *("chance", "circuit_tests", "cli", "cli_compare", "cli_config", "compare", "definitions"),
+    *("distributed", "docs", "faithfulness", "folder", "full_disk", "killed", "packaging"),
     *("interchange", "knockouts", "learned_constants", "masks", "measures", "objectives"),
     *("planner", "polish", "pruner", "report", "report_page", "residual", "roc", "scores"),
     *("stability", "stream", "solved", "task_families", "task_tables", "training"),
