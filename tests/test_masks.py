@@ -271,5 +271,5 @@ def test_a_penalty_prices_the_expected_number_of_open_gates(settings, chance, lo
     (slope,) = torch.autograd.grad(price, gates)
     each = weight / len(log_alphas)
     expected = [chance(x) for x in log_alphas]
-    assert float(price) == pytest.approx(each * sum(expected), rel=1e-9)
+    assert price.item() == pytest.approx(each * sum(expected), rel=1e-9)
     assert slope.tolist() == pytest.approx([each * p * (1 - p) for p in expected], rel=1e-6)
