@@ -33,7 +33,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 # TransformerLens 3 these are slow tests, since with TransformerLens 4 they run every time.
 CLASSLESS = (
     *("chance", "circuit_tests", "cli", "cli_compare", "cli_config", "cli_discover", "cli_wrong"),
-    *("compare", "demo", "distributed"),
+    *("compare", "definitions", "demo", "distributed"),
     *("docs", "faithfulness", "folder", "full_disk", "killed", "packaging"),
     *("interchange", "knockouts", "learned_constants", "masks", "measures", "objectives"),
     *("planner", "polish", "pruner", "report", "report_page", "residual", "roc", "scores"),

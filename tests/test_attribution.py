@@ -6,6 +6,7 @@ inputs are summed source by source, and contracts it with clean less corrupted o
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -287,6 +288,24 @@ def test_relevance_is_eaps_gradient_through_modules_that_follow_the_rules(name: 
         (logits[3] - logits[5]).backward()
         expected += torch.stack([z.grad for z in mask.values()]) / len(task)
     torch.testing.assert_close(scores.tensor, expected, atol=2e-4, rtol=2e-3)
+
+
+UNRULED = {
+    "bridge-gemma2": "blocks.0 has a norm after its parts",
+    "bridge-olmo2": "blocks.0 has a norm after",
+    "hooked-olmo2": "blocks.0 has a norm after attention",
+    "bridge-olmo1": "blocks.0.ln2 has a norm of an unknown kind (OlmoLayerNorm)",
+    "bridge-mixtral": "blocks.0.mlp is a mixture of experts",
+    "hooked-mixtral": "blocks.0.mlp is no plain or gated MLP",
+}
+
+
+@pytest.mark.parametrize("name", sorted({*UNRULED} & {*zoo.BUILDERS}))
+def test_relevance_is_refused_by_the_part_that_has_no_rule(name: str) -> None:
+    model = zoo.load(name)
+    with pytest.raises(NotImplementedError, match=re.escape(f"relp: {UNRULED[name]}")):
+        discover(model, zoo.pairs(model, 2), "relp")
+    assert not any(point.has_hooks() for point in model.hook_dict.values())
 
 
 def _follow_rules(model: Any) -> None:

@@ -14,7 +14,9 @@ import two_processes
 import zoo
 from two_processes import DIES_AT, SETTINGS, STEPS, model_and_task, pruner
 
+from tl_edgeprune import evaluate
 from tl_edgeprune.distributed import LostProcess, Ranks, started
+from tl_edgeprune.sharding import sharded
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="torch was built without gloo"
@@ -79,16 +81,28 @@ def shards(tmp_path_factory):
 
 @pytest.mark.parametrize("name", two_processes.ARCHITECTURES)
 def test_shared_out_weights_find_the_same_masks(shards, name):
-    (first, note), (second, _) = (
+    (first, note, figures), (second, _, others) = (
         torch.load(shards / f"{name}-{rank}", weights_only=True) for rank in (0, 1)
     )
-    left, most, same = note.tolist()
-    assert left == 0 and same  # let go after each step, whole again after the context
-    assert most <= 2
+    left, most, same, twice = note.tolist()
+    assert left == 0 and same  # let go after each step, whole again however the context ends
+    assert most <= 2 and twice  # and a second context was refused
     model = zoo.load(name, torch.float64)
-    alone = pruner().fit(model, zoo.pairs(model))
-    assert first.equal(second)
+    task = zoo.pairs(model)
+    alone = pruner().fit(model, task)
+    assert first.equal(second) and figures.equal(others)
     torch.testing.assert_close(first, alone.log_alpha, atol=1e-5, rtol=0)
+    mine = evaluate(model, alone.circuit, task)
+    assert figures.tolist() == pytest.approx([mine.kl, mine.logit_diff], rel=1e-5)
+
+
+def test_one_process_keeps_its_weights_whole():
+    model, task = model_and_task()
+    weights = [p.data_ptr() for p in model.parameters()]
+    with sharded(model, device="cpu") as inside:
+        assert inside is model and [p.data_ptr() for p in model.parameters()] == weights
+        first = pruner(init_scores=None, steps=2).fit(model, task).log_alpha
+    assert first.equal(pruner(init_scores=None, steps=2).fit(model, task).log_alpha)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])

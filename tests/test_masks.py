@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from tl_edgeprune.masks import (
     ExactBudget,
     Lagrangian,
+    Penalty,
     budget_shift,
-    deterministic_gates,
     gates_at,
     open_probability,
     sample_gates,
@@ -75,21 +75,6 @@ def test_the_same_generator_draws_the_same_gates_and_none_are_nan_at_the_extreme
     first = sample_gates(log_alpha, torch.Generator().manual_seed(3))
     assert torch.equal(first, sample_gates(log_alpha, torch.Generator().manual_seed(3)))
     assert first[[0, 1, 3, 4]].tolist() == [0, 0, 1, 1]
-
-
-def test_deterministic_gates_are_the_published_codes():
-    log_alpha = torch.linspace(-4, 4, 21).double()[torch.randperm(21)]
-    expected = [1 / (1 + math.exp(-0.8 * x / BETA)) for x in log_alpha.tolist()]
-    zeros = round(sum(1 - scalar_open(x) for x in log_alpha.tolist()))
-    for place in sorted(range(21), key=expected.__getitem__)[:zeros]:
-        expected[place] = 0.0
-    gates = deterministic_gates(log_alpha)
-    assert 0 < zeros < 21
-    assert gates.tolist() == pytest.approx(expected, abs=1e-12)
-
-
-def test_deterministic_gates_that_expect_no_zero_cut_none():
-    assert bool((deterministic_gates(torch.full((50,), 10.0)) > 0.99).all())
 
 
 # ------------------------------------------------------------------------------------ exact budget
@@ -265,3 +250,26 @@ def test_each_start_forgets_the_last_runs_multipliers():
 def test_a_lagrangian_without_a_sparsity_to_aim_at_is_refused():
     with pytest.raises(ValueError, match="needs n_edges or target_sparsity"):
         Lagrangian().start(10, None)
+
+
+# ------------------------------------------------------------------------------------- fixed price
+
+
+@pytest.mark.parametrize(
+    ("settings", "chance"),
+    [({}, scalar_open), ({"probability": torch.sigmoid}, lambda x: 1 / (1 + math.exp(-x)))],
+    ids=["hard-concrete", "sigmoid"],
+)
+@given(log_alphas=st.lists(LOG_ALPHAS, min_size=1, max_size=9), weight=st.floats(0.1, 50))
+def test_a_penalty_prices_the_expected_number_of_open_gates(settings, chance, log_alphas, weight):
+    """The whole graph costs `weight`, so a gate that is surely open costs its share of it."""
+    gates = torch.tensor(log_alphas, dtype=torch.float64, requires_grad=True)
+    penalty = Penalty(weight, **settings)
+    penalty.start(len(log_alphas), None)
+    assert penalty.gates(gates, penalty.target(0.5, 0.5)) is gates and not penalty.learned()
+    price = penalty.penalty(torch.ones_like(gates), gates, penalty.target(0.5, 0.5))
+    (slope,) = torch.autograd.grad(price, gates)
+    each = weight / len(log_alphas)
+    expected = [chance(x) for x in log_alphas]
+    assert price.item() == pytest.approx(each * sum(expected), rel=1e-9)
+    assert slope.tolist() == pytest.approx([each * p * (1 - p) for p in expected], rel=1e-6)

@@ -7,17 +7,13 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 
 from tl_edgeprune import EdgeGraph, Task, discover, evaluate
 from tl_edgeprune.masked import MaskedModel
-from tl_edgeprune.methods.greedy_output import greedy_gains
 from tl_edgeprune.methods.hisp import node_to_edge_scores
 from tl_edgeprune.methods.ifr import proximity
 from tl_edgeprune.methods.registry import METHODS
-from tl_edgeprune.methods.subspace_nodes import variance_left
 from tl_edgeprune.methods.ugs import sample_window
 from tl_edgeprune.objectives import find_objective
 from tl_edgeprune.regularisers import Attachment
@@ -201,33 +197,6 @@ def test_trained_masks_beat_chance(method: str, stories: Any, she_he: Task) -> N
 
 
 # ------------------------------------------------------------------------------------ definitions
-
-
-@given(seed=st.integers(0, 10**6), n=st.integers(1, 7), width=st.integers(1, 9))
-def test_greedy_output_chooses_what_rebuilds_best(seed: int, n: int, width: int) -> None:
-    """The order, against trying every source that is left, by distance itself."""
-    rows = torch.randn(n, width, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
-    gains = greedy_gains(rows @ rows.T)
-    whole, chosen = rows.sum(0), []
-    for _ in range(n):
-        rest = [j for j in range(n) if j not in chosen]
-        left = {j: float((whole - rows[[*chosen, j]].sum(0)).square().sum()) for j in rest}
-        chosen.append(min(left, key=lambda j: left[j]))
-    assert bool((gains[chosen].diff() <= 1e-12).all())
-
-
-@given(seed=st.integers(0, 10**6), n=st.integers(1, 7), width=st.integers(1, 9))
-def test_variance_left_is_gram_schmidts(seed: int, n: int, width: int) -> None:
-    rows = torch.randn(n, width, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
-    whole, left, expected = rows.square().sum(), rows.clone(), torch.zeros(n, dtype=torch.double)
-    for _ in range(min(n, width)):
-        norms = left.square().sum(1)
-        best = int(norms.argmax())
-        expected[best] = norms[best] / whole
-        unit = left[best] / norms[best].sqrt()
-        left = left - torch.outer(left @ unit, unit)
-        left[best] = 0
-    torch.testing.assert_close(variance_left(rows @ rows.T), expected, atol=1e-8, rtol=1e-6)
 
 
 def test_proximity_shares_what_is_near() -> None:

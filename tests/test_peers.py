@@ -17,6 +17,7 @@ import zoo
 from torch import Tensor
 
 from tl_edgeprune import Circuit, EdgeGraph, Task, discover, masked, models, tasks
+from tl_edgeprune.methods.acdc import acdc
 
 GPT2, TRACR = "hooked-gpt2-ln", ("tracr-xproportion", "tracr-reverse")
 MODELS = (GPT2, *TRACR)
@@ -121,13 +122,12 @@ def test_auto_circuit_keeps_the_same_edges_by_acdc(
     peer: ModuleType, name: str, threshold: float
 ) -> None:
     """In the same order of visits; an edge whose removal costs just the threshold may differ."""
-    method = pytest.importorskip("tl_edgeprune.methods.acdc", reason="no ACDC yet")
     model, task = model_and_pairs(name)
     graph, wrapped = EdgeGraph.from_model(model), peer.wrapped(model)
     measure, objective = ("kl_div", "kl") if name == GPT2 else ("mse", "mse")
     peer.in_order(wrapped, reversed(graph.edges))
     theirs = peer.acdc(wrapped, peer.loader(task), graph, threshold, measure)
-    ours = method.acdc(model, task, threshold=threshold, search="exact", objective=objective)
+    ours = acdc(model, task, threshold=threshold, search="exact", objective=objective)
     assert set(ours.edges) == set(theirs.edges)
 
 

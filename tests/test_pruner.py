@@ -26,6 +26,7 @@ from tl_edgeprune.objectives import kl
 from tl_edgeprune.placement import placed
 from tl_edgeprune.pruner import Optimizer
 from tl_edgeprune.scores import EdgeScores
+from tl_edgeprune.training import Training
 
 MODEL = "bridge-gpt2"
 LENGTHS = (5, 6, 8)
@@ -80,14 +81,23 @@ def test_every_pair_is_seen_once_before_any_is_seen_again():
     assert rounds[0] != rounds[1]
 
 
-def test_accumulated_gradients_are_the_mean_of_their_batches():
-    """Two batches of one step move log alphas as one objective that is their mean."""
-    model = zoo.load(MODEL)
-    task = pairs(model, 2).subset([0, 0])  # one pair twice: both batches give the same loss
+def test_accumulated_gradients_are_the_mean_of_their_batches(monkeypatch):
+    """Two batches of one pair give the optimiser what one batch of both pairs gives it."""
+    model, seen = zoo.load(MODEL), []
+    update = Training._update
+
+    def watched(training):
+        seen.append(training.log_alpha.grad.clone())
+        update(training)
+
+    monkeypatch.setattr(Training, "_update", watched)
+    task = pairs(model, 4).subset([0, 3])  # two pairs of one length
     common = {"init_scores": None, "controller": ExactBudget("fixed"), "hard_share": 1.0}
-    one = pruner(**common, batch_size=1, accumulate=1, steps=1).fit(model, task)
-    two = pruner(**common, batch_size=1, accumulate=2, steps=1).fit(model, task)
-    torch.testing.assert_close(one.log_alpha, two.log_alpha)
+    whole = pruner(**common, batch_size=2, accumulate=1, steps=1).fit(model, task)
+    parts = pruner(**common, batch_size=1, accumulate=2, steps=1).fit(model, task)
+    assert float(seen[0].abs().max()) > 1e-4
+    torch.testing.assert_close(seen[1], seen[0], atol=1e-7, rtol=1e-4)
+    assert parts.history[0]["loss"] == pytest.approx(whole.history[0]["loss"], rel=1e-5)
 
 
 def test_each_step_keeps_its_target_and_the_last_ones_the_budget():

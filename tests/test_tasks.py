@@ -364,6 +364,10 @@ def test_separator_characters_inside_a_text_do_not_end_the_line(tmp_path):
         ("{", "not valid JSON"),
         ("[1]", "a JSON list, expected an object"),
         ({"clean": "Mary"}, '"corrupted" is None, expected a text'),
+        (
+            {"clean": "Mary met<predict> John</predict>", "corrupted": "Anna met", "split": 3},
+            '"split" is 3, expected a text',
+        ),
         ({"clean": "Mary met", "corrupted": "Anna met"}, "marks no answer"),
         ({**SETS, "wrong": "Eva"}, "\"wrong\" is 'Eva', expected a list of one or more texts"),
         ({**SETS, "right": []}, r'"right" is \[\], expected a list of one or more texts'),
@@ -402,6 +406,16 @@ def test_what_cannot_be_read_names_its_line(tmp_path, line, message):
     good = {"clean": "Mary met<predict> John</predict>", "corrupted": "Anna met"}
     with pytest.raises(ValueError, match=f"line 2: .*({message})"):
         tasks.from_jsonl(write(tmp_path, good, line), Texts())
+
+
+def test_a_bos_that_the_tokenizer_has_not(tmp_path):
+    path = write(tmp_path, {"clean": "Mary met<predict> John</predict>", "corrupted": "Anna met"})
+    model = Texts()
+    model.tokenizer.bos_token = None
+    message = "line 1: prepend_bos=True, but the tokenizer has no BOS token: use False"
+    with pytest.raises(ValueError, match=message):
+        tasks.from_jsonl(path, model, prepend_bos=True)
+    assert not tasks.from_jsonl(path, model).prepend_bos
 
 
 def test_too_few_one_token_names_are_reported():

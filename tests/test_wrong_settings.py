@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,20 @@ import pytest
 import torch
 import zoo
 
-from tl_edgeprune import Circuit, EdgeGraph, EdgePruner, EdgeScores, compare, discover, evaluate
+from tl_edgeprune import (
+    Attachment,
+    Circuit,
+    EdgeGraph,
+    EdgePruner,
+    EdgeScores,
+    Neurons,
+    Task,
+    compare,
+    discover,
+    evaluate,
+    masked,
+    optimal_constants,
+)
 from tl_edgeprune.ablation import ABLATIONS
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.methods.registry import METHODS
@@ -162,3 +178,111 @@ def test_a_mib_file_with_unknown_nodes_or_missing_edges(what: Any, tmp_path: Pat
     path.write_text(text[:start] + text[text.index('"', text.index("}", start)) :])
     with refused("circuit.json: edges missing: 'm0->m1'. Every edge of the graph must be in"):
         what.from_mib(path, GRAPH)
+
+
+# ------------------------------------------------------------------------------ what is left over
+
+
+def enter(*arguments: Any, **settings: Any) -> None:
+    with masked(*arguments, **settings):
+        pytest.fail("not refused")
+
+
+def nan(logits: torch.Tensor, full: torch.Tensor, batch: Any) -> torch.Tensor:
+    return float("nan") * logits.sum((1, 2))
+
+
+CALLS: list[tuple[str, Callable[[Any, Task], Any]]] = [
+    (
+        "compare: positions in the settings of 'eap'. Circuits whose edges have masks in spans",
+        lambda model, task: compare(
+            model, task, task, ["eap"], [5], settings={"eap": {"positions": "span"}}
+        ),
+    ),
+    (
+        "compare: an ablation in the settings of 'eap'. Figures under different ablations",
+        lambda model, task: compare(
+            model, task, task, ["eap"], [5], settings={"eap": {"ablation": "zero"}}
+        ),
+    ),
+    (
+        f"the circuit has its own graph, {GRAPH}, and graph=EdgeGraph(…) is another.",
+        lambda model, task: enter(
+            *(model, Circuit.from_edges(GRAPH, ["m0->m1"])),
+            ablation="zero",
+            graph=EdgeGraph.from_model(model),
+        ),
+    ),
+    (
+        "batches(size=0): a batch needs at least one pair.",
+        lambda model, task: task.batches(0),
+    ),
+    (
+        "eap gives NaN or infinite scores on task 'random': check the model's weights and dtype",
+        lambda model, task: discover(model, task, "eap", objective=nan),
+    ),
+    (
+        "Attachment(weight=-1.0): expected a number of 0 or more.",
+        lambda model, task: Attachment(-1.0),
+    ),
+    (
+        "Attachment(weight=nan): expected a number of 0 or more.",
+        lambda model, task: Attachment(float("nan")),
+    ),
+    (
+        "the objective is nan at step 0: try a lower lr.",
+        lambda model, task: optimal_constants(model, task, objective=nan, progress=False),
+    ),
+    (
+        "scores of neurons hold NaN, which cannot be ranked.",
+        lambda model, task: Neurons.top(GRAPH, "mlp", torch.full((2, 4), float("nan")), 3),
+    ),
+]
+
+
+@pytest.mark.parametrize(("message", "call"), CALLS, ids=[message[:24] for message, _ in CALLS])
+def test_a_call_that_cannot_work(message: str, call: Callable[[Any, Task], Any]) -> None:
+    model = zoo.load(MODEL)
+    with refused(message):
+        call(model, zoo.pairs(model, 2))
+
+
+UNCHECKED = """
+import sys
+sys.path[:0] = {paths!r}
+import torch
+import zoo
+from tl_edgeprune import EdgePruner, Task
+
+model = zoo.load({model!r})
+task = zoo.pairs(model, 2)
+two, flat, halves = torch.ones(1, 3).long(), torch.ones(2).long(), torch.ones(2) / 2
+calls = [
+    lambda: EdgePruner(5).fit(model, "ioi"),
+    lambda: EdgePruner("10"),
+    lambda: task[0],
+    lambda: Task("bad", [flat, two], [flat, two], [flat[:1]] * 2),
+    lambda: Task("bad", [halves], [halves], [flat[:1]]),
+]
+for call in calls:
+    try:
+        call()
+    except (TypeError, ValueError) as error:
+        print(type(error).__name__, error)
+"""
+
+
+def test_what_is_of_another_kind_is_told_without_annotations_being_checked() -> None:
+    """As users run it: here, elsewhere, wrong types end at the annotations."""
+    code = UNCHECKED.format(paths=sys.path, model=MODEL)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [
+        "TypeError expected a Task or a TaskStream, got str: make one with tasks.load(name, model, "
+        "n=…), tasks.from_jsonl(path, model) or tasks.stream(…).",
+        "TypeError n_edges='10': expected a whole number of edges, or None.",
+        "TypeError task[0]: slice a task (task[:8] is a Task); one prompt is task.clean[i].",
+        "ValueError clean[1] has shape (1, 3) and type torch.int64: expected one dimension of "
+        "integers.",
+        "ValueError clean[0] has shape (2,) and type torch.float32: expected one dimension of "
+        "integers.",
+    ]

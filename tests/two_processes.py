@@ -18,10 +18,10 @@ import torch
 import torch.distributed as dist
 import zoo
 
-from tl_edgeprune import EdgePruner, ExactBudget, Lagrangian, sharding
+from tl_edgeprune import EdgePruner, ExactBudget, Lagrangian, evaluate, sharding
 from tl_edgeprune.distributed import LostProcess, Ranks
 from tl_edgeprune.objectives import kl
-from tl_edgeprune.sharding import sharded
+from tl_edgeprune.sharding import is_sharded, sharded
 
 MODEL = "bridge-gpt2"
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -98,9 +98,35 @@ def shards(rank: int, folder: Path) -> None:
                 for p in [part.parameter.data for part in b]
             )
             most = parts.most_whole
-        same = all(p.equal(q) for p, q in zip(model.parameters(), whole, strict=True))
-        alone = torch.tensor([left, most, int(same)])
-        torch.save((result.log_alpha, alone), folder / f"{name}-{rank}")
+            inside = evaluate(model, result.circuit, task)
+            twice = nested(model)
+        same = same_bits(model, whole) and after_an_exception(model, whole)
+        alone = torch.tensor([left, most, int(same), int(twice)])
+        figures = torch.tensor([inside.kl, inside.logit_diff], dtype=torch.float64)
+        torch.save((result.log_alpha, alone, figures), folder / f"{name}-{rank}")
+
+
+def same_bits(model: Any, whole: list[torch.Tensor]) -> bool:
+    return all(p.equal(q) for p, q in zip(model.parameters(), whole, strict=True))
+
+
+def nested(model: Any) -> bool:
+    """Whether a second context refuses the model."""
+    try:
+        with sharded(model):
+            return False
+    except ValueError as error:
+        return "the model is sharded already: leave that context first." in str(error)
+
+
+def after_an_exception(model: Any, whole: list[torch.Tensor]) -> bool:
+    """Whether an exception, with one block put together, leaves the weights as they were."""
+    try:
+        with sharded(model):
+            sharding._sharded[model].fetch(0)
+            raise InterruptedError
+    except InterruptedError:
+        return same_bits(model, whole) and not is_sharded(model)
 
 
 def _broken(rank: int, folder: Path, act: Callable[[], Any]) -> None:

@@ -79,19 +79,6 @@ def rank_quantiles(scores: Float[Tensor, " gate"]) -> Float[Tensor, " gate"]:
     return torch.special.ndtri((ranks.double() + 0.5) / len(order)).float()
 
 
-def deterministic_gates(log_alpha: Float[Tensor, " gate"]) -> Float[Tensor, " gate"]:
-    """The published code's masks at evaluation, of one tensor of gates.
-
-    sigmoid(0.8 log alpha / beta), with the expected number of zeros cut off from below.
-    """
-    soft = torch.sigmoid(0.8 * log_alpha / BETA)
-    zeros = round(float((1 - open_probability(log_alpha)).sum()))
-    if zeros:
-        cut = soft.flatten().argsort(stable=True)[:zeros]
-        soft = soft.index_fill(0, cut, 0.0)
-    return soft
-
-
 def budget_shift(log_alpha: Float[Tensor, " gate"], budget: float) -> Float[Tensor, ""]:
     """The number tau for which sum P(z != 0 | log_alpha + tau) = budget, by Newton's method.
 

@@ -75,7 +75,7 @@ def optimal_constants(
             logits = run(batch.clean, mask, reference, batch.positions, spans=batch.spans)
             loss = loss_of(logits, lesson.full, batch).mean()
             if not bool(torch.isfinite(loss)):
-                raise ValueError(f"the objective is {float(loss)} at step {step}: try a lower lr.")
+                raise ValueError(f"the objective is {loss.item()} at step {step}: try a lower lr.")
             loss.backward()
             learned.step()
             bar.set_postfix_str(f"objective {float(loss.detach()):.3f}")
