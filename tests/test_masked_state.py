@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ import torch
 import zoo
 from torch import Tensor, nn
 
-from tl_edgeprune import EdgeGraph, masked
+from tl_edgeprune import EdgeGraph, forward, masked
 from tl_edgeprune.hooks import find_sites
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.residual import Stream
@@ -212,8 +211,7 @@ def test_a_forward_is_freed(ends: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = zoo.load("bridge-llama")  # TransformerLens' own GPT-2 holds on to its last forward
     mask = random_mask(model).requires_grad_()
     with masked(model, mask, ablation="zero"):
-        module = sys.modules["tl_edgeprune.masked"]  # the package's attribute is the function
-        monkeypatch.setattr(module, "Stream", Watched)
+        monkeypatch.setattr(forward, "Stream", Watched)
         gc.disable()
         try:
             if ends == "exception":

@@ -185,6 +185,7 @@ def readers(training: Training, folder_of: Any) -> dict[str, Reader]:
     """Every reader of files, by what it reads."""
     about = {"method": "acdc", "threshold": 0.1}
     saved = {"about": about, "decided_from": 5, "runs": 3, "removed": [6, 7]}
+    saved["stage"] = {"reach": 0.3, "single": False}
     model = talkative.model()
 
     def checkpoint(path: Path) -> None:
