@@ -22,6 +22,7 @@ from tl_edgeprune.tasks import Task
 GIRLS = ("Lily", "Sara", "Anna", "Lucy", "Mia", "Amy", "Jane", "Sue")
 NAMES = (*GIRLS, "Tom", "Ben", "Max", "Tim", "Sam", "Jack", "Bob", "Timmy")
 TINY = ["bridge-gpt2", "bridge-llama-gqa", "bridge-pythia", "native-ln"]
+ONE_BY_ONE = [*TINY[:2], *(pytest.param(name, marks=pytest.mark.slow) for name in TINY[2:])]
 
 
 def random_task(model, n: int = 5, lengths=(5, 7), seed: int = 0, read: int = 1, **fields) -> Task:
@@ -179,7 +180,7 @@ def check_figures(result, expected: dict[str, float], tolerance: float = 2e-4) -
         same(result.faithfulness * span, expected["ld"] - expected["ld_empty"])
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", ONE_BY_ONE)
 @given(share=st.floats(0.1, 0.9), seed=st.integers(0, 99))
 def test_every_figure_is_the_mean_over_pairs(name, share, seed):
     model = zoo.load(name)

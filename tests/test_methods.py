@@ -158,7 +158,13 @@ def rank_correlation(a: Tensor, b: Tensor) -> float:
     return float(torch.corrcoef(ranks)[0, 1])
 
 
-@pytest.mark.parametrize("method", sorted(set(EFFECTS) & set(METHODS)))
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name == "eap-ig-activations"))
+        for name in sorted(set(EFFECTS) & set(METHODS))
+    ],
+)
 def test_effects_correlate_with_cutting_and_beat_chance(
     method: str, stories: Any, she_he: Task, effects: tuple[Tensor, Tensor]
 ) -> None:

@@ -11,9 +11,10 @@ nbclient = pytest.importorskip("nbclient")
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-STUDIES = ("case_study",)  # of stored results: what they run live is little
+# Of SmolLM2, or of several methods: a minute each.
+SLOW = ("case_study", "compare_with_acdc_and_eap", "read_a_circuit")
 TO_RUN = [
-    pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem in STUDIES))
+    pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem in SLOW))
     for path in NOTEBOOKS
 ]
 
