@@ -40,10 +40,10 @@ CLASSLESS = (
     *("stability", "stream", "solved", "task_families", "task_tables", "training"),
     *("strangers", "two_runs", "wrong_settings"),
 )
-# Of these, only what is of a HookedTransformer is quick there.
+# Of these, only what is of a HookedTransformer, or of both classes, is quick there.
 HALF = (
-    *("acdc", "evaluate", "explain", "ground_truth", "notebooks", "positions", "semi_synthetic"),
-    *("neurons", "tracr"),
+    *("acdc", "evaluate", "explain", "ground_truth", "methods", "notebooks", "positions"),
+    *("semi_synthetic", "neurons", "tracr"),
 )
 
 
@@ -53,7 +53,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return
     for item in items:
         stem = item.path.stem.removeprefix("test_")
-        if stem in CLASSLESS or (stem in HALF and "hooked" not in item.name):
+        of_it = "hooked" in item.name or "both_classes" in item.name
+        if stem in CLASSLESS or (stem in HALF and not of_it):
             item.add_marker(pytest.mark.slow)
 
 
