@@ -78,9 +78,7 @@ def add(path: Path, row: dict[str, Any]) -> None:
 
 
 def run_of(model: Any, train: Any, settings: dict[str, Any], scores: Path) -> tuple[Any, list[Any]]:
-    """Scores of a run and its history; of the file, without a history, where it is there."""
-    if scores.exists():
-        return EdgeScores.load(scores), []
+    """A run's scores, which are saved too, and its history."""
     result = EdgePruner(progress=False, **settings).fit(model, train)
     result.scores.save(scores)
     return result.scores, [[round(s["loss"], 4), round(s["edges"])] for s in result.history]
@@ -93,7 +91,11 @@ def measured(model: Any, task: Any, name: str, seed: int, options: Any, out: Pat
     rounds = settings.pop("polish", 0)  # of the default run's circuit
     file = f"{'default' if rounds else name}-{seed}-{options.steps}"
     started = time.monotonic()
-    scores, history = run_of(model, train, settings, out / f"{file}.safetensors")
+    path = out / f"{file}.safetensors"
+    if rounds and path.exists():
+        scores, history = EdgeScores.load(path), []
+    else:
+        scores, history = run_of(model, train, settings, path)
     circuit = scores.top(options.n_edges)
     if rounds:
         circuit = polish(model, train, circuit, rounds=rounds)

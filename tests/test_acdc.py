@@ -10,12 +10,13 @@ import json
 import math
 import warnings
 from typing import Any
+from unittest.mock import Mock
 
 import brute_force as bf
 import pytest
 import torch
 import zoo
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from test_evaluate import pronouns, random_task
 from torch import Tensor
@@ -25,6 +26,7 @@ from tl_edgeprune.hooks import find_sites
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.methods import acdc as acdc_module
 from tl_edgeprune.methods.acdc import acdc
+from tl_edgeprune.methods.bisect import Stage
 from tl_edgeprune.methods.exact import exact
 from tl_edgeprune.objectives import OBJECTIVES, kl
 from tl_edgeprune.teacher import Teacher
@@ -269,6 +271,18 @@ def test_a_killed_run_goes_on_where_it_was(search, share, tmp_path, monkeypatch)
     assert resumed == whole
     assert rest < (1.25 - share) * all_of_them
     assert resumed.metadata["runs"] == pytest.approx(whole.metadata["runs"], rel=0.3)
+
+
+@given(st.none() | st.floats(0, 1e30), st.booleans())
+@example(0.0, False)  # groups of edges that are guessed to cost nothing
+def test_a_checkpoint_brings_every_stage_back(tmp_path_factory, reach, single):
+    graph, path = EdgeGraph(1, 2, 2), tmp_path_factory.mktemp("acdc") / "acdc.json"
+    state = Mock(spec=cuts.WholeCuts, mask=torch.arange(graph.n_edges) % 3 > 0, runs=7)
+    saved = acdc_module._Saved(path, {"method": "acdc"})
+    saved._last = -math.inf
+    saved.save(state, 4, Stage(reach, single))
+    mask, *rest = acdc_module._Saved(path, {"method": "acdc"}).load(graph)
+    assert torch.equal(mask, state.mask) and rest == [4, 7, Stage(reach, single)]
 
 
 def test_a_checkpoint_of_another_run_and_a_damaged_one_are_refused(tmp_path, monkeypatch):

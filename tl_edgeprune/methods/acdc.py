@@ -215,6 +215,6 @@ class _Saved:
 
 def _stage(saved: dict[str, Any]) -> Stage:
     reach, single = saved["reach"], of_kind(saved["single"], bool, "single")
-    if reach is not None and not 0 < of_kind(reach, float, "reach") < math.inf:
+    if reach is not None and not 0 <= of_kind(reach, float, "reach") < math.inf:
         raise ValueError(f"it says that groups reach {reach}")
     return Stage(reach, single)
