@@ -20,14 +20,17 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from test_evaluate import pronouns, random_task
 from torch import Tensor
+from tqdm import tqdm
 
 from tl_edgeprune import Circuit, EdgeGraph, Task, cuts, masked, models, tasks
 from tl_edgeprune.hooks import find_sites
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.methods import acdc as acdc_module
+from tl_edgeprune.methods import saved as saved_module
 from tl_edgeprune.methods.acdc import acdc
 from tl_edgeprune.methods.bisect import Stage
 from tl_edgeprune.methods.exact import exact
+from tl_edgeprune.methods.saved import Saved
 from tl_edgeprune.objectives import OBJECTIVES, kl
 from tl_edgeprune.teacher import Teacher
 
@@ -256,7 +259,7 @@ def stopped_after(monkeypatch, most: float) -> list[int]:
 @pytest.mark.parametrize(("search", "share"), [("exact", 0.6), ("bisect", 0.6), ("bisect", 0.9)])
 def test_a_killed_run_goes_on_where_it_was(search, share, tmp_path, monkeypatch):
     model = zoo.load("bridge-gpt2")
-    task, path = zoo.pairs(model, 2), tmp_path / "acdc.json"
+    task, path = zoo.pairs(model, 2), tmp_path / "acdc.safetensors"
 
     def found(most: float, **settings):
         with monkeypatch.context() as patch:
@@ -264,7 +267,7 @@ def test_a_killed_run_goes_on_where_it_was(search, share, tmp_path, monkeypatch)
             return acdc(model, task, threshold=0.1, search=search, **settings), len(tried)
 
     whole, all_of_them = found(math.inf)
-    monkeypatch.setattr(acdc_module, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(saved_module, "SAVE_SECONDS", 0.0)
     with pytest.raises(KeyboardInterrupt):
         found(int(share * all_of_them), checkpoint=path)
     resumed, rest = found(math.inf, checkpoint=path)
@@ -276,19 +279,21 @@ def test_a_killed_run_goes_on_where_it_was(search, share, tmp_path, monkeypatch)
 @given(st.none() | st.floats(0, 1e30), st.booleans())
 @example(0.0, False)  # groups of edges that are guessed to cost nothing
 def test_a_checkpoint_brings_every_stage_back(tmp_path_factory, reach, single):
-    graph, path = EdgeGraph(1, 2, 2), tmp_path_factory.mktemp("acdc") / "acdc.json"
-    state = Mock(spec=cuts.WholeCuts, mask=torch.arange(graph.n_edges) % 3 > 0, runs=7)
-    saved = acdc_module._Saved(path, {"method": "acdc"})
+    graph, path = EdgeGraph(1, 2, 2), tmp_path_factory.mktemp("acdc") / "acdc.safetensors"
+    state = Mock(spec=cuts.WholeCuts, mask=torch.arange(graph.n_edges) % 3 > 0, runs=7, value=0.5)
+    saved = Saved(path, {"method": "acdc"})
     saved._last = -math.inf
-    saved.save(state, 4, Stage(reach, single))
-    mask, *rest = acdc_module._Saved(path, {"method": "acdc"}).load(graph)
+    acdc_module._reporter(state, tqdm(total=graph.n_edges, disable=True), saved)(
+        4, Stage(reach, single)
+    )
+    mask, *rest = acdc_module._before(Saved(path, {"method": "acdc"}), graph)
     assert torch.equal(mask, state.mask) and rest == [4, 7, Stage(reach, single)]
 
 
 def test_a_checkpoint_of_another_run_and_a_damaged_one_are_refused(tmp_path, monkeypatch):
     model = zoo.load("bridge-gpt2")
-    task, path = zoo.pairs(model, 3), tmp_path / "acdc.json"
-    monkeypatch.setattr(acdc_module, "SAVE_SECONDS", 0.0)
+    task, path = zoo.pairs(model, 3), tmp_path / "acdc.safetensors"
+    monkeypatch.setattr(saved_module, "SAVE_SECONDS", 0.0)
     acdc(model, task, threshold=0.5, checkpoint=path)
     with pytest.raises(ValueError, match="another run \\(threshold differ\\)"):
         acdc(model, task, threshold=0.03, checkpoint=path)

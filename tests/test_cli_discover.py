@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from command_line import left, mistake, told
 
 import tl_edgeprune
 from tl_edgeprune import Circuit, EdgeScores
+from tl_edgeprune.cuts import PartCuts
+from tl_edgeprune.methods import saved
 from tl_edgeprune.methods.registry import GIVE_CIRCUITS, METHODS
+from tl_edgeprune.teacher import Teacher
 from tl_edgeprune.training import Training
 
 
@@ -66,21 +70,53 @@ def test_methods_that_give_circuits_are_those_that_say_so() -> None:
     assert {name for name, kind in annotated.items() if "Circuit" in str(kind)} == {*GIVE_CIRCUITS}
 
 
-def test_what_ctrl_c_leaves_of_a_search_is_no_result(
-    llama: str, gifts: str, tmp_path: Path, monkeypatch: Any
+SEARCHES = {
+    "edge-pruning": "--set steps=4 --set init_scores=null --n-edges 9",
+    "eap-ig": "--set batch_size=2 --n-edges 9",
+    "acdc": "--set threshold=0.05 --pairs 8",
+    "mask-ig": "--set batch_size=2",
+}
+EACH = [
+    "edge-pruning",
+    "acdc",
+    *(pytest.param(n, marks=pytest.mark.slow) for n in ("eap-ig", "mask-ig")),
+]
+
+
+@pytest.mark.parametrize("method", EACH)
+def test_a_search_that_was_stopped_goes_on(
+    method: str, llama: str, gifts: str, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    step = Training._step
+    monkeypatch.setattr(saved, "SAVE_SECONDS", 0.0)
+    asked = ["discover", llama, gifts, "--method", method, *SEARCHES[method].split()]
+    expected = told(*asked, "--out", tmp_path / "whole", "--json")
+    assert expected.exit_code == 0, expected.output
+    out, looks = tmp_path / "stopped", 0
 
-    def stopping(self: Any, number: int) -> None:
-        if number == 1:
-            raise KeyboardInterrupt
-        step(self, number)
+    def stopping(of: Any) -> Any:
+        def look(self: Any, *arguments: Any) -> Any:
+            nonlocal looks
+            looks += 1
+            if looks == (12 if method == "acdc" else 3):
+                raise KeyboardInterrupt
+            return of(self, *arguments)
 
-    monkeypatch.setattr(Training, "_step", stopping)
-    out = tmp_path / "stopped"
-    asked = ["--method", "edge-pruning", "--set", "steps=3", "--n-edges", 9, "--out", out]
-    result = told("discover", llama, gifts, *asked)
+        return look
+
+    with monkeypatch.context() as patch:
+        for part, name in ((Training, "_step"), (PartCuts, "losses"), (Teacher, "lesson")):
+            patch.setattr(part, name, stopping(getattr(part, name)))
+        result = told(*asked, "--out", out)
     assert (result.exit_code, result.stdout) == (130, "")
-    assert "stopped before the end of edge-pruning: no scores are written" in result.stderr
-    assert left(out) == {"settings.json"}
-    assert "start it anew in another folder" in mistake("resume", out)
+    assert f"stopped. Go on with tl-edgeprune resume {out}" in result.stderr
+    assert left(out) == {"settings.json", "checkpoint.safetensors"}
+    assert "holds another run" in mistake(*asked, "--out", out)
+    result = told("resume", out, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout) == json.loads(expected.stdout) | {"out": str(out)}
+    assert left(out) == left(tmp_path / "whole")
+    for file in {"scores.safetensors", "circuit.json"} & left(out):
+        kind = Circuit if file == "circuit.json" else EdgeScores
+        ours, theirs = kind.load(out / file), kind.load(tmp_path / "whole" / file)
+        assert ours == theirs if kind is Circuit else torch.equal(ours.tensor, theirs.tensor)
+    assert "holds a finished run" in mistake("resume", out)

@@ -26,9 +26,9 @@ PRUNE = "--n-edges 9 --out new --dry-run"
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: Any) -> Path:
-    """The working folder: two runs, files of another graph, models' configs without weights."""
-    for command in ("prune", "discover"):
-        write_json(tmp_path / command / "settings.json", Run.new(command, INPUTS, {}).to_dict())
+    """The working folder: three runs, files of another graph, models' configs without weights."""
+    for name, command in (("prune", "prune"), ("discover", "discover"), ("other", "show")):
+        write_json(tmp_path / name / "settings.json", Run.new(command, INPUTS, {}).to_dict())
     for path, layers in (("prune/circuit", 2), ("other", 1)):
         graph = EdgeGraph(layers, 2, 2)
         scores = EdgeScores(graph, torch.arange(graph.n_edges) / graph.n_edges)
@@ -63,7 +63,11 @@ def folder(tmp_path: Path, monkeypatch: Any) -> Path:
             "show prune/circuit.json --scores other.safetensors",
             "other.safetensors is of another graph than prune/circuit.json",
         ),
-        ("resume discover", "discover holds a run of discover, which writes no checkpoint"),
+        ("resume discover", "settings.json is damaged: 'method'"),
+        ("resume other", "other holds a run of show, which writes no checkpoint"),
+        ("discover gpt2 ioi --method eap --ablation optimal --out new", "needs the constants that"),
+        ("discover gpt2 ioi --method ugs --ablation optimal --out new", "needs the constants that"),
+        ("compare gpt2 ioi --sizes 5 --ablation nope --out new", "unknown ablation 'nope'"),
         (f"prune ./no-size ioi {PRUNE}", "config.json is damaged (KeyError('hidden_size')): save"),
         (f"prune ./no-words ioi {PRUNE}", "config.json is damaged (KeyError('vocab_size'))"),
         (f"prune smollm2-135m ioi {PRUNE} --tokens 0", "--tokens 0: expected 1 or more"),

@@ -12,7 +12,7 @@ import zoo
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tl_edgeprune import models, tasks
+from tl_edgeprune import EdgePruner, models, tasks
 from tl_edgeprune.circuit import Circuit
 from tl_edgeprune.evaluate import check_circuit, evaluate, evaluate_all, evaluate_groups
 from tl_edgeprune.graph import EdgeGraph
@@ -223,6 +223,23 @@ def test_tasks_without_answers_are_judged_by_their_own_objective():
     )
     assert result.n_alive == 0
     assert f"squared error   {result.mse:.3g}" in str(result)
+    assert (result.kl, result.kl_sem, result.js, result.exact_match) == (None, None, None, None)
+    assert "KL" not in str(result) and "exact match" not in str(result)
+
+
+@pytest.mark.parametrize("objective", ["kl", "log-prob"])
+def test_one_number_has_no_probabilities(objective):
+    model = models.load("tracr-xproportion")
+    numbers = tasks.load("tracr-xproportion", model, 4, seed=1)
+    task = dataclasses.replace(
+        numbers,
+        objective=objective,
+        answers=[torch.zeros(len(p), dtype=torch.long) for p in numbers.positions],
+    )
+    circuit = Circuit.from_edges(EdgeGraph.from_model(model), ["input->m0", "m0->a1.h0<v>"])
+    assert evaluate(model, circuit, task) == evaluate(model, circuit, numbers)
+    with pytest.raises(ValueError, match="one number, which has no probabilities"):
+        EdgePruner(n_edges=3, steps=2, progress=False).fit(model, task)
 
 
 @pytest.mark.parametrize("share", [0.2, 0.6, 0.95])

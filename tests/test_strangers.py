@@ -48,7 +48,8 @@ from tl_edgeprune.evaluate import Evaluation
 from tl_edgeprune.explanation import COLUMNS, PATTERN_COLUMNS
 from tl_edgeprune.graph import MOST_EDGES
 from tl_edgeprune.masked import MaskedModel
-from tl_edgeprune.methods.acdc import _Saved
+from tl_edgeprune.methods import acdc, exact, totals
+from tl_edgeprune.methods.saved import Saved
 from tl_edgeprune.objectives import find_objective
 from tl_edgeprune.strangers import MOST_BYTES, parse_json
 from tl_edgeprune.training import Training
@@ -184,8 +185,9 @@ TOML = b"model = 'gpt2'\npairs = 256\n[prune]\nn-edges = 1000\nlr = 0.1"
 def readers(training: Training, folder_of: Any) -> dict[str, Reader]:
     """Every reader of files, by what it reads."""
     about = {"method": "acdc", "threshold": 0.1}
-    saved = {"about": about, "decided_from": 5, "runs": 3, "removed": [6, 7]}
-    saved["stage"] = {"reach": 0.3, "single": False}
+    decided = {"decided_from": 5, "runs": 3, "stage": {"reach": 0.3, "single": False}}
+    summed = {"batches": 2, "pairs": 7}
+    n_edges = GRAPH.n_edges
     model = talkative.model()
 
     def checkpoint(path: Path) -> None:
@@ -193,6 +195,14 @@ def readers(training: Training, folder_of: Any) -> dict[str, Reader]:
 
     def compared(path: Path) -> None:
         folder_of(path.parent).write(RUN, scores(GRAPH), Cost(1.0, 2.0), [FIGURES])
+
+    def state(about: Any, tensors: Any, values: Any) -> Callable[[Path], None]:
+        def write(path: Path) -> None:
+            saved = Saved(path, about)
+            saved._last = -math.inf
+            saved.save(tensors, values)
+
+        return write
 
     def text(content: bytes) -> Callable[[Path], Any]:
         return lambda path: path.write_bytes(content)
@@ -214,10 +224,22 @@ def readers(training: Training, folder_of: Any) -> dict[str, Reader]:
         "neurons": Reader("n.json", neurons().save, Neurons.load, of_json),
         "checkpoint": Reader("r.safetensors", checkpoint, training.restore, harmed_safetensors),
         "acdc": Reader(
-            "a.json",
-            lambda p: write_json(p, saved),
-            lambda p: _Saved(p, about).load(GRAPH),
-            of_json,
+            "a.safetensors",
+            state(about, {"kept": torch.arange(n_edges) % 3 > 0}, decided),
+            lambda p: acdc._before(Saved(p, about), GRAPH),
+            harmed_safetensors,
+        ),
+        "exact": Reader(
+            "x.safetensors",
+            state(about, {"scores": torch.rand(n_edges).double()}, {"done": 3, "runs": 3}),
+            lambda p: exact._before(Saved(p, about), GRAPH, n_edges),
+            harmed_safetensors,
+        ),
+        "sums": Reader(
+            "t.safetensors",
+            state(about, {"total": torch.rand(n_edges)}, summed),
+            lambda p: totals._before(Saved(p, about), torch.zeros(n_edges)),
+            harmed_safetensors,
         ),
         "comparison": Reader(
             "eap.json", compared, lambda p: folder_of(p.parent).read(RUN), of_json
@@ -251,9 +273,12 @@ NAMES = [
     "neurons",
     "checkpoint",
     "acdc",
+    "exact",
+    "sums",
 ]
 NAMES += ["comparison", "settings", "evaluation", "yaml", "toml", "mib json", "mib pt", "lines"]
 NAMES += ["stream"]
+STATES = ("acdc", "exact", "sums")
 UNNAMED = ("yaml", "toml")  # the command line puts the file's name before the error
 
 
@@ -353,8 +378,8 @@ def test_what_is_no_file_is_refused(name: str, readers: dict[str, Reader], tmp_p
             path.symlink_to(path)
         else:
             path.symlink_to("/dev/zero")
-        # A comparison's run without a note is one to be made, an ACDC run without one starts anew.
-        gone = name in ("comparison", "evaluation") or (name == "acdc" and special == "loop")
+        # A comparison's run without a note is one to be made, a search without one starts anew.
+        gone = name in ("comparison", "evaluation") or (name in STATES and special == "loop")
         assert refused() or gone, special
         if special == "folder":
             path.rmdir()

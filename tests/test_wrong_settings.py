@@ -70,7 +70,7 @@ def test_an_ablation_that_a_method_cannot_use(method: str, no_work: None) -> Non
     settings = {"threshold": 0.1} if method == "acdc" else {}
     message = f"unknown ablation 'resample': expected one of {', '.join(ABLATIONS)}, or Constants."
     if method == "ifr":  # it removes nothing
-        message = "ifr takes no ablation: expected some of graph, batch_size, progress."
+        message = "ifr takes no ablation: expected some of graph, batch_size, progress, checkpoint."
     with refused(message):
         discover(model, task, method, ablation="resample", **settings)
 

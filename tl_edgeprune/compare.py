@@ -267,7 +267,8 @@ def _discover(
     arguments, before = _arguments(run, plan, progress), 0.0
     if folder is not None:
         before = folder.begin(run)
-        arguments |= _checkpoint(run, folder.file(run, "checkpoint"))
+        file = folder.file(run, "checkpoint")
+        arguments = registry.checkpointed(run.method, file, arguments)
     device = arguments.get("device") or next(iter(model.parameters())).device
     with measured(device) as cost:
         found = registry.discover(model, plan.train, run.method, **arguments)
@@ -277,14 +278,6 @@ def _discover(
     if folder is not None:
         folder.write(run, found, cost, None)
     return found, cost
-
-
-def _checkpoint(run: Run, file: Path) -> dict[str, Any]:
-    """Settings that make a method save its state, and go on from it, where it can."""
-    if run.method in registry.TRAINED:
-        return {"checkpoint": file} | ({"resume": file} if file.is_file() else {})
-    known = registry.settings_of(run.method)
-    return {"checkpoint": file} if "checkpoint" in known else {}
 
 
 def _circuits(found: Found, run: Run, plan: _Plan) -> list[Circuit]:

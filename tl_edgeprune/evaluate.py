@@ -21,7 +21,8 @@ from tl_edgeprune.tasks.task import Task
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A circuit's figures on a task, each a mean over its pairs. None: the task lacks the tokens.
+    """A circuit's figures on a task, each a mean over its pairs. None: the task lacks the tokens,
+    or the model's output is one number, which has no distribution and no top token.
 
     kl: KL(full model || circuit), nats, mean over read positions; kl_sem: its standard error over
     pairs. js: Jensen-Shannon divergence, nats. mse: mean squared difference of the outputs.
@@ -42,11 +43,11 @@ class Evaluation:
     n_edges: int
     n_alive: int
     n_edges_full: int
-    kl: float
+    kl: float | None
     kl_sem: float | None
-    js: float
+    js: float | None
     mse: float
-    exact_match: float
+    exact_match: float | None
     accuracy: float | None
     n_wrong: int | None
     wrong_agreement: float | None
@@ -70,7 +71,8 @@ class Evaluation:
         ]
         if self.n_neurons is not None:
             lines.append(f"neurons kept    {self.n_neurons:,} of {self.n_neurons_full:,}")
-        lines.append(f"KL              {self.kl:.3f}")
+        if self.kl is not None:
+            lines.append(f"KL              {self.kl:.3f}")
         if self.logit_diff is not None:
             lines.append(
                 f"logit diff      {self.logit_diff:.2f} (full model {self.logit_diff_full:.2f})"
@@ -81,7 +83,8 @@ class Evaluation:
             )
         if self.logit_diff is None and self.prob_diff is None:
             lines.append(f"squared error   {self.mse:.3g}")
-        lines.append(f"exact match     {100 * self.exact_match:.1f} %")
+        if self.exact_match is not None:
+            lines.append(f"exact match     {100 * self.exact_match:.1f} %")
         if self.accuracy is not None:
             lines.append(f"accuracy        {100 * self.accuracy:.1f} %")
         if self.wrong_agreement is not None:
@@ -191,9 +194,9 @@ def _evaluation(
         {name: float(values.mean()) for name, values in figures.items()}
         for figures in (own, full, empty)
     )
-    measure = {"logit-diff": "logit_diff", "prob-diff": "prob_diff", "mse": "mse"}.get(
-        task.metric, "kl"
-    )
+    measure = {"logit-diff": "logit_diff", "prob-diff": "prob_diff"}.get(task.metric, "kl")
+    if task.metric == "mse" or "kl" not in means:
+        measure = "mse"
     span = means_full[measure] - means_empty[measure]
     difference, whole = means.get("logit_diff"), means_full.get("logit_diff")
     right = full.get("accuracy")
@@ -202,11 +205,11 @@ def _evaluation(
         n_edges=circuit.n_edges,
         n_alive=circuit.without_dead_edges().n_edges,
         n_edges_full=circuit.graph.n_edges,
-        kl=means["kl"],
-        kl_sem=standard_error(own["kl"]),
-        js=means["js"],
+        kl=means.get("kl"),
+        kl_sem=standard_error(own["kl"]) if "kl" in own else None,
+        js=means.get("js"),
         mse=means["mse"],
-        exact_match=means["exact_match"],
+        exact_match=means.get("exact_match"),
         accuracy=means.get("accuracy"),
         n_wrong=None if right is None else int((right == 0).sum()),
         wrong_agreement=None if right is None else wrong_agreement(right, own["exact_match"]),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.masks import ExactBudget, first_log_alpha, open_probability, top_gates
-from tl_edgeprune.methods.gradients import each_lesson
+from tl_edgeprune.methods.totals import each_lesson
 from tl_edgeprune.objectives import Objective
 from tl_edgeprune.teacher import Lesson, Teacher
 

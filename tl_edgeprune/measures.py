@@ -54,19 +54,20 @@ def same_top(
 def figures_for(task: Task) -> Figures:
     """Every figure of a run on a batch that the task has the tokens for, each [batch].
 
-    kl, js, mse and exact_match always; logit_diff with an answer and a distractor; prob_diff with
-    right and wrong tokens; accuracy with any of them.
+    mse always; kl, js and exact_match but where the output is one number, of which the circuit's
+    would always be the model's; logit_diff with an answer and a distractor; prob_diff with right
+    and wrong tokens; accuracy with any of them.
     """
     with_distractor, with_sets = has_logit_diff(task), has_prob_diff(task)
 
     def figures(logits: Tensor, lesson: Lesson) -> Mapping[str, Tensor]:
         batch, full = lesson.batch, lesson.full
-        found = {
-            "kl": kl(logits, full, batch),
-            "js": jensen_shannon(logits, full),
-            "mse": mean_squared_error(logits, full, batch),
-            "exact_match": same_top(logits, full),
-        }
+        found = {"mse": mean_squared_error(logits, full, batch)}
+        if full.shape[-1] == 1:
+            return found
+        found["kl"] = kl(logits, full, batch)
+        found["js"] = jensen_shannon(logits, full)
+        found["exact_match"] = same_top(logits, full)
         if with_distractor:
             found["logit_diff"] = logit_diff(logits, batch)
         if with_sets:

@@ -153,7 +153,15 @@ def _check_answers(name: str, task: Task) -> None:
 
 
 def _log_softmax(logits: Float[Tensor, "batch read vocab"]) -> Float[Tensor, "batch read vocab"]:
-    """In float32 at least: half precision has too few digits for it."""
+    """In float32 at least: half precision has too few digits for it.
+
+    Raises ValueError where there is one output only, whose probability is always 1.
+    """
+    if logits.shape[-1] == 1:
+        raise ValueError(
+            "the model's output is one number, which has no probabilities: use objective='mse' (a "
+            "task's own: Task(…, objective='mse'))."
+        )
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 

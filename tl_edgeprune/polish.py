@@ -19,7 +19,8 @@ from torch import Tensor
 from tl_edgeprune.circuit import Circuit
 from tl_edgeprune.constants import Ablation
 from tl_edgeprune.masked import MaskedModel
-from tl_edgeprune.methods.gradients import at, each_lesson, path_scores
+from tl_edgeprune.methods.gradients import at, path_scores
+from tl_edgeprune.methods.totals import each_lesson
 from tl_edgeprune.objectives import Objective, find_objective
 from tl_edgeprune.tasks.task import Task
 from tl_edgeprune.teacher import Teacher, check_vocabulary

@@ -133,9 +133,12 @@ class Teacher:
                     self._references[index] = reference.select(row)
 
 
-def shown(batches: Iterable[Batch], label: str, pairs: int, progress: bool) -> Iterator[Batch]:
-    """The batches, under a progress bar that counts pairs."""
-    with tqdm(total=pairs, desc=label, unit="pair", disable=not progress, leave=False) as bar:
+def shown(
+    batches: Iterable[Batch], label: str, pairs: int, progress: bool, done: int = 0
+) -> Iterator[Batch]:
+    """The batches, under a progress bar that counts pairs, from `done` on."""
+    how = {"unit": "pair", "disable": not progress, "leave": False, "initial": done}
+    with tqdm(total=pairs, desc=label, **how) as bar:
         for batch in batches:
             yield batch
             bar.update(len(batch))

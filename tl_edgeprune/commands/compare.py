@@ -71,12 +71,14 @@ def compare(
     """
     from tl_edgeprune.commands.comparing import check_same, compare_in
     from tl_edgeprune.commands.method_settings import compared_settings, runs_settings
+    from tl_edgeprune.masked import check_ablation
     from tl_edgeprune.methods.registry import GIVE_CIRCUITS
 
     names = _listed(methods)
     own = runs_settings(names, parsed("--set", setting or []))
     for name in names:
         compared_settings(name, own.get(name, {}))
+    check_ablation(ablation)
     if batch_size < 1:
         raise ValueError(f"--batch-size {batch_size}: expected 1 or more.")
     task_options = parsed("--task-set", task_set or [])

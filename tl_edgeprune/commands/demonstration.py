@@ -77,12 +77,7 @@ def _print_summary(
 def _rows(ours: Evaluation, rival: Evaluation) -> list[tuple[str, str, str, str]]:
     rows = [
         ("KL to the full model", f"{ours.kl:.3f}", f"{rival.kl:.3f}", "0"),
-        (
-            "exact match",
-            f"{100 * ours.exact_match:.1f} %",
-            f"{100 * rival.exact_match:.1f} %",
-            "100 %",
-        ),
+        ("exact match", _percent(ours.exact_match), _percent(rival.exact_match), "100 %"),
         ("edges alive", f"{ours.n_alive:,}", f"{rival.n_alive:,}", f"{ours.n_edges_full:,}"),
     ]
     if ours.logit_diff is not None and rival.logit_diff is not None:
@@ -90,13 +85,11 @@ def _rows(ours: Evaluation, rival: Evaluation) -> list[tuple[str, str, str, str]
         rows.insert(
             1, ("logit difference", f"{ours.logit_diff:.2f}", f"{rival.logit_diff:.2f}", full)
         )
-    if ours.accuracy is not None and rival.accuracy is not None:
-        rows.append(
-            (
-                "answer over distractor",
-                f"{100 * ours.accuracy:.1f} %",
-                f"{100 * rival.accuracy:.1f} %",
-                "",
-            )
-        )
+    if ours.accuracy is not None:
+        both = _percent(ours.accuracy), _percent(rival.accuracy)
+        rows.append(("answer over distractor", *both, ""))
     return rows
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f} %"

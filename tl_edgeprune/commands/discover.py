@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -13,7 +12,6 @@ from tl_edgeprune.commands.inputs import HELD_OUT, Inputs
 from tl_edgeprune.commands.named import parsed
 from tl_edgeprune.commands.run_folder import Run, check_free
 from tl_edgeprune.commands.told import told
-from tl_edgeprune.locks import held
 
 
 @told
@@ -55,7 +53,7 @@ def discover(
 
     --out then holds settings.json and scores.safetensors, and with --n-edges circuit.json,
     evaluation.json (on pairs held out) and circuit.html. ACDC chooses the size itself and gives a
-    circuit without scores.
+    circuit without scores. Stopped or killed, it goes on by resume.
 
     Example: tl-edgeprune discover smollm2-135m ioi --method eap-ig --n-edges 1000 --out runs/eap
 
@@ -63,21 +61,20 @@ def discover(
     --out runs/acdc
     """
     from tl_edgeprune.commands.method_settings import method_settings
+    from tl_edgeprune.commands.searching import search_in
     from tl_edgeprune.methods.registry import settings_of
 
     task_options = parsed("--task-set", task_set or [])
     inputs = Inputs(model, task, pairs, held_out, seed, dtype, device, cls, task_options).resolved()
     given = parsed("--set", setting or [])
-    known = settings_of(method)
-    if "seed" in known:
+    if "seed" in settings_of(method):
         given = {"seed": seed} | given
     if ablation is not None:
         given = {"ablation": ablation} | given
-    settings = method_settings(method, given)
-    if "progress" in known:
-        settings.setdefault("progress", progress and not as_json)
+    method_settings(method, given)
     _check_size(method, n_edges)
-    wanted = {"method": method, "n_edges": n_edges, "absolute": absolute, "alive": alive, **given}
+    how = {"absolute": absolute, "alive": alive}
+    wanted = {"method": method, "n_edges": n_edges, "settings": given, **how}
     check_free(out)
     if dry_run:
         from tl_edgeprune.commands.dry_run import discovering, show_plan
@@ -86,7 +83,7 @@ def discover(
         show_plan(discovering(inputs, {method: given}, sizes, pos) | {"out": str(out)}, as_json)
         return
     run = Run.new("discover", inputs, wanted)
-    _find(out, run, method, settings, as_json)
+    search_in(out, run, new=True, as_json=as_json, progress=progress)
 
 
 def _check_size(method: str, n_edges: int | None) -> None:
@@ -102,30 +99,3 @@ def _check_size(method: str, n_edges: int | None) -> None:
         )
     if n_edges < 1:
         raise ValueError(f"--n-edges {n_edges}: a circuit needs at least one edge.")
-
-
-def _find(out: Path, run: Run, method: str, settings: dict[str, Any], as_json: bool) -> None:
-    from tl_edgeprune.commands.found import circuit_of, judged, write
-    from tl_edgeprune.methods.registry import discover as find
-
-    wanted, inputs = run.settings, run.inputs
-    with held(out), run.begun(out, new=True):
-        loaded = inputs.load_model()
-        found_on, judged_on = inputs.split(inputs.load_pairs(loaded))
-        found = find(loaded, found_on, method, **settings)
-        if not found.metadata.get("finished", True):  # Edge Pruning keeps what Ctrl-C left it
-            raise KeyboardInterrupt(
-                f"stopped before the end of {method}: no scores are written. Start it anew in "
-                "another folder."
-            )
-        how = {name: wanted[name] for name in ("absolute", "alive")}
-        circuit = circuit_of(found, wanted["n_edges"], **how)
-        figures = judged(loaded, circuit, judged_on, settings.get("ablation"))
-        files = write(out, found, circuit, figures)
-    if as_json:
-        evaluation = None if figures is None else figures.to_dict()
-        print(json.dumps({"out": str(out), "evaluation": evaluation, "files": files}))
-        return
-    if figures is not None:
-        print(f"On {figures.n_pairs} pairs that the circuit was not found on:\n\n{figures}\n")
-    print(f"In {out}/: {', '.join(files)}.")

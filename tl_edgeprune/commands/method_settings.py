@@ -9,6 +9,7 @@ import torch
 
 from tl_edgeprune.commands.named import checked, known_name
 from tl_edgeprune.commands.pruner_settings import made
+from tl_edgeprune.masked import check_ablation
 from tl_edgeprune.methods.registry import TRAINED, parameters_of
 
 
@@ -22,6 +23,8 @@ def method_settings(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
         values[name] = made(name, value) if method in TRAINED or name == "ablation" else value
         if name == "dtype" and isinstance(value, str):
             values[name] = getattr(torch, value, value)
+    if "ablation" in values:
+        check_ablation(values["ablation"])
     return checked(option, values, hints)
 
 

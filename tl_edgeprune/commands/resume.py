@@ -9,19 +9,19 @@ from typing import Annotated
 import typer
 
 from tl_edgeprune.commands import options
-from tl_edgeprune.commands.run_folder import CIRCUIT, Run
+from tl_edgeprune.commands.run_folder import CIRCUIT, SCORES, Run
 from tl_edgeprune.commands.told import told
 
 
 @told
 def resume(
     folder: Annotated[
-        Path, typer.Argument(help="The --out of a prune or a compare that did not end.")
+        Path, typer.Argument(help="The --out of a prune, discover or compare that did not end.")
     ],
     progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
     as_json: options.Json = False,
 ) -> None:
-    """Go on with a prune or a compare that was stopped or killed.
+    """Go on with a prune, a discover or a compare that was stopped or killed.
 
     Model, task and settings are those of the folder's settings.json, and the run goes on from its
     last checkpoint (without one, from the start), to the same circuit as if it had never stopped.
@@ -32,16 +32,7 @@ def resume(
     from tl_edgeprune.circuit import versions
 
     run = Run.read(folder)
-    if run.command not in ("prune", "compare"):
-        raise ValueError(
-            f"{folder} holds a run of {run.command}, which writes no checkpoint: start it anew in "
-            "another folder."
-        )
-    if (folder / CIRCUIT).is_file():
-        raise ValueError(
-            f"{folder} holds a finished run: look at it with tl-edgeprune evaluate "
-            f"{folder / CIRCUIT}"
-        )
+    _check_unfinished(folder, run)
     for name, version in versions().items():
         if run.versions.get(name) != version:
             print(
@@ -53,7 +44,28 @@ def resume(
         from tl_edgeprune.commands.training import train
 
         train(folder, run, new=False, as_json=as_json, progress=progress)
+    elif run.command == "discover":
+        from tl_edgeprune.commands.searching import search_in
+
+        search_in(folder, run, new=False, as_json=as_json, progress=progress)
     else:
         from tl_edgeprune.commands.comparing import compare_in
 
         compare_in(folder, run, as_json=as_json, progress=progress)
+
+
+def _check_unfinished(folder: Path, run: Run) -> None:
+    """Raise ValueError for a finished run, and for a command that none goes on with."""
+    if run.command not in ("prune", "discover", "compare"):
+        raise ValueError(
+            f"{folder} holds a run of {run.command}, which writes no checkpoint: start it anew in "
+            "another folder."
+        )
+    if (folder / CIRCUIT).is_file():
+        raise ValueError(
+            f"{folder} holds a finished run: look at it with tl-edgeprune evaluate "
+            f"{folder / CIRCUIT}"
+        )
+    ranking = run.command == "discover" and run.settings.get("n_edges") is None
+    if ranking and (folder / SCORES).is_file():
+        raise ValueError(f"{folder} holds a finished run: {folder / SCORES} is what it found.")

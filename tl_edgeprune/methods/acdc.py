@@ -22,42 +22,33 @@ removes groups of edges instead (`bisect.py`).
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import time
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_edgeprune.checkpoints import digest
 from tl_edgeprune.circuit import Circuit
 from tl_edgeprune.constants import Ablation
 from tl_edgeprune.cuts import PartCuts, WholeCuts, find_cuts
-from tl_edgeprune.files import write_whole
 from tl_edgeprune.graph import EdgeGraph
-from tl_edgeprune.locks import held_file
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.methods.bisect import Stage, in_groups
 from tl_edgeprune.methods.gradients import origin
+from tl_edgeprune.methods.saved import Saved, saving
 from tl_edgeprune.methods.sequence import one_by_one
 from tl_edgeprune.objectives import Objective, find_objective
 from tl_edgeprune.positions import graph_at
-from tl_edgeprune.strangers import damaged, of_kind, read_json
-from tl_edgeprune.tasks.stream import identity
+from tl_edgeprune.strangers import of_kind
 from tl_edgeprune.tasks.task import Task
 from tl_edgeprune.teacher import Teacher, check_vocabulary
 
 SEARCHES = ("exact", "bisect")
-SAVE_SECONDS = 30.0
-ANEW = "Remove it to start anew."
 FIRST = Stage()
 
 
@@ -86,7 +77,7 @@ def acdc(
         positions: "span" or "position" for edges with a mask in each (positions.py); within a
             destination, spans are visited from the last to the first.
         batch_size: pairs that run together. Every pair of the task is used, whatever it is.
-        checkpoint: a JSON file to save to every half minute; if it is there, the run goes on.
+        checkpoint: a file to save to every half minute; if it is there, the run goes on.
 
     Returns a Circuit. Its metadata tell threshold, search, `runs` (how often the objective was
     evaluated on all pairs) and `objective_at_end`.
@@ -107,12 +98,11 @@ def acdc(
         threshold=float(threshold),
         search=search,
     )
-    alone = nullcontext() if checkpoint is None else held_file(checkpoint)
-    with alone, MaskedModel.attach(model, graph) as run:
-        saved = _Saved(
-            checkpoint, about | {"graph": run.graph.to_dict(), "pairs": digest(identity(task))}
-        )
-        mask, start, runs, stage = saved.load(run.graph)
+    with (
+        MaskedModel.attach(model, graph) as run,
+        saving(checkpoint, about, run.graph, task) as saved,
+    ):
+        mask, start, runs, stage = _before(saved, run.graph)
         teacher = Teacher(run, task, ablation, batch_size=batch_size, max_bytes=0)
         cuts = find_cuts(run, teacher, loss_of, batch_size=batch_size)
         with tqdm(total=run.graph.n_edges, desc="acdc", unit="edge", disable=not progress) as bar:
@@ -159,58 +149,34 @@ def _warn_of_extremes(circuit: Circuit, threshold: float) -> None:
     )
 
 
-def _reporter(cuts: WholeCuts, bar: Any, saved: _Saved) -> Callable[..., None]:
+def _reporter(cuts: WholeCuts, bar: Any, saved: Saved) -> Callable[..., None]:
     """Tell the bar and the checkpoint that the edges from `edge` on are decided."""
 
     def report(edge: int, stage: Stage = FIRST) -> None:
         bar.update(max(0, bar.total - edge - bar.n))
         bar.set_postfix(objective=f"{cuts.value:.4g}", kept=int(cuts.mask[edge:].sum()))
-        saved.save(cuts, edge, stage)
+        values = {"decided_from": edge, "runs": cuts.runs, "stage": asdict(stage)}
+        saved.save({"kept": cuts.mask}, values)
 
     return report
 
 
-class _Saved:
-    """A run's state on disk: which edges are decided, and which of them are kept."""
-
-    def __init__(self, path: str | os.PathLike[str] | None, about: dict[str, Any]) -> None:
-        self._path = None if path is None else Path(path)
-        self._about = json.loads(json.dumps(about))
-        self._last = time.monotonic()
-
-    def load(self, graph: EdgeGraph) -> tuple[Tensor, int, int, Stage]:
-        """The mask, the edge from which on edges are decided, the runs so far, the stage."""
-        mask = torch.ones(graph.n_edges, dtype=torch.bool)
-        if self._path is None or not self._path.exists():
-            return mask, graph.n_edges, 0, FIRST
-        document = read_json(self._path, "checkpoint of ACDC", ANEW)
-        with damaged(self._path, ANEW):
-            about = of_kind(document["about"], dict, "about")
-            removed = of_kind(document["removed"], list, "removed")
-            decided = of_kind(document["decided_from"], int, "decided_from")
-            runs = of_kind(document["runs"], int, "runs")
-            places = [decided, *(of_kind(edge, int, "an edge") for edge in removed)]
-            stage = _stage(of_kind(document["stage"], dict, "stage"))
-            if not all(0 <= place <= graph.n_edges for place in places) or runs < 0:
-                raise ValueError("it has edges that this graph has not")
-            mask[torch.tensor(removed, dtype=torch.long)] = False
-        if about != self._about:
-            different = sorted(k for k in self._about if about.get(k) != self._about[k])
-            raise ValueError(
-                f"checkpoint {self._path} is of another run ({', '.join(different)} differ): give "
-                "another path, or remove it to start anew."
-            )
-        return mask, decided, runs, stage
-
-    def save(self, cuts: WholeCuts, edge: int, stage: Stage) -> None:
-        if self._path is None or time.monotonic() - self._last < SAVE_SECONDS:
-            return
-        removed = (~cuts.mask).nonzero().flatten().tolist()
-        document = {"about": self._about, "decided_from": edge, "runs": cuts.runs}
-        document["stage"] = asdict(stage)
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(self._path, json.dumps(document | {"removed": removed}).encode())
-        self._last = time.monotonic()
+def _before(saved: Saved, graph: EdgeGraph) -> tuple[Tensor, int, int, Stage]:
+    """The mask, the edge from which on edges are decided, the runs so far, the stage."""
+    found = saved.load()
+    if found is None:
+        return torch.ones(graph.n_edges, dtype=torch.bool), graph.n_edges, 0, FIRST
+    tensors, values = found
+    with saved.damaged():
+        mask = tensors["kept"]
+        decided = of_kind(values["decided_from"], int, "decided_from")
+        runs = of_kind(values["runs"], int, "runs")
+        stage = _stage(of_kind(values["stage"], dict, "stage"))
+        if mask.dtype != torch.bool or mask.shape != (graph.n_edges,):
+            raise ValueError(f"kept is {mask.dtype} of shape {tuple(mask.shape)}")
+        if not 0 <= decided <= graph.n_edges or runs < 0:
+            raise ValueError(f"it says {runs} runs, and edges decided from {decided} on")
+    return mask, decided, runs, stage
 
 
 def _stage(saved: dict[str, Any]) -> Stage:

@@ -7,7 +7,9 @@ Conmy et al. 2023.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -15,16 +17,20 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_edgeprune.checkpoints import digest
 from tl_edgeprune.constants import Ablation
 from tl_edgeprune.cuts import WholeCuts, find_cuts
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.methods.gradients import origin
+from tl_edgeprune.methods.saved import Saved, saving
 from tl_edgeprune.objectives import Objective, find_objective
 from tl_edgeprune.positions import graph_at
 from tl_edgeprune.scores import EdgeScores
+from tl_edgeprune.strangers import of_kind
 from tl_edgeprune.tasks.task import Task
 from tl_edgeprune.teacher import Teacher, check_vocabulary
+from tl_edgeprune.tensor_files import floats
 
 
 def exact(
@@ -38,31 +44,53 @@ def exact(
     batch_size: int = 8,
     edges: Iterable[str] | None = None,
     progress: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> EdgeScores:
     """The rise of the objective when each edge alone is removed from the full model.
 
     A score above 0 says that removing the edge raises the loss. objective: the task's own by
     default. positions: "span" or "position" for edges with a mask in each. edges: names of those to
-    score, all by default; the others' scores are 0. Raises KeyError for an unknown edge, and
-    ValueError as `find_objective` does.
+    score, all by default; the others' scores are 0. checkpoint: a file to save to every half
+    minute; if it is there, the run goes on. Raises KeyError for an unknown edge, and ValueError as
+    `find_objective` does and for another run's checkpoint.
     """
     loss_of = find_objective(objective, task)
     check_vocabulary(task, int(model.cfg.d_vocab))
     graph = graph_at(model, graph, task, positions)
-    with MaskedModel.attach(model, graph) as run:
+    about = origin(model, task, method="exact", objective=objective, ablation=ablation)
+    with MaskedModel.attach(model, graph) as run, ExitStack() as stack:
         wanted = list(range(run.graph.n_edges))
         if edges is not None:
             wanted = sorted({run.graph.index(edge) for edge in edges})
+        asked = about | {"edges": digest(wanted), "batch_size": batch_size}
+        saved = stack.enter_context(saving(checkpoint, asked, run.graph, task))
+        scores, done, runs = _before(saved, run.graph, len(wanted))
         teacher = Teacher(run, task, ablation, batch_size=batch_size, max_bytes=0)
         cuts = find_cuts(run, teacher, loss_of, batch_size=batch_size)
         cuts.set(torch.ones(run.graph.n_edges, dtype=torch.bool))
-        scores = torch.zeros(run.graph.n_edges, dtype=torch.float64)
+        cuts.runs += runs
         with tqdm(total=len(wanted), desc="patching", unit="edge", disable=not progress) as bar:
-            for some, rises in each_rise(cuts, wanted):
+            bar.update(done)
+            for some, rises in each_rise(cuts, wanted[done:]):
                 scores[some] = rises
                 bar.update(len(some))
-    about = origin(model, task, method="exact", objective=objective, ablation=ablation)
+                done += len(some)
+                saved.save({"scores": scores}, {"done": done, "runs": cuts.runs})
     return EdgeScores(run.graph, scores.float(), about | {"runs": cuts.runs})
+
+
+def _before(saved: Saved, graph: EdgeGraph, wanted: int) -> tuple[Tensor, int, int]:
+    """The scores so far, of how many of the wanted edges they are, and the runs they took."""
+    found = saved.load()
+    if found is None:
+        return torch.zeros(graph.n_edges, dtype=torch.float64), 0, 0
+    tensors, values = found
+    with saved.damaged():
+        scores = floats(tensors, "scores", (graph.n_edges,)).double()
+        done, runs = (of_kind(values[name], int, name) for name in ("done", "runs"))
+        if not 0 <= done <= wanted or runs < 0:
+            raise ValueError(f"it says {done} edges in {runs} runs")
+    return scores, done, runs
 
 
 def each_rise(

@@ -9,9 +9,8 @@
 
 from __future__ import annotations
 
-import math
+import os
 from collections.abc import Callable, Iterator
-from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +23,8 @@ from tl_edgeprune.forward import Held
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.hooks import is_folded
 from tl_edgeprune.masked import MaskedModel
+from tl_edgeprune.methods.saved import UNSAVED, Saved, saving
+from tl_edgeprune.methods.totals import total_over_pairs
 from tl_edgeprune.objectives import (
     WITHOUT_TARGETS,
     Objective,
@@ -34,7 +35,7 @@ from tl_edgeprune.objectives import (
 from tl_edgeprune.positions import graph_at
 from tl_edgeprune.scores import EdgeScores
 from tl_edgeprune.tasks.task import Task
-from tl_edgeprune.teacher import Lesson, Teacher, check_vocabulary, shown
+from tl_edgeprune.teacher import Lesson, Teacher, check_vocabulary
 
 
 class Point(NamedTuple):
@@ -60,16 +61,18 @@ def scores_along(
     ablation: Ablation = "counterfactual",
     batch_size: int = 8,
     progress: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
     magnitudes: bool = False,
 ) -> EdgeScores:
     """The mean of -d loss / d mask over a path's points, as scores with their origin.
 
-    `positions`: "span" or "position" for edges with a mask in each (positions.py).
+    `positions`: "span" or "position" for edges with a mask in each (positions.py). `checkpoint`: a
+    file to save to every half minute; if it is there, the run goes on.
     `magnitudes`: of each point's and batch's absolute values in place of signed ones.
     """
     loss_of = find_objective(objective, task)
 
-    def scores(run: MaskedModel, teacher: Teacher) -> Float[Tensor, " edge"]:
+    def scores(run: MaskedModel, teacher: Teacher, saved: Saved) -> Float[Tensor, " edge"]:
         return path_scores(
             run,
             teacher,
@@ -78,6 +81,7 @@ def scores_along(
             batch_size=batch_size,
             progress=progress,
             magnitudes=magnitudes,
+            saved=saved,
         )
 
     metadata = {"objective": objective, "ablation": ablation, **metadata}
@@ -90,11 +94,12 @@ def scores_along(
         metadata=metadata,
         batch_size=batch_size,
         targets=loss_of not in WITHOUT_TARGETS,
+        checkpoint=checkpoint,
     )
 
 
 def scored(
-    score: Callable[[MaskedModel, Teacher], Tensor],
+    score: Callable[[MaskedModel, Teacher, Saved], Tensor],
     model: Any,
     task: Task,
     *,
@@ -104,43 +109,30 @@ def scored(
     by_magnitude: bool = True,
     targets: bool = True,
     positions: str | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> EdgeScores:
-    """What `score` gives for the model with hooks attached and the task's teacher, with its origin.
+    """What `score` gives for the model with hooks attached, the task's teacher and the state that a
+    stopped run has left, as scores with their origin.
 
     metadata: method, ablation, objective and what else belongs to the scores. targets: whether
     the full model's answers are looked at.
     """
     check_vocabulary(task, int(model.cfg.d_vocab))
     graph = graph_at(model, graph, task, positions)
-    with MaskedModel.attach(model, graph) as run:
+    about = origin(model, task, **metadata)
+    with (
+        MaskedModel.attach(model, graph) as run,
+        saving(checkpoint, about | {"batch_size": batch_size}, run.graph, task) as saved,
+    ):
         kind = metadata.get("ablation", "counterfactual")
         teacher = Teacher(run, task, kind, batch_size=batch_size, targets=targets, visits=0)
-        scores = score(run, teacher)
+        scores = score(run, teacher, saved)
     if not bool(torch.isfinite(scores).all()):
         raise ValueError(
             f"{metadata['method']} gives NaN or infinite scores on task {task.name!r}: check the "
             "model's weights and dtype before looking for a circuit in it."
         )
-    return EdgeScores(run.graph, scores.cpu(), origin(model, task, **metadata), by_magnitude)
-
-
-def each_lesson(
-    teacher: Teacher,
-    *,
-    batch_size: int,
-    max_pairs: int | None = None,
-    progress: bool = False,
-    doing: str = "scoring edges",
-) -> Iterator[Lesson]:
-    """Every pair once, batch by batch, with targets and references.
-
-    `max_pairs`: no more than about so many pairs, drawn at random.
-    """
-    most = None if max_pairs is None else math.ceil(max_pairs / batch_size)
-    batches = islice(teacher.task.batches(batch_size, shuffle=most is not None), most)
-    wanted = min(len(teacher.task), max_pairs or len(teacher.task))
-    for batch in shown(batches, doing, wanted, progress):
-        yield teacher.lesson(batch)
+    return EdgeScores(run.graph, scores.cpu(), about, by_magnitude)
 
 
 def path_scores(
@@ -153,20 +145,29 @@ def path_scores(
     max_pairs: int | None = None,
     progress: bool = False,
     magnitudes: bool = False,
+    saved: Saved = UNSAVED,
 ) -> Float[Tensor, " edge"]:
     """-d loss/d mask, mean over the teacher's pairs and over the points of a path (on the CPU).
 
     `max_pairs`: look at no more than about so many pairs.
     """
-    total, pairs = torch.zeros(run.graph.n_edges, device=teacher.device), 0
-    lessons = each_lesson(teacher, batch_size=batch_size, max_pairs=max_pairs, progress=progress)
-    for lesson in lessons:
-        pairs += len(lesson.batch)
+
+    def part(lesson: Lesson) -> Float[Tensor, " edge"]:
         parts = [
             -edge_gradient(run, lesson, point, loss_of, teacher.watch)
             for point in path(run, lesson)
         ]
-        total += sum((p.abs() if magnitudes else p for p in parts), torch.zeros(())) / len(parts)
+        return sum((p.abs() if magnitudes else p for p in parts), torch.zeros(())) / len(parts)
+
+    total, pairs = total_over_pairs(
+        part,
+        torch.zeros(run.graph.n_edges, device=teacher.device),
+        teacher,
+        batch_size=batch_size,
+        max_pairs=max_pairs,
+        progress=progress,
+        saved=saved,
+    )
     return (total / pairs).cpu()
 
 

@@ -8,6 +8,7 @@ equation 2, as Conmy et al. 2023 compare with it (appendix B).
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -21,15 +22,16 @@ from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.methods.eap import whole
 from tl_edgeprune.methods.gradients import (
     differentiable_at_one,
-    each_lesson,
     edge_gradient,
     scored,
 )
+from tl_edgeprune.methods.saved import Saved
+from tl_edgeprune.methods.totals import total_over_pairs
 from tl_edgeprune.objectives import Objective, find_objective
 from tl_edgeprune.positions import refuse_spans
 from tl_edgeprune.scores import EdgeScores
 from tl_edgeprune.tasks.task import Task
-from tl_edgeprune.teacher import Teacher
+from tl_edgeprune.teacher import Lesson, Teacher
 
 
 def hisp(
@@ -40,23 +42,31 @@ def hisp(
     graph: EdgeGraph | None = None,
     ablation: Ablation = "counterfactual",
     progress: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> EdgeScores:
-    """Edge scores >= 0 from nodes' importance; one gradient a pair. objective: as for EAP."""
+    """Edge scores >= 0 from nodes' importance; one gradient a pair. objective: as for EAP;
+    checkpoint: a file to save to every half minute; if it is there, the run goes on.
+    """
     refuse_spans(graph, "hisp")
     objective = differentiable_at_one(objective, task, "HISP")
     loss_of = find_objective(objective, task)
 
-    def nodes(run: MaskedModel, teacher: Teacher) -> Float[Tensor, " edge"]:
+    def nodes(run: MaskedModel, teacher: Teacher, saved: Saved) -> Float[Tensor, " edge"]:
         source_of, _ = edge_ends(run.graph)
-        total = torch.zeros(run.graph.n_sources)
-        for lesson in each_lesson(teacher, batch_size=1, progress=progress):
+        zeros = torch.zeros(run.graph.n_sources)
+
+        def importance(lesson: Lesson) -> Float[Tensor, " source"]:
             (point,) = whole(run, lesson)
             grad = edge_gradient(run, lesson, point, loss_of).cpu()
-            total += torch.zeros_like(total).index_add_(0, source_of, grad).abs()
-        return node_to_edge_scores(run.graph, total / len(task))
+            return torch.zeros_like(zeros).index_add_(0, source_of, grad).abs()
+
+        total, pairs = total_over_pairs(
+            importance, zeros, teacher, batch_size=1, progress=progress, saved=saved
+        )
+        return node_to_edge_scores(run.graph, total / pairs)
 
     metadata = {"method": "hisp", "objective": objective, "ablation": ablation}
-    return scored(nodes, model, task, graph=graph, metadata=metadata)
+    return scored(nodes, model, task, graph=graph, metadata=metadata, checkpoint=checkpoint)
 
 
 def node_to_edge_scores(

@@ -8,15 +8,18 @@ keys and values have the same scores. Ferrando and Voita 2024, "Information Flow
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.masked import MaskedModel
-from tl_edgeprune.methods.gradients import each_lesson, scored
+from tl_edgeprune.methods.gradients import scored
+from tl_edgeprune.methods.saved import Saved
+from tl_edgeprune.methods.totals import total_over_pairs
 from tl_edgeprune.positions import refuse_spans
 from tl_edgeprune.scores import EdgeScores
 from tl_edgeprune.tasks.task import Task
@@ -30,21 +33,25 @@ def ifr(
     graph: EdgeGraph | None = None,
     batch_size: int = 8,
     progress: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> EdgeScores:
-    """Shares of every destination's input, 0 to 1; those of one destination add up to 1."""
+    """Shares of every destination's input, 0 to 1; those of one destination add up to 1.
 
+    checkpoint: a file to save to every half minute; if it is there, the run goes on.
+    """
     refuse_spans(graph, "ifr")
 
-    def scores(run: MaskedModel, teacher: Teacher) -> Float[Tensor, " edge"]:
-        total = torch.zeros(run.graph.n_edges)
-        for lesson in each_lesson(teacher, batch_size=batch_size, progress=progress):
-            tokens = lesson.batch.clean
-            outputs = run.differences(tokens, run.reference("zero"))  # [source, row, d_model]
-            streams = run.record(tokens)[0].streams.flatten(1, 2)  # [read, row, d_model]
-            for read, stream in zip(run.graph.reads, streams, strict=True):
-                shares = proximity(outputs[: read.n_sources], stream).mean(1)  # [source]
-                total[read.edges] += shares.repeat(read.n_destinations).cpu() * len(lesson.batch)
-        return total / len(task)
+    def scores(run: MaskedModel, teacher: Teacher, saved: Saved) -> Float[Tensor, " edge"]:
+        zeros = torch.zeros(run.graph.n_edges)
+        total, pairs = total_over_pairs(
+            lambda lesson: edge_shares(run, lesson.batch.clean) * len(lesson.batch),
+            zeros,
+            teacher,
+            batch_size=batch_size,
+            progress=progress,
+            saved=saved,
+        )
+        return total / pairs
 
     metadata = {"method": "ifr", "objective": "none"}
     return scored(
@@ -55,7 +62,19 @@ def ifr(
         metadata=metadata,
         batch_size=batch_size,
         targets=False,
+        checkpoint=checkpoint,
     )
+
+
+def edge_shares(run: MaskedModel, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, " edge"]:
+    """Each edge's share of what its destination reads, mean over positions and prompts (CPU)."""
+    outputs = run.differences(tokens, run.reference("zero"))  # [source, row, d_model]
+    streams = run.record(tokens)[0].streams.flatten(1, 2)  # [read, row, d_model]
+    found = torch.zeros(run.graph.n_edges)
+    for read, stream in zip(run.graph.reads, streams, strict=True):
+        shares = proximity(outputs[: read.n_sources], stream).mean(1)  # [source]
+        found[read.edges] = shares.repeat(read.n_destinations).cpu()
+    return found
 
 
 def proximity(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -12,11 +13,13 @@ from torch import Tensor
 from tl_edgeprune.constants import Ablation
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.masked import MaskedModel
-from tl_edgeprune.methods.gradients import each_lesson, scored
+from tl_edgeprune.methods.gradients import scored
+from tl_edgeprune.methods.saved import UNSAVED, Saved
+from tl_edgeprune.methods.totals import total_over_pairs
 from tl_edgeprune.positions import refuse_spans
 from tl_edgeprune.scores import EdgeScores
 from tl_edgeprune.tasks.task import Task
-from tl_edgeprune.teacher import Teacher
+from tl_edgeprune.teacher import Lesson, Teacher
 
 Gram = Float[Tensor, "source source"]
 
@@ -31,14 +34,17 @@ def scores_of_gram(
     ablation: Ablation = "counterfactual",
     batch_size: int = 8,
     progress: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
     by_magnitude: bool = True,
 ) -> EdgeScores:
-    """The scores that a method makes of the graph and the task's `output_gram`."""
+    """The scores that a method makes of the graph and the task's `output_gram`.
 
+    checkpoint: a file to save to every half minute; if it is there, the run goes on.
+    """
     refuse_spans(graph, method)
 
-    def scores(run: MaskedModel, teacher: Teacher) -> Float[Tensor, " edge"]:
-        gram = output_gram(run, teacher, batch_size=batch_size, progress=progress)
+    def scores(run: MaskedModel, teacher: Teacher, saved: Saved) -> Float[Tensor, " edge"]:
+        gram = output_gram(run, teacher, batch_size=batch_size, progress=progress, saved=saved)
         return score(run.graph, gram).float()
 
     return scored(
@@ -50,15 +56,25 @@ def scores_of_gram(
         batch_size=batch_size,
         by_magnitude=by_magnitude,
         targets=False,
+        checkpoint=checkpoint,
     )
 
 
 def output_gram(
-    run: MaskedModel, teacher: Teacher, *, batch_size: int = 8, progress: bool = False
+    run: MaskedModel,
+    teacher: Teacher,
+    *,
+    batch_size: int = 8,
+    progress: bool = False,
+    saved: Saved = UNSAVED,
 ) -> Float[Tensor, "source source"]:
     """G[i, j] = sum over prompts and positions of (y_i - ref_i) . (y_j - ref_j), clean run, CPU."""
-    total = torch.zeros(run.graph.n_sources, run.graph.n_sources, dtype=torch.float64)
-    for lesson in each_lesson(teacher, batch_size=batch_size, progress=progress):
+
+    def products(lesson: Lesson) -> Float[Tensor, "source source"]:
         rows = run.differences(lesson.batch.clean, lesson.reference).flatten(1).float()
-        total += (rows @ rows.T).double().cpu()
-    return total
+        return (rows @ rows.T).double().cpu()
+
+    zeros = torch.zeros(run.graph.n_sources, run.graph.n_sources, dtype=torch.float64)
+    return total_over_pairs(
+        products, zeros, teacher, batch_size=batch_size, progress=progress, saved=saved
+    )[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from tl_edgeprune.circuit import Circuit
@@ -87,6 +88,13 @@ def discover(
 def settings_of(method: str) -> tuple[str, ...]:
     """Names of the settings that a method takes. Raises ValueError for an unknown method."""
     return tuple(parameters_of(method))
+
+
+def checkpointed(method: str, file: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings that make a method, where it can, save its state and go on from it too."""
+    if method in TRAINED:
+        return {"checkpoint": file} | ({"resume": file} if file.is_file() else {}) | settings
+    return ({"checkpoint": file} if "checkpoint" in settings_of(method) else {}) | settings
 
 
 def parameters_of(method: str) -> dict[str, inspect.Parameter]:

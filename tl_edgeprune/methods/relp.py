@@ -11,6 +11,7 @@ Jafari, Eberle, Khakzar and Nanda 2025, "RelP", section 3 and table 1.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,6 +26,7 @@ from tl_edgeprune.hooks import Hook, attached
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.methods.eap import whole
 from tl_edgeprune.methods.gradients import differentiable_at_one, path_scores, scored
+from tl_edgeprune.methods.saved import Saved
 from tl_edgeprune.norms import Norm, identity, norm_function
 from tl_edgeprune.objectives import Objective, find_objective
 from tl_edgeprune.scores import EdgeScores
@@ -44,9 +46,11 @@ def relp(
     ablation: Ablation = "counterfactual",
     batch_size: int = 8,
     progress: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> EdgeScores:
     """Signed scores, one backward pass. objective: as for EAP; positions: "span" or "position" for
-    edges with a mask in each.
+    edges with a mask in each. checkpoint: a file to save to every half minute; if it is there, the
+    run goes on.
 
     Raises NotImplementedError, naming the part, for norms after attention or MLP, mixtures of
     experts, and norms or activations that the hook points do not reach.
@@ -54,11 +58,10 @@ def relp(
     objective = differentiable_at_one(objective, task, "RelP")
     loss_of = find_objective(objective, task)
 
-    def relevance(run: MaskedModel, teacher: Teacher) -> Tensor:
+    def relevance(run: MaskedModel, teacher: Teacher, saved: Saved) -> Tensor:
+        how: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "saved": saved}
         with relevance_rules(run):
-            return path_scores(
-                run, teacher, whole, loss_of, batch_size=batch_size, progress=progress
-            )
+            return path_scores(run, teacher, whole, loss_of, **how)
 
     metadata = {"method": "relp", "objective": objective, "ablation": ablation}
     return scored(
@@ -69,6 +72,7 @@ def relp(
         positions=positions,
         metadata=metadata,
         batch_size=batch_size,
+        checkpoint=checkpoint,
     )
 
 

@@ -1,0 +1,58 @@
+"""A search in a folder, by its settings alone: `discover` begins it, `resume` ends it."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from tl_edgeprune.commands.found import circuit_of, judged, write
+from tl_edgeprune.commands.method_settings import method_settings
+from tl_edgeprune.commands.run_folder import AGAIN, CHECKPOINT, SETTINGS, Run
+from tl_edgeprune.locks import held
+from tl_edgeprune.methods.registry import checkpointed, discover, settings_of
+from tl_edgeprune.strangers import damaged, of_kind
+
+
+def search_in(folder: Path, run: Run, *, new: bool, as_json: bool, progress: bool = True) -> None:
+    """Begin the folder's search, or go on with it, and write what it finds."""
+    with nullcontext() if new else damaged(folder / SETTINGS, AGAIN):
+        wanted, inputs = run.settings, run.inputs
+        method, n_edges = of_kind(wanted["method"], str, "method"), wanted["n_edges"]
+        how = {name: wanted[name] for name in ("absolute", "alive")}
+        _check_kinds(n_edges, **how)
+        settings = method_settings(method, of_kind(wanted["settings"], dict, "settings"))
+    if "progress" in settings_of(method):
+        settings.setdefault("progress", progress and not as_json)
+    checkpoint = folder / CHECKPOINT
+    with held(folder), run.begun(folder, new=True) if new else nullcontext():
+        loaded = inputs.load_model()
+        found_on, judged_on = inputs.split(inputs.load_pairs(loaded))
+        stopped = f"stopped. Go on with tl-edgeprune resume {folder}"
+        try:
+            found = discover(loaded, found_on, method, **checkpointed(method, checkpoint, settings))
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(stopped) from None
+        if not found.metadata.get("finished", True):  # Edge Pruning keeps what Ctrl-C left it
+            raise KeyboardInterrupt(stopped)
+        circuit = circuit_of(found, n_edges, **how)
+        figures = judged(loaded, circuit, judged_on, settings.get("ablation"))
+        files = write(folder, found, circuit, figures)
+        checkpoint.unlink(missing_ok=True)
+    if as_json:
+        evaluation = None if figures is None else figures.to_dict()
+        print(json.dumps({"out": str(folder), "evaluation": evaluation, "files": files}))
+        return
+    if figures is not None:
+        print(f"On {figures.n_pairs} pairs that the circuit was not found on:\n\n{figures}\n")
+    print(f"In {folder}/: {', '.join(files)}.")
+
+
+def _check_kinds(n_edges: Any, absolute: Any, alive: Any) -> None:
+    """Raise ValueError for values that `discover` does not write."""
+    if n_edges is not None:
+        of_kind(n_edges, int, "n_edges")
+    if absolute is not None:
+        of_kind(absolute, bool, "absolute")
+    of_kind(alive, bool, "alive")

@@ -1,0 +1,80 @@
+"""A search's state on disk, so that one that was stopped goes on from there: safetensors, written
+every half minute.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from tl_edgeprune import checkpoints
+from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.locks import held_file
+from tl_edgeprune.strangers import damaged, of_kind
+from tl_edgeprune.tasks.stream import AnyTask, identity
+
+SAVE_SECONDS = 30.0
+ANEW = "Remove it to start anew."
+
+
+class Saved:
+    """The tensors and the JSON values that a run goes on from; without a path, none are kept."""
+
+    def __init__(self, path: str | os.PathLike[str] | None, about: dict[str, Any]) -> None:
+        """`about`: JSON values that tell the run. Another run's state is refused."""
+        self._path = None if path is None else Path(path)
+        self._about = json.loads(json.dumps(about))
+        self._last = time.monotonic()
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """What a run like this one left; None for nothing.
+
+        Raises ValueError for a damaged file and for another run's.
+        """
+        if self._path is None or not self._path.exists():
+            return None
+        tensors, _, note = checkpoints.load(self._path)
+        with self.damaged():
+            about = of_kind(note["about"], dict, "about")
+            state = of_kind(note["state"], dict, "state")
+        if about != self._about:
+            different = sorted(k for k in self._about if about.get(k) != self._about[k])
+            raise ValueError(
+                f"checkpoint {self._path} is of another run ({', '.join(different)} differ): give "
+                "another path, or remove it to start anew."
+            )
+        return tensors, state
+
+    def damaged(self) -> AbstractContextManager[None]:
+        """Whatever a wrong value of the state raises in this block is a ValueError of the file."""
+        return nullcontext() if self._path is None else damaged(self._path, ANEW)
+
+    def save(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        """Write the state, unless it was written less than SAVE_SECONDS ago."""
+        if self._path is None or time.monotonic() - self._last < SAVE_SECONDS:
+            return
+        checkpoints.save(self._path, tensors, {}, {"about": self._about, "state": values})
+        self._last = time.monotonic()
+
+
+UNSAVED = Saved(None, {})
+
+
+@contextmanager
+def saving(
+    path: str | os.PathLike[str] | None, about: dict[str, Any], graph: EdgeGraph, task: AnyTask
+) -> Iterator[Saved]:
+    """The state of a run in this graph on these pairs, which this process alone writes.
+
+    Raises BlockingIOError where another process writes it.
+    """
+    whole = about | {"graph": graph.to_dict(), "pairs": checkpoints.digest(identity(task))}
+    with nullcontext() if path is None else held_file(path):
+        yield Saved(path, whole)
