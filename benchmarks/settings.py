@@ -28,8 +28,7 @@ from tl_edgeprune.pruner import Optimizer
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "lr-0.1": {"lr": 0.1},
-    "lr-0.2": {"lr": 0.2},
-    "lr-0.2-decay": {"lr": 0.2, "optimizer": Optimizer(decay=True)},
+    "lr-0.3": {"lr": 0.3},
     "lr-0.5": {"lr": 0.5},
     "betas-0.8-0.95": {"optimizer": Optimizer((0.8, 0.95))},
     "betas-0.9-0.999": {"optimizer": Optimizer((0.9, 0.999))},
@@ -57,16 +56,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 HELD_OUT, MOST_PAIRS = 64, 1024
 SIZES = (200, 500, 1000, 2300, 10_000)
-FIELDS = ("variant", "seed", "steps", "n_edges", "kl", "exact_match", "alive", "seconds")
+FIELDS = ("variant", "seed", "steps", "lr", "n_edges", "kl", "exact_match", "alive", "seconds")
 FIELDS += tuple(f"kl_{size}" for size in SIZES)
 
 
-def done(path: Path) -> set[tuple[str, int, int]]:
-    """Variant, seed and steps of the rows that are there."""
+def done(path: Path) -> set[tuple[str, int, int, float]]:
+    """Variant, seed, steps and learning rate of the rows that are there."""
     if not path.exists():
         return set()
     with path.open(newline="") as file:
-        return {(r["variant"], int(r["seed"]), int(r["steps"])) for r in csv.DictReader(file)}
+        rows = list(csv.DictReader(file))
+    return {(r["variant"], int(r["seed"]), int(r["steps"]), float(r["lr"])) for r in rows}
 
 
 def add(path: Path, row: dict[str, Any]) -> None:
@@ -77,6 +77,12 @@ def add(path: Path, row: dict[str, Any]) -> None:
         if fresh:
             writer.writeheader()
         writer.writerow(row)
+
+
+def rate(name: str) -> float:
+    """The learning rate of a variant's runs."""
+    own = {key: VARIANTS[name][key] for key in ("n_edges", "lr") if key in VARIANTS[name]}
+    return EdgePruner(**{"n_edges": 1, **own}).lr
 
 
 def run_of(model: Any, train: Any, settings: dict[str, Any], scores: Path) -> tuple[Any, list[Any]]:
@@ -107,7 +113,7 @@ def measured(model: Any, task: Any, name: str, seed: int, options: Any, out: Pat
     if history:
         document = {"columns": ["loss", "edges"], "steps": history}
         (out / "history" / f"{file}.json").write_text(json.dumps(document))
-    row = [name, seed, options.steps, options.n_edges, found.kl, found.exact_match]
+    row = [name, seed, options.steps, rate(name), options.n_edges, found.kl, found.exact_match]
     return [*row, found.n_alive, round(seconds), *(round(other.kl, 4) for other in sized)]
 
 
@@ -121,7 +127,7 @@ def main() -> None:
     (out / "history").mkdir(parents=True, exist_ok=True)
     for seed in options.seeds:
         for name in options.variants:
-            if (name, seed, options.steps) not in done(out / "runs.csv"):
+            if (name, seed, options.steps, rate(name)) not in done(out / "runs.csv"):
                 values = measured(model, task, name, seed, options, out)
                 row = dict(zip(FIELDS, values, strict=True))
                 add(out / "runs.csv", row)

@@ -82,7 +82,7 @@ def test_they_start_at_the_means_over_the_corrupted_prompts() -> None:
 def test_a_circuit_loses_less_under_constants_learned_with_it_than_under_means(name: str) -> None:
     model = zoo.load(name)
     task = zoo.pairs(model, 8)
-    settings = {"steps": 30, "batch_size": 8}
+    settings = {"steps": 30, "lr": 0.3, "batch_size": 8}
     learned = pruner(**settings).fit(model, task)
     means = pruner(ablation="mean", **settings).fit(model, task)
     ours = evaluate(model, learned.circuit, task, ablation=learned.constants)

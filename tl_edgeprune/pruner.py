@@ -149,7 +149,8 @@ class EdgePruner:
 
     Args:
         n_edges: edges to keep; None (with a sampled budget) for a ranking of all edges.
-        steps, lr, batch_size: of the training; a step sees `batch_size * accumulate` pairs.
+        steps, batch_size: of the training; a step sees `batch_size * accumulate` pairs.
+        lr: of the log alphas; by default 0.2, and 0.3 under sampled budgets.
         ablation: "counterfactual", "zero", "mean" or "mean-positional" (means over the task's
             corrupted prompts), Constants (optimal ablation), or "optimal": constants learned
             together with the masks, from the means on, which come back as `result.constants`.
@@ -190,7 +191,7 @@ class EdgePruner:
         n_edges: int | None = None,
         *,
         steps: int = 200,
-        lr: float = 0.3,
+        lr: float | None = None,
         batch_size: int = 8,
         accumulate: int = 1,
         ablation: Ablation = "counterfactual",
@@ -221,7 +222,7 @@ class EdgePruner:
         progress: bool = True,
     ) -> None:
         self.n_edges = n_edges
-        self.steps, self.lr = steps, lr
+        self.steps = steps
         self.batch_size, self.accumulate = batch_size, accumulate
         self.ablation, self.objective = ablation, objective
         schedule = "annealed" if n_edges is not None else "sampled"
@@ -233,6 +234,7 @@ class EdgePruner:
         has_budget = n_edges is not None or isinstance(self.controller, ExactBudget)
         self.hard_share = hard_share if has_budget else 0.0
         sampled = getattr(self.controller, "schedule", None) == "sampled"
+        self.lr = (0.3 if sampled else 0.2) if lr is None else lr
         self.average_share = (0.6 if sampled else 0.0) if average_share is None else average_share
         self.split_qkv, self.split_embeddings = split_qkv, split_embeddings
         self.positions = positions

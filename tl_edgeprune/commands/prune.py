@@ -29,7 +29,7 @@ def prune(
     steps: Annotated[int | None, typer.Option(help="Training steps.", show_default="200")] = None,
     lr: Annotated[
         float | None,
-        typer.Option(help="Learning rate of the edges' log alphas.", show_default="0.3"),
+        typer.Option(help="Learning rate of the edges' log alphas.", show_default="0.2"),
     ] = None,
     batch_size: Annotated[
         int | None, typer.Option(help="Pairs of a forward.", show_default="8")
