@@ -75,6 +75,11 @@ def test_another_searchs_state_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     model, path = zoo.load("bridge-gpt2"), tmp_path / "state.safetensors"
     monkeypatch.setattr(saved_module, "SAVE_SECONDS", 0.0)
     discover(model, zoo.pairs(model, 4), "eap-ig", checkpoint=path)
+    other = zoo.build("bridge-gpt2")
+    with torch.no_grad():
+        next(iter(other.parameters())).mul_(1.01)
+    with pytest.raises(ValueError, match="is of another run .weights differ."):
+        discover(other, zoo.pairs(model, 4), "eap-ig", checkpoint=path)
     for method, pairs, settings in [
         ("eap-ig", 4, {"steps": 3}),
         ("eap-ig", 4, {"ablation": "zero"}),

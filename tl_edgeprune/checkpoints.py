@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tl_edgeprune.circuit import versions
 from tl_edgeprune.files import write_whole
+from tl_edgeprune.hooks import all_parameters
 from tl_edgeprune.strangers import damaged, of_kind
 from tl_edgeprune.tensor_files import floats, read_tensors
 
@@ -89,3 +90,12 @@ def restore(parameter: Tensor, tensors: dict[str, Tensor], name: str) -> None:
 def digest(value: Any) -> str:
     """A short name for JSON values, equal for equal values."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def weights_digest(model: Any) -> str:
+    """Of up to 16 values of each parameter, exactly: another fine-tuning is another model."""
+    values = []
+    for parameter in all_parameters(model):
+        flat = parameter.detach().flatten()
+        values.append(flat[:: max(1, len(flat) // 16)][:16].double().tolist())
+    return digest(values)

@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from tl_edgeprune import checkpoints
+from tl_edgeprune.checkpoints import weights_digest
 from tl_edgeprune.circuit import Circuit, versions
 from tl_edgeprune.cost import Cost
 from tl_edgeprune.evaluate import Evaluation
 from tl_edgeprune.files import write_whole
-from tl_edgeprune.hooks import all_parameters
 from tl_edgeprune.scores import EdgeScores
 from tl_edgeprune.strangers import damaged, of_kind, read_json
 from tl_edgeprune.tasks.task import Task
@@ -53,7 +53,7 @@ class Folder:
         self.path = path
         self.shared = {
             "format": FORMAT,
-            "model": _model_digest(model),
+            "model": weights_digest(model),
             "train": _task_digest(train),
             "held_out": _task_digest(held_out),
             **shared,
@@ -163,15 +163,6 @@ def _task_digest(task: Task) -> str:
         for name in ("clean", "corrupted", "positions", "answers", "distractors")
     ]
     return checkpoints.digest([tokens, task.objective, task.prepend_bos])
-
-
-def _model_digest(model: Any) -> str:
-    """Of up to 16 values of each parameter, exactly: another fine-tuning is another model."""
-    values = []
-    for parameter in all_parameters(model):
-        flat = parameter.detach().flatten()
-        values.append(flat[:: max(1, len(flat) // 16)][:16].double().tolist())
-    return checkpoints.digest(values)
 
 
 def _plain(value: Any) -> Any:

@@ -27,17 +27,17 @@ def search_in(folder: Path, run: Run, *, new: bool, as_json: bool, progress: boo
         settings.setdefault("progress", progress and not as_json)
     checkpoint = folder / CHECKPOINT
     with held(folder), run.begun(folder, new=True) if new else nullcontext():
-        loaded = inputs.load_model()
-        found_on, judged_on = inputs.split(inputs.load_pairs(loaded))
-        stopped = f"stopped. Go on with tl-edgeprune resume {folder}"
         try:
-            found = discover(loaded, found_on, method, **checkpointed(method, checkpoint, settings))
+            loaded = inputs.load_model()
+            found_on, judged_on = inputs.split(inputs.load_pairs(loaded))
+            settings = checkpointed(method, checkpoint, settings)
+            found = discover(loaded, found_on, method, **settings)
+            if not found.metadata.get("finished", True):  # Edge Pruning keeps what Ctrl-C left it
+                raise KeyboardInterrupt
+            circuit = circuit_of(found, n_edges, **how)
+            figures = judged(loaded, circuit, judged_on, settings.get("ablation"))
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(stopped) from None
-        if not found.metadata.get("finished", True):  # Edge Pruning keeps what Ctrl-C left it
-            raise KeyboardInterrupt(stopped)
-        circuit = circuit_of(found, n_edges, **how)
-        figures = judged(loaded, circuit, judged_on, settings.get("ablation"))
+            raise KeyboardInterrupt(f"stopped. Go on with tl-edgeprune resume {folder}") from None
         files = write(folder, found, circuit, figures)
         checkpoint.unlink(missing_ok=True)
     if as_json:

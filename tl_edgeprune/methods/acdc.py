@@ -100,7 +100,7 @@ def acdc(
     )
     with (
         MaskedModel.attach(model, graph) as run,
-        saving(checkpoint, about, run.graph, task) as saved,
+        saving(checkpoint, about, run, task) as saved,
     ):
         mask, start, runs, stage = _before(saved, run.graph)
         teacher = Teacher(run, task, ablation, batch_size=batch_size, max_bytes=0)

@@ -63,7 +63,7 @@ def exact(
         if edges is not None:
             wanted = sorted({run.graph.index(edge) for edge in edges})
         asked = about | {"edges": digest(wanted), "batch_size": batch_size}
-        saved = stack.enter_context(saving(checkpoint, asked, run.graph, task))
+        saved = stack.enter_context(saving(checkpoint, asked, run, task))
         scores, done, runs = _before(saved, run.graph, len(wanted))
         teacher = Teacher(run, task, ablation, batch_size=batch_size, max_bytes=0)
         cuts = find_cuts(run, teacher, loss_of, batch_size=batch_size)

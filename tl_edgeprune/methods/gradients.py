@@ -122,7 +122,7 @@ def scored(
     about = origin(model, task, **metadata)
     with (
         MaskedModel.attach(model, graph) as run,
-        saving(checkpoint, about | {"batch_size": batch_size}, run.graph, task) as saved,
+        saving(checkpoint, about | {"batch_size": batch_size}, run, task) as saved,
     ):
         kind = metadata.get("ablation", "counterfactual")
         teacher = Teacher(run, task, kind, batch_size=batch_size, targets=targets, visits=0)

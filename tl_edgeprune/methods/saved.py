@@ -15,8 +15,8 @@ from typing import Any
 from torch import Tensor
 
 from tl_edgeprune import checkpoints
-from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.locks import held_file
+from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.strangers import damaged, of_kind
 from tl_edgeprune.tasks.stream import AnyTask, identity
 
@@ -69,12 +69,16 @@ UNSAVED = Saved(None, {})
 
 @contextmanager
 def saving(
-    path: str | os.PathLike[str] | None, about: dict[str, Any], graph: EdgeGraph, task: AnyTask
+    path: str | os.PathLike[str] | None, about: dict[str, Any], run: MaskedModel, task: AnyTask
 ) -> Iterator[Saved]:
-    """The state of a run in this graph on these pairs, which this process alone writes.
+    """The state of a search in this model, in its graph and on these pairs, which this process
+    alone writes.
 
     Raises BlockingIOError where another process writes it.
     """
-    whole = about | {"graph": graph.to_dict(), "pairs": checkpoints.digest(identity(task))}
-    with nullcontext() if path is None else held_file(path):
-        yield Saved(path, whole)
+    if path is None:
+        yield UNSAVED
+        return
+    whole = about | {"graph": run.graph.to_dict(), "pairs": checkpoints.digest(identity(task))}
+    with held_file(path):
+        yield Saved(path, whole | {"weights": checkpoints.weights_digest(run.model)})
