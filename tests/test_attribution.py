@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import brute_force as bf
@@ -19,6 +20,8 @@ from torch import Tensor
 from tl_edgeprune import discover, models, tasks
 from tl_edgeprune.forward import Held
 from tl_edgeprune.masked import MaskedModel
+from tl_edgeprune.objectives import mean_squared_error
+from tl_edgeprune.tasks.stream import TaskStream
 
 MODEL = "bridge-gpt2"
 KINDS = (MODEL, "bridge-gemma2")  # the second with shared keys, and norms after heads and MLP
@@ -354,3 +357,22 @@ def _halved_gate(mlp: Any) -> Any:
         return mlp.down_proj(halved)
 
     return forward
+
+
+def test_a_tasks_own_objective_is_taken_where_it_has_a_gradient() -> None:
+    model = zoo.load("bridge-gpt2")
+    sets = {"right": [torch.tensor([1])] * 4, "wrong": [torch.tensor([2])] * 4}
+    task = replace(zoo.pairs(model, 4), answers=(), distractors=(), objective="prob-diff", **sets)
+    own = discover(model, task, "eap").tensor
+    assert torch.equal(own, discover(model, task, "eap", objective="prob-diff").tensor)
+    with pytest.raises(ValueError, match="'mean_squared_error' is smallest at the full model"):
+        discover(model, task, "eap", objective=mean_squared_error)
+
+
+def test_a_stream_is_refused_by_what_looks_at_every_pair() -> None:
+    model = zoo.load("bridge-gpt2")
+    task = zoo.pairs(model, 4)
+    stream = TaskStream("s", 4, lambda places: task.subset(list(places)), "s")
+    for method in ("eap", "exact", "ifr"):
+        with pytest.raises(TypeError, match=f"{method} takes a Task, got a TaskStream"):
+            discover(model, stream, method)

@@ -301,3 +301,17 @@ def test_what_cannot_be_tested_for_minimality_is_refused():
         minimality_test(model, one, task, edges=["m0->logits"])
     with pytest.raises(ValueError, match="no other path to add"):
         inflate(full, random.Random(0))
+
+
+def test_scores_that_are_no_numbers_are_refused():
+    nothing, some = torch.full((20,), math.nan), torch.arange(20.0)
+    for tested in (lambda: sign_test(nothing), lambda: hsic_test(nothing, some)):
+        with pytest.raises(ValueError, match="NaN or infinite on some pair"):
+            tested()
+
+
+def test_one_pair_shows_no_independence():
+    model = models.load("tracr-xproportion")
+    circuit = Circuit.from_edges(EdgeGraph.from_model(model), ["input->m0"])
+    with pytest.raises(ValueError, match="independence_test on 1 pair: give two or more"):
+        independence_test(model, circuit, tasks.load("tracr-xproportion", model, 1))

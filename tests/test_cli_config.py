@@ -16,7 +16,7 @@ import typer
 import yaml
 from command_line import mistake, told
 
-from tl_edgeprune import Attachment, EdgePruner, Lagrangian, Optimizer
+from tl_edgeprune import Attachment, EdgePruner, ExactBudget, Lagrangian, Optimizer
 from tl_edgeprune.cli import app
 from tl_edgeprune.commands import pruner_settings, training
 from tl_edgeprune.commands.run_folder import Run
@@ -218,3 +218,10 @@ def test_a_plan_as_json() -> None:
     plan = json.loads(told("plan", "--model", "gpt2", "--gpu-memory", 24, "--json").stdout)
     assert plan["edges"] == 32_491 and plan["bytes"]["in all"] <= 24e9
     assert plan["passes"]["one training step"]["operations"] > 0
+
+
+def test_defaults_that_hang_on_the_controller_are_those_of_python() -> None:
+    controller = {"kind": "exact-budget", "schedule": "sampled"}
+    ours = pruner_settings.resolved({"n_edges": 10, "controller": controller})
+    python = EdgePruner(10, controller=ExactBudget("sampled"))
+    assert (ours["lr"], ours["average_share"]) == (python.lr, python.average_share)

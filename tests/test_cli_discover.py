@@ -120,3 +120,15 @@ def test_a_search_that_was_stopped_goes_on(
         ours, theirs = kind.load(out / file), kind.load(tmp_path / "whole" / file)
         assert ours == theirs if kind is Circuit else torch.equal(ours.tensor, theirs.tensor)
     assert "holds a finished run" in mistake("resume", out)
+
+
+def test_what_a_search_cannot_do_is_told_before_it(
+    llama: str, gifts: str, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(Teacher, "lesson", None)
+    out = tmp_path / "out"
+    asked = ["discover", llama, gifts, "--out", out, "--method"]
+    assert "n_edges=100000: expected" in mistake(*asked, "mask-ig", "--n-edges", 100000)
+    assert "unknown edge 'm0->m9'" in mistake(*asked, "exact", "--set", 'edges=["m0->m9"]')
+    assert "expected a list of names" in mistake(*asked, "exact", "--set", "edges=m0->m1")
+    assert not out.exists() or left(out) == set()

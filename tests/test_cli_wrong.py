@@ -34,6 +34,7 @@ def folder(tmp_path: Path, monkeypatch: Any) -> Path:
         scores = EdgeScores(graph, torch.arange(graph.n_edges) / graph.n_edges)
         scores.save(tmp_path / f"{path}.safetensors")
         scores.top(9).save(tmp_path / f"{path}.json")
+        (tmp_path / f"{path}.html").write_text("the run's own")
     for name, config in CONFIGS.items():
         write_json(tmp_path / name / "config.json", config)
     monkeypatch.chdir(tmp_path)
@@ -68,6 +69,12 @@ def folder(tmp_path: Path, monkeypatch: Any) -> Path:
         ("discover gpt2 ioi --method eap --ablation optimal --out new", "needs the constants that"),
         ("discover gpt2 ioi --method ugs --ablation optimal --out new", "needs the constants that"),
         ("compare gpt2 ioi --sizes 5 --ablation nope --out new", "unknown ablation 'nope'"),
+        ("compare gpt2 ioi --methods eap --sizes 5 --set eap=3 --out new", "such as eap.steps=5"),
+        ("discover gpt2 ioi --method acdc --dry-run --out new", "needs threshold: give --set thr"),
+        ("show prune", "prune is a folder: give its circuit, prune/circuit.json"),
+        ("show prune/circuit.json --out prune/circuit.json", "its name must end in .html"),
+        ("show prune/circuit.json", "prune/circuit.html is there already: open it, or give --out"),
+        ("evaluate other", "other is a folder: give its circuit"),
         (f"prune ./no-size ioi {PRUNE}", "config.json is damaged (KeyError('hidden_size')): save"),
         (f"prune ./no-words ioi {PRUNE}", "config.json is damaged (KeyError('vocab_size'))"),
         (f"prune smollm2-135m ioi {PRUNE} --tokens 0", "--tokens 0: expected 1 or more"),

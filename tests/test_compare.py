@@ -19,7 +19,7 @@ from tl_edgeprune import cost as measuring
 from tl_edgeprune.comparison import COLUMNS
 from tl_edgeprune.cost import measured
 from tl_edgeprune.graph import EdgeGraph
-from tl_edgeprune.methods import registry
+from tl_edgeprune.methods import registry, saved
 from tl_edgeprune.objectives import kl
 from tl_edgeprune.report import plot_comparison
 from tl_edgeprune.report.axes import round_ticks
@@ -485,3 +485,11 @@ def test_benchmark_asks_for_help_only():
     spec.loader.exec_module(module)
     options = module.parser().parse_args(["--pairs", "16", "--steps", "3"])
     assert options.pairs == 16 and set(module.settings(options)) <= set(module.METHODS)
+
+
+def test_a_methods_own_checkpoint_is_for_the_run_alone(model, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(saved, "SAVE_SECONDS", 0.0)
+    settings = {"eap": {"checkpoint": tmp_path / "eap.safetensors"}}
+    first = run(model, data, ["eap"], settings=settings)
+    assert (tmp_path / "eap.safetensors").is_file()
+    assert figures(run(model, data, ["eap"], settings=settings)) == figures(first)

@@ -227,6 +227,17 @@ def test_tasks_without_answers_are_judged_by_their_own_objective():
     assert "KL" not in str(result) and "exact match" not in str(result)
 
 
+def test_answers_of_some_pairs_alone_are_no_accuracy():
+    model = zoo.load("bridge-gpt2")
+    task = random_task(model, distractors=())
+    none = torch.empty(0, dtype=torch.long)
+    some = dataclasses.replace(task, answers=[*task.answers[:3], none, none])
+    result = evaluate(model, random_circuit(model), some, batch_size=2)
+    assert result.accuracy is None and result.n_wrong is None
+    whole = evaluate(model, random_circuit(model), task, batch_size=2)
+    assert result.kl == pytest.approx(whole.kl, rel=1e-5)
+
+
 @pytest.mark.parametrize("objective", ["kl", "log-prob"])
 def test_one_number_has_no_probabilities(objective):
     model = models.load("tracr-xproportion")

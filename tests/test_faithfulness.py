@@ -132,6 +132,17 @@ def test_mib_takes_one_figure_from_each_ranking():
     assert signed.n_edges[-1] == int(edge_counts(scores.graph, "mib").sum())
 
 
+def test_scores_that_are_ranked_as_they_are_have_one_curve():
+    model = zoo.load("bridge-llama-gqa")
+    task, scores = zoo.pairs(model, 2), random_scores(EdgeGraph.from_model(model))
+    scores = replace(scores, by_magnitude=False)
+    found = mib_faithfulness(model, scores, task, shares=(0.1, 1.0), measure="kl")
+    alone = faithfulness_curve(
+        model, scores, task, shares=(0.1, 1.0), measure="kl", convention="mib"
+    )
+    assert found.signed == found.absolute == alone
+
+
 @pytest.mark.parametrize("shares", [(), (0.0, 1.0), (0.5, 0.2), (0.5, 0.5), (0.5, 1.1)])
 def test_shares_that_do_not_rise_to_one_are_refused(shares):
     model = zoo.load("bridge-llama-gqa")

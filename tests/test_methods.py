@@ -13,7 +13,7 @@ from tl_edgeprune import EdgeGraph, Task, discover, evaluate
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.methods.hisp import node_to_edge_scores
 from tl_edgeprune.methods.ifr import proximity
-from tl_edgeprune.methods.registry import METHODS
+from tl_edgeprune.methods.registry import METHODS, settings_of
 from tl_edgeprune.methods.ugs import sample_window
 from tl_edgeprune.objectives import find_objective
 from tl_edgeprune.regularisers import Attachment
@@ -243,3 +243,11 @@ def test_attachment_prices_lonely_edges_above_well_connected_ones() -> None:
     (price,) = torch.autograd.grad(Attachment(float(graph.n_edges))(share, graph), share)
     connected, lonely = graph.index("input->m0"), graph.index("a0.h1->m0")
     assert 0 < float(price[connected]) < float(price[lonely]) < 1
+
+
+def test_settings_that_make_a_method_what_it_is_are_none_of_its_own() -> None:
+    model = zoo.load("bridge-gpt2")
+    for method, name in [("ugs", "sampler"), ("subnetwork-probing", "controller")]:
+        assert name not in settings_of(method) and "steps" in settings_of(method)
+        with pytest.raises(ValueError, match=f"{method} takes no {name}"):
+            discover(model, zoo.pairs(model, 1), method, **{name: None})

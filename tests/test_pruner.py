@@ -16,10 +16,12 @@ from tl_edgeprune import (
     EdgePruner,
     ExactBudget,
     Lagrangian,
+    Penalty,
     Task,
     evaluate,
     models,
     tasks,
+    training,
 )
 from tl_edgeprune.masks import rank_quantiles
 from tl_edgeprune.objectives import kl
@@ -388,3 +390,57 @@ def test_every_embedding_source_needs_two_embeddings():
     model = zoo.load("bridge-llama-gqa")
     result = EdgePruner.paper(20, steps=2, batch_size=4, progress=False).fit(model, pairs(model))
     assert not result.graph.split_embeddings and result.circuit.n_edges == 20
+
+
+# ---------------------------------------------------------------- the hard part, other controllers
+
+
+@pytest.mark.parametrize("controller", [Penalty(1.0), Lagrangian(target_sparsity=1.02)])
+def test_hard_masks_have_the_circuits_size_without_a_budget_too(controller, monkeypatch):
+    sizes = []
+    hard = training.top_gates
+
+    def watched(shifted, ranking, count):
+        sizes.append(count)
+        return hard(shifted, ranking, count)
+
+    monkeypatch.setattr(training, "top_gates", watched)
+    model = zoo.load(MODEL)
+    result = pruner(controller=controller, init_scores=None, steps=10).fit(model, pairs(model))
+    assert sizes == [20] * 4 and result.circuit.n_edges == 20
+
+
+def test_nodes_rest_while_masks_are_hard(monkeypatch):
+    model, nodes = zoo.load(MODEL), []
+    note = training.Training._note
+
+    def watched(self, *arguments):
+        nodes.append(self.node_log_alpha.detach().clone())
+        note(self, *arguments)
+
+    monkeypatch.setattr(training.Training, "_note", watched)
+    settings = {"node_masks": True, "node_controller": Penalty(1.0), "steps": 10}
+    pruner(**settings).fit(model, pairs(model))
+    assert not torch.equal(nodes[0], nodes[5])
+    assert all(torch.equal(later, nodes[5]) for later in nodes[6:])
+
+
+def test_nodes_count_once_in_the_size_that_a_lagrangian_leaves():
+    model = zoo.load(MODEL)
+    settings = {"controller": Lagrangian(target_sparsity=0.5), "init_scores": None, "lr": 0.3}
+    with_nodes = pruner(None, node_masks=True, steps=30, **settings).fit(model, pairs(model))
+    without = pruner(None, steps=30, **settings).fit(model, pairs(model))
+    assert with_nodes.circuit.n_edges < with_nodes.graph.n_edges
+    assert abs(with_nodes.circuit.n_edges - without.circuit.n_edges) < 12
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (lambda: ExactBudget(anneal=0.0), "anneal=0.0: expected a share of the run, above 0"),
+        (lambda: Lagrangian(warmup=0.0), "warmup=0.0: expected a share of the run, above 0"),
+    ],
+)
+def test_shares_of_nothing_are_refused(made, message):
+    with pytest.raises(ValueError, match=message):
+        made()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,8 +13,9 @@ import pytest
 import torch
 import zoo
 
-from tl_edgeprune import EdgeGraph, discover
+from tl_edgeprune import EdgeGraph, EdgePruner, discover
 from tl_edgeprune.cuts import PartCuts
+from tl_edgeprune.masked import check_ablation
 from tl_edgeprune.methods import saved as saved_module
 from tl_edgeprune.methods.registry import GIVE_CIRCUITS, METHODS, TRAINED, settings_of
 from tl_edgeprune.teacher import Teacher
@@ -90,3 +92,24 @@ def test_another_searchs_state_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     ]:
         with pytest.raises(ValueError, match="is of another run"):
             discover(model, zoo.pairs(model, pairs), method, checkpoint=path, **settings)
+
+
+def test_a_state_of_another_kind_is_told_apart(tmp_path: Path, monkeypatch: Any) -> None:
+    model, ours, theirs = zoo.load("bridge-gpt2"), tmp_path / "search", tmp_path / "run"
+    monkeypatch.setattr(saved_module, "SAVE_SECONDS", 0.0)
+    task, settings = zoo.pairs(model, 4), {"steps": 1, "init_scores": None, "progress": False}
+    discover(model, task, "eap", checkpoint=ours)
+    EdgePruner(9, checkpoint=theirs, **settings).fit(model, task)
+    with pytest.raises(ValueError, match="is of a run of EdgePruner: give another path"):
+        discover(model, task, "eap", checkpoint=theirs)
+    with pytest.raises(ValueError, match="is of a search, not of EdgePruner"):
+        EdgePruner(9, **settings).fit(model, task, resume=ours)
+    with pytest.raises(ValueError, match="is a folder: give a file in it"):
+        EdgePruner(9, checkpoint=tmp_path)
+
+
+@pytest.mark.parametrize("ablation", [None, 0, True])
+def test_an_ablation_that_is_no_name_is_refused(ablation: Any) -> None:
+    without_hook = inspect.unwrap(check_ablation)  # which refuses it first, in tests
+    with pytest.raises(TypeError, match="expected one of counterfactual, zero"):
+        without_hook(ablation)

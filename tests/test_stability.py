@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from tl_edgeprune.circuit import Circuit
 from tl_edgeprune.evaluate import evaluate
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.stability import Stability, bootstrap, stability, takes_seed
+from tl_edgeprune.training import Training
 
 MODEL = "native-ln"
 
@@ -105,3 +107,18 @@ def test_what_gives_nothing_to_compare_is_refused(settings, message):
     model = zoo.load(MODEL)
     with pytest.raises(ValueError, match=message):
         stability(model, zoo.pairs(model, 2), **{"size": 5} | settings)
+
+
+def test_ctrl_c_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that Edge Pruning ends early is none of the runs."""
+    step, model = Training._step, zoo.load("bridge-gpt2")
+
+    def stopping(self: Any, number: int) -> None:
+        if number == 2:
+            raise KeyboardInterrupt
+        step(self, number)
+
+    monkeypatch.setattr(Training, "_step", stopping)
+    settings = {"size": 20, "seeds": (0, 1), "steps": 4, "progress": False}
+    with pytest.raises(KeyboardInterrupt):
+        stability(model, zoo.pairs(model, 4), "edge-pruning", **settings)

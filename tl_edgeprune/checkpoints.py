@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -14,7 +13,6 @@ from torch import Tensor
 
 from tl_edgeprune.circuit import versions
 from tl_edgeprune.files import write_whole
-from tl_edgeprune.hooks import all_parameters
 from tl_edgeprune.strangers import damaged, of_kind
 from tl_edgeprune.tensor_files import floats, read_tensors
 
@@ -85,17 +83,3 @@ def restore(parameter: Tensor, tensors: dict[str, Tensor], name: str) -> None:
     """Give a parameter what `load` read. Raises KeyError or ValueError for another's."""
     with torch.no_grad():
         parameter.copy_(floats(tensors, name, tuple(parameter.shape)))
-
-
-def digest(value: Any) -> str:
-    """A short name for JSON values, equal for equal values."""
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
-
-
-def weights_digest(model: Any) -> str:
-    """Of up to 16 values of each parameter, exactly: another fine-tuning is another model."""
-    values = []
-    for parameter in all_parameters(model):
-        flat = parameter.detach().flatten()
-        values.append(flat[:: max(1, len(flat) // 16)][:16].double().tolist())
-    return digest(values)

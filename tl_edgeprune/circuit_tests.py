@@ -152,6 +152,8 @@ def independence_test(
     error do not, and are refused (ValueError). Under counterfactual ablation the complement also
     reads the corrupted prompts: where these depend on the clean ones, so may its scores.
     """
+    if len(task) < 2:
+        raise ValueError(f"independence_test on {len(task)} pair: give two or more.")
     rest = ~circuit.mask
     measured = _measured(model, circuit, [rest], task, measure, ablation, batch_size)
     if _spread(measured.full) <= tie:
@@ -235,6 +237,7 @@ def sign_test(
     """
     if not 0 <= epsilon < 0.5:
         raise ValueError(f"epsilon={epsilon}: expected a number from 0 to below 0.5.")
+    _check_finite(differences)
     n = len(differences)
     better = int((differences > tie).sum()) + int((differences.abs() <= tie).sum()) / 2
     distance = abs(better - n / 2)
@@ -260,6 +263,7 @@ def hsic_test(
     score's median distance, so that the test sees neither scores' scale nor mean. A score that
     spreads over no more than `tie` is constant, and so independent of anything.
     """
+    _check_finite(x, y)
     n = len(x)
     if min(_spread(x), _spread(y)) <= tie:
         return IndependenceTest(1.0, 0.0, n)
@@ -349,6 +353,12 @@ def _measured(
     return measure_circuits(
         model, circuit.graph, masks, task, objective, ablation=kind, batch_size=batch_size
     )
+
+
+def _check_finite(*scores: Float[Tensor, " pair"]) -> None:
+    for score in scores:
+        if not bool(torch.isfinite(score).all()):
+            raise ValueError("a score is NaN or infinite on some pair: nothing can be told of it.")
 
 
 def _root_mean_square(values: Float[Tensor, " pair"]) -> float:

@@ -218,8 +218,11 @@ def _rehearse(model: Any, run: Run, plan: _Plan) -> None:
     """Raise what the method raises before it starts."""
     first = plan.train[:1]
     task = _Rehearsal(**{f.name: getattr(first, f.name) for f in fields(first)})
+    arguments = _arguments(run, plan, False)
+    for name in ("checkpoint", "resume"):  # of the pairs themselves
+        arguments.pop(name, None)
     try:
-        registry.discover(model, task, run.method, **_arguments(run, plan, False))
+        registry.discover(model, task, run.method, **arguments)
     except _Reached:
         pass
     except (ValueError, TypeError, NotImplementedError) as error:

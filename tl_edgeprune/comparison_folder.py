@@ -9,19 +9,14 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
-from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
-from tl_edgeprune import checkpoints
-from tl_edgeprune.checkpoints import weights_digest
 from tl_edgeprune.circuit import Circuit, versions
 from tl_edgeprune.cost import Cost
 from tl_edgeprune.evaluate import Evaluation
 from tl_edgeprune.files import write_whole
+from tl_edgeprune.identities import of_setting, of_task, of_weights
 from tl_edgeprune.scores import EdgeScores
 from tl_edgeprune.strangers import damaged, of_kind, read_json
 from tl_edgeprune.tasks.task import Task
@@ -53,9 +48,9 @@ class Folder:
         self.path = path
         self.shared = {
             "format": FORMAT,
-            "model": weights_digest(model),
-            "train": _task_digest(train),
-            "held_out": _task_digest(held_out),
+            "model": of_weights(model),
+            "train": of_task(train),
+            "held_out": of_task(held_out),
             **shared,
         }
 
@@ -118,7 +113,7 @@ class Folder:
         return found, Cost(**note["cost"]), figures
 
     def _identity(self, run: Run) -> dict[str, Any]:
-        identity = self.shared | {"method": run.method, "settings": _plain(run.settings)}
+        identity = self.shared | {"method": run.method, "settings": of_setting(run.settings)}
         return json.loads(json.dumps(identity))
 
     def _write_note(self, run: Run, fields: dict[str, Any]) -> None:
@@ -155,28 +150,3 @@ def _check_note(note: dict[str, Any]) -> None:
         Cost(**cost)
     for figures in of_kind(note["figures"] or [], list, "figures"):
         Evaluation(**figures)
-
-
-def _task_digest(task: Task) -> str:
-    tokens = [
-        [t.tolist() for t in getattr(task, name)]
-        for name in ("clean", "corrupted", "positions", "answers", "distractors")
-    ]
-    return checkpoints.digest([tokens, task.objective, task.prepend_bos])
-
-
-def _plain(value: Any) -> Any:
-    """A setting as JSON that is the same for the same setting."""
-    if isinstance(value, EdgeScores):
-        value = [value.graph.to_dict(), value.tensor, value.by_magnitude]
-    if isinstance(value, Tensor):
-        return {"tensor": checkpoints.digest(value.detach().cpu().double().tolist())}
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if is_dataclass(value) and not isinstance(value, type):
-        return {"kind": type(value).__name__, **_plain(vars(value))}
-    if value is None or isinstance(value, str | int | float | bool):
-        return value
-    return getattr(value, "__qualname__", None) or str(value)

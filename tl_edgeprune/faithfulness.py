@@ -141,13 +141,18 @@ def faithfulness_curve(
 def mib_faithfulness(
     model: Any, scores: EdgeScores, task: Task, *, convention: str = "mib", **settings: Any
 ) -> MibFaithfulness:
-    """CPR and CMD as MIB defines them: two curves, of signed top scores and of top magnitudes."""
-    signed, absolute = (
+    """CPR and CMD as MIB defines them: two curves, of signed top scores and of top magnitudes.
+
+    Scores that are ranked as they are (log alphas) have one curve: a large negative one is the
+    first to go.
+    """
+    signed, *other = (
         faithfulness_curve(
-            model, scores, task, absolute=by_magnitude, convention=convention, **settings
+            model, scores, task, absolute=absolute, convention=convention, **settings
         )
-        for by_magnitude in (False, True)
+        for absolute in ((False, True) if scores.by_magnitude else (False,))
     )
+    absolute = other[0] if other else signed
     return MibFaithfulness(signed.cpr, absolute.cmd, signed, absolute)
 
 

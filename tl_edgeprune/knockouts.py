@@ -83,7 +83,11 @@ class Minimality:
 
     @property
     def least(self) -> str:
-        """The name of the lowest score: what the circuit needs least."""
+        """The name of the lowest score: what the circuit needs least. Raises ValueError where there
+        is none.
+        """
+        if not self.scores:
+            raise ValueError("the circuit has no heads and MLPs, so none of them is the least.")
         return min(self.scores, key=lambda name: self.scores[name])
 
 

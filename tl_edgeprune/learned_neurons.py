@@ -58,7 +58,10 @@ class LearnedNeurons:
         gates = self.pruner.sampler(shifted, generator)
         penalty = self.controller.penalty(gates, shifted, target)
         if self.has_budget and progress >= 1 - self.pruner.hard_share:
-            gates = top_gates(shifted, self.log_alpha.detach(), max(1, round(target)))
+            size = self.pruner.n_neurons
+            if size is None or isinstance(self.controller, ExactBudget):
+                size = max(1, round(target))
+            gates = top_gates(shifted, self.log_alpha.detach(), size)
         return gates.view(self.shape), penalty
 
     def expected(self, target: float) -> float:

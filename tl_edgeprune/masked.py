@@ -171,7 +171,12 @@ def _ablation_kind(kind: Ablation | None, corrupted: Tensor | None, prompts: Any
 
 
 def check_ablation(kind: Ablation) -> None:
-    """Raise ValueError unless `kind` is an ablation's name or constants."""
+    """Raise ValueError for an unknown name, TypeError for what is neither a name nor constants."""
+    if not isinstance(kind, str | Constants):
+        raise TypeError(
+            f"ablation={kind!r:.100}: expected one of {', '.join(ablations.ABLATIONS)}, or "
+            "Constants."
+        )
     if kind == OPTIMAL:
         raise ValueError(
             "ablation='optimal' needs the constants that were learned: give ablation=constants, "

@@ -173,6 +173,7 @@ class ExactBudget:
             raise ValueError(
                 f"unknown schedule {self.schedule!r}: expected annealed, sampled or fixed."
             )
+        _check_share("anneal", self.anneal)
 
     def start(self, n_edges: int, budget: int | None) -> None:
         if budget is None and self.schedule != "sampled":
@@ -202,6 +203,11 @@ class ExactBudget:
         return {}
 
 
+def _check_share(name: str, share: float) -> None:
+    if not 0 < share <= 1:
+        raise ValueError(f"{name}={share}: expected a share of the run, above 0 and up to 1.")
+
+
 @dataclass
 class Lagrangian:
     """The paper's controller: L + lambda1 (t - s) + lambda2 (t - s)^2, the lambdas by ascent.
@@ -218,6 +224,9 @@ class Lagrangian:
     lambda2: Tensor = field(default_factory=lambda: torch.zeros(()))
     n_edges: int = field(default=0, init=False)
     budget: int | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        _check_share("warmup", self.warmup)
 
     def start(self, n_edges: int, budget: int | None) -> None:
         if budget is None and self.target_sparsity is None:

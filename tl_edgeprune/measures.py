@@ -59,6 +59,7 @@ def figures_for(task: Task) -> Figures:
     and wrong tokens; accuracy with any of them.
     """
     with_distractor, with_sets = has_logit_diff(task), has_prob_diff(task)
+    with_answers = all(map(len, task.answers))
 
     def figures(logits: Tensor, lesson: Lesson) -> Mapping[str, Tensor]:
         batch, full = lesson.batch, lesson.full
@@ -74,7 +75,7 @@ def figures_for(task: Task) -> Figures:
             found["prob_diff"] = prob_diff(logits, batch)
         if with_distractor:
             found["accuracy"] = found["logit_diff"] > 0
-        elif batch.answers.shape[1]:
+        elif with_answers:
             found["accuracy"] = (logits.argmax(-1) == batch.answers).all(-1)
         elif with_sets:
             found["accuracy"] = found["prob_diff"] > 0

@@ -70,7 +70,8 @@ def polish(
             else:
                 count = (count + 1) // 2
     moved = int((mask & ~circuit.mask).sum())
-    note = {"polish": {"before": first, "after": value, "exchanged": moved}}
+    note: dict[str, Any] = {"polish": {"before": first, "after": value, "exchanged": moved}}
+    note["ablation"] = str(kind)
     return Circuit(circuit.graph, mask, circuit.metadata | note)
 
 

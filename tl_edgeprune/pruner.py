@@ -19,7 +19,7 @@ import copy
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_edgeprune import checkpoints
 from tl_edgeprune.circuit import Circuit, check_budget
 from tl_edgeprune.constants import OPTIMAL, Ablation, Constants
 from tl_edgeprune.distributed import Ranks
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.hooks import find_sites, model_kind
+from tl_edgeprune.identities import digest, of_setting, of_weights
 from tl_edgeprune.locks import held_file
 from tl_edgeprune.masked import MaskedModel, check_ablation
 from tl_edgeprune.masks import (
@@ -301,6 +301,7 @@ class EdgePruner:
             check_budget(self.n_edges, graph)
         engine = RecomputedModel if self.recompute else MaskedModel
         writes = self.checkpoint if Ranks.current().first else None
+        weights = of_weights(model) if self.checkpoint or resume else None
         with (
             held_file(writes) if writes else nullcontext(),
             placed(model, self.dtype, self.device),
@@ -308,7 +309,7 @@ class EdgePruner:
         ):
             if self.n_neurons is not None:
                 check_neuron_budget(self.n_neurons, math.prod(run.neuron_shape))
-            fit = Training(self, run, task, loss_of)
+            fit = Training(self, run, task, loss_of, weights)
             if resume is not None:
                 fit.restore(resume)
             fit.meet()
@@ -349,9 +350,9 @@ class EdgePruner:
     def settings(self) -> dict[str, Any]:
         """The settings as plain JSON values."""
         skip = ("checkpoint", "checkpoint_every", "progress", "init_scores", "objective")
-        values = {k: _plain(v) for k, v in vars(self).items() if k not in skip}
+        values = {k: of_setting(v) for k, v in vars(self).items() if k not in skip}
         values["init_scores"] = _plain_scores(self.init_scores)
-        values["objective"] = _plain_objective(self.objective)
+        values["objective"], values["sampler"] = _named(self.objective), _named(self.sampler)
         return values
 
     def _check(self) -> None:
@@ -364,6 +365,8 @@ class EdgePruner:
                 raise ValueError(f"{name}={getattr(self, name)}: expected 1 or more.")
         if self.ablation != OPTIMAL:
             check_ablation(self.ablation)
+        if self.checkpoint is not None and Path(self.checkpoint).is_dir():
+            raise ValueError(f"checkpoint={str(self.checkpoint)!r} is a folder: give a file in it.")
         if not self.lr > 0:
             raise ValueError(f"lr={self.lr}: expected a number above 0.")
         for name in ("hard_share", "average_share"):
@@ -418,24 +421,11 @@ class EdgePruner:
         return self.split_embeddings and find_sites(model).has_positions
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return None
-    if callable(value) and hasattr(value, "__name__"):
-        return value.__name__
-    if is_dataclass(value) and not isinstance(value, type):
-        fields = {k: _plain(v) for k, v in vars(value).items() if not isinstance(v, Tensor)}
-        return {"kind": type(value).__name__, **fields}
-    if isinstance(value, tuple | list):
-        return [_plain(v) for v in value]
-    return value if isinstance(value, str | int | float | bool | None) else str(value)
-
-
 def _plain_scores(scores: Any) -> Any:
     if isinstance(scores, EdgeScores):
-        return {"scores": scores.metadata, "digest": checkpoints.digest(scores.tensor.tolist())}
-    return checkpoints.digest(scores.tolist()) if isinstance(scores, Tensor) else scores
+        return {"scores": scores.metadata, "digest": digest(scores.tensor.tolist())}
+    return digest(scores.tolist()) if isinstance(scores, Tensor) else scores
 
 
-def _plain_objective(objective: Callable[..., Any] | str | None) -> str | None:
-    return getattr(objective, "__name__", repr(objective)) if callable(objective) else objective
+def _named(function: Callable[..., Any] | str | None) -> str | None:
+    return getattr(function, "__name__", repr(function)) if callable(function) else function

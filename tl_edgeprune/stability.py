@@ -99,6 +99,8 @@ def stability(
         pairs = task if resample is None else bootstrap(task, resample)
         own = settings if seed is None else settings | {"seed": seed}
         found = registry.discover(model, pairs, method=method, **own)
+        if not found.metadata.get("finished", True):  # Edge Pruning keeps what Ctrl-C left it
+            raise KeyboardInterrupt
         circuits.append(found if isinstance(found, Circuit) else found.top(size, absolute=absolute))
     return Stability(tuple(circuits), runs)
 

@@ -88,6 +88,11 @@ def measure_circuits(
 
     full, own = sweep(model, graph, masks, task, figures, **settings)
     rows = [one["measure"] for one in own]
+    if not all(bool(torch.isfinite(row).all()) for row in rows):
+        raise ValueError(
+            f"a circuit of task {task.name!r} measures NaN or infinite: check the model's weights "
+            "and dtype, or the measure."
+        )
     return Measured(full["measure"], torch.stack(rows) if rows else torch.empty(0, len(task)))
 
 

@@ -21,11 +21,13 @@ from tl_edgeprune.distributed import LostProcess, Ranks
 from tl_edgeprune.ends import edge_ends
 from tl_edgeprune.feed import Feed
 from tl_edgeprune.hooks import is_folded
+from tl_edgeprune.identities import digest, of_setting, of_task
 from tl_edgeprune.learned_constants import LearnedConstants
 from tl_edgeprune.learned_neurons import LearnedNeurons, gate_scores
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.masks import (
     ExactBudget,
+    Penalty,
     first_log_alpha,
     open_probability,
     sample_gates,
@@ -36,7 +38,7 @@ from tl_edgeprune.methods.mask_ig import mask_path
 from tl_edgeprune.objectives import Objective
 from tl_edgeprune.scores import EdgeScores
 from tl_edgeprune.strangers import damaged, of_kind
-from tl_edgeprune.tasks.stream import AnyTask, identity, sample
+from tl_edgeprune.tasks.stream import AnyTask, sample
 from tl_edgeprune.teacher import Teacher
 
 if TYPE_CHECKING:
@@ -53,8 +55,15 @@ class Training:
     """One run of an EdgePruner: its parameters, its optimisers, its history."""
 
     def __init__(
-        self, pruner: EdgePruner, run: MaskedModel, task: AnyTask, loss_of: Objective
+        self,
+        pruner: EdgePruner,
+        run: MaskedModel,
+        task: AnyTask,
+        loss_of: Objective,
+        weights: str | None = None,
     ) -> None:
+        """weights: what tells the model's own from another's in checkpoints."""
+        self.weights = weights
         self.ranks = Ranks.current()
         self.pruner, self.run = self.ranks.own(pruner), run
         self.loss_of = loss_of
@@ -164,16 +173,21 @@ class Training:
         penalty = self.controller.penalty(mask, shifted, target)
         if self.pruner.attachment is not None:
             penalty = penalty + self.pruner.attachment(open_probability(shifted), self.graph)
+        if progress >= 1 - self.pruner.hard_share:  # nodes rest, which no longer reach the loss
+            return top_gates(shifted, self._ranking_now(), self._hard_size(target)), penalty
         if self.node_log_alpha is not None:
             nodes = sample_gates(self.node_log_alpha, generator)
             mask = mask * nodes[self.source_of_edge]
             if self.node_controller is not None:
                 wanted = self.node_controller.target(progress, 0.0)
                 penalty = penalty + self.node_controller.penalty(nodes, self.node_log_alpha, wanted)
-        if progress >= 1 - self.pruner.hard_share:
-            budget = max(1, round(target))  # a Lagrangian may aim below 0
-            mask = top_gates(shifted, self._ranking_now(), budget)
         return mask, penalty
+
+    def _hard_size(self, target: float) -> int:
+        """Edges of a hard mask: the step's budget; the circuit's size where there is none."""
+        if isinstance(self.controller, ExactBudget) or self.pruner.n_edges is None:
+            return max(1, round(target))
+        return self.pruner.n_edges
 
     def _update(self) -> None:
         settings = self.pruner.optimizer
@@ -196,7 +210,7 @@ class Training:
 
     def meet(self) -> None:
         """With other processes: see that all do the same run, from the same masks."""
-        done = checkpoints.digest([self.identity, len(self.history)])
+        done = digest([self.identity, len(self.history)])
         self.ranks.check_same(done, self.device)
         self.ranks.hand_out(self._learned())
 
@@ -323,7 +337,10 @@ class Training:
         """Edges of the circuit: as asked, or as many as a Lagrangian run expects to keep."""
         if self.pruner.n_edges is not None or isinstance(self.controller, ExactBudget):
             return self.pruner.n_edges
-        return max(1, round(float(torch.sigmoid(self.ranking()).sum())))
+        if self.node_log_alpha is None:
+            return max(1, round(float(torch.sigmoid(self.ranking()).sum())))
+        edges, nodes = (torch.sigmoid(a.detach()) for a in (self.log_alpha, self.node_log_alpha))
+        return max(1, round(float((edges * nodes[self.source_of_edge]).sum())))
 
     def final_constants(self) -> Constants | None:
         """What removed edges carry, where it is constants."""
@@ -358,7 +375,8 @@ class Training:
             tensors |= self.constants.tensors()
             optimizers["constants"] = self.constants.optimizer
         seconds = self.seconds_before + time.monotonic() - self.started
-        note = {"history": self.history, "seconds": seconds, "place": self.place, **self.identity}
+        note = {"history": self.history, "seconds": seconds, "place": self.place}
+        note |= {"weights": self.weights, **self.identity}
         checkpoints.save(path, tensors, optimizers, note)
 
     def _left_behind(self) -> str:
@@ -374,8 +392,11 @@ class Training:
         one of another run.
         """
         tensors, states, note = checkpoints.load(path)
-        for key, value in self.identity.items():
-            if note.get(key) != value:
+        if "about" in note:
+            raise ValueError(f"checkpoint {path} is of a search, not of EdgePruner.")
+        weights = {} if self.weights is None else {"weights": self.weights}
+        for key, value in (weights | self.identity).items():
+            if note.get(key) != value and (key != "weights" or note.get(key) is not None):
                 raise ValueError(
                     f"checkpoint {path} is of another run: its {key} is "
                     f"{note.get(key)!s:.1000}, this run's {value}."
@@ -410,8 +431,9 @@ class Training:
         """What a checkpoint and the run that it resumes have in common."""
         return {
             "settings": json.loads(json.dumps(self.pruner.settings())),
+            "functions": [of_setting(self.pruner.objective), of_setting(self.pruner.sampler)],
             "graph": self.graph.to_dict(),
-            "task": checkpoints.digest(identity(self.task)),
+            "task": of_task(self.task),
         }
 
     # --------------------------------------------------------------------------------- details
@@ -442,7 +464,10 @@ class Training:
     def _note(self, step: int, loss: float, target: float, neurons: float | None) -> None:
         with torch.no_grad():
             gates = self.controller.gates(self.log_alpha.detach(), target)
-            edges = float(open_probability(gates).sum())
+            if isinstance(self.controller, Penalty):
+                edges = float(self.controller.probability(gates).sum())
+            else:
+                edges = float(open_probability(gates).sum())
         seconds = self.seconds_before + time.monotonic() - self.started
         entry = {"step": step, "loss": loss, "edges": edges, "target": target, "seconds": seconds}
         if self.neurons is not None and neurons is not None:

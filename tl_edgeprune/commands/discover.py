@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from tl_edgeprune.commands import options
 from tl_edgeprune.commands.inputs import HELD_OUT, Inputs
-from tl_edgeprune.commands.named import parsed
+from tl_edgeprune.commands.named import parsed, whole_path
 from tl_edgeprune.commands.run_folder import Run, check_free
 from tl_edgeprune.commands.told import told
 
@@ -70,8 +70,9 @@ def discover(
     if "seed" in settings_of(method):
         given = {"seed": seed} | given
     if ablation is not None:
-        given = {"ablation": ablation} | given
+        given = {"ablation": whole_path(ablation)} | given
     method_settings(method, given)
+    _check_needed(method, given)
     _check_size(method, n_edges)
     how = {"absolute": absolute, "alive": alive}
     wanted = {"method": method, "n_edges": n_edges, "settings": given, **how}
@@ -84,6 +85,15 @@ def discover(
         return
     run = Run.new("discover", inputs, wanted)
     search_in(out, run, new=True, as_json=as_json, progress=progress)
+
+
+def _check_needed(method: str, given: dict[str, Any]) -> None:
+    """Raise ValueError for a setting that the method cannot do without."""
+    from tl_edgeprune.methods.registry import needed_by
+
+    missing = [name for name in needed_by(method) if name not in given]
+    if missing:
+        raise ValueError(f"{method} needs {' and '.join(missing)}: give --set {missing[0]}=….")
 
 
 def _check_size(method: str, n_edges: int | None) -> None:

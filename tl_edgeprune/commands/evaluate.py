@@ -82,6 +82,8 @@ def load_circuit(path: Path) -> Any:
     """The Circuit of a file. Raises FileNotFoundError, and ValueError for a file that is none."""
     from tl_edgeprune.circuit import Circuit
 
+    if path.is_dir():
+        raise FileNotFoundError(f"{path} is a folder: give its circuit, {path / 'circuit.json'}.")
     if not path.is_file():
         raise FileNotFoundError(
             f"circuit {str(path)!r}: no such file. Expected a circuit.json, as tl-edgeprune prune "

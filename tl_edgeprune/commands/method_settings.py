@@ -35,6 +35,10 @@ def runs_settings(methods: Iterable[str], given: Mapping[str, Any]) -> dict[str,
         name, _, setting = key.partition(".")
         method = known_name("--set", name.replace("_", "-"), methods)
         found.setdefault(method, {})
+        if not setting and not isinstance(value, Mapping):
+            raise ValueError(
+                f"--set {name}={value!r}: expected a setting of it, such as {name}.steps=5."
+            )
         found[method] |= {setting: value} if setting else dict(value)
     return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 
@@ -54,3 +55,10 @@ def checked(option: str, values: Mapping[str, Any], hints: Mapping[str, Any]) ->
             shown = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
             raise ValueError(f"{option} {name}={json.dumps(value)}: expected {shown}.")
     return found
+
+
+def whole_path(given: str | None) -> str | None:
+    """A file's whole path, so that resume finds it from anywhere; a name as it is."""
+    if given is None or not given.endswith(".safetensors"):
+        return given
+    return str(Path(given).resolve())

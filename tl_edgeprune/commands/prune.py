@@ -9,7 +9,7 @@ import typer
 
 from tl_edgeprune.commands import options
 from tl_edgeprune.commands.inputs import HELD_OUT, Inputs
-from tl_edgeprune.commands.named import parsed
+from tl_edgeprune.commands.named import parsed, whole_path
 from tl_edgeprune.commands.run_folder import Run, check_free
 from tl_edgeprune.commands.told import told
 
@@ -146,13 +146,13 @@ def prune(
         "lr": lr,
         "batch_size": batch_size,
         "accumulate": accumulate,
-        "ablation": _file(ablation),
+        "ablation": whole_path(ablation),
         "objective": objective,
         "controller": _part("--controller", controller),
         "hard_share": hard_share,
         "average_share": average_share,
         "optimizer": _part("--optimizer", optimizer),
-        "init_scores": _file(init_scores),
+        "init_scores": whole_path(init_scores),
         "init_log_alpha": None if init_log_alpha is None else list(init_log_alpha),
         "node_masks": node_masks,
         "node_controller": _part("--node-controller", node_controller),
@@ -208,13 +208,6 @@ def _part(option: str, texts: list[str] | None) -> dict[str, Any] | None:
     if not texts:
         return None
     return parsed(option, [text if "=" in text else f"kind={text}" for text in texts])
-
-
-def _file(given: str | None) -> str | None:
-    """A file's whole path, so that resume finds it from anywhere; a name as it is."""
-    if given is None or not given.endswith(".safetensors"):
-        return given
-    return str(Path(given).resolve())
 
 
 def _check_objective(name: str | None) -> None:

@@ -31,7 +31,13 @@ SAFETENSORS = ".safetensors"
 
 def resolved(given: Mapping[str, Any], *, paper: bool = False) -> dict[str, Any]:
     """Every setting: those given, over EdgePruner's own or those of `EdgePruner.paper`."""
-    start = (EdgePruner.paper if paper else EdgePruner)(given.get("n_edges"))
+    new, n_edges = EdgePruner.paper if paper else EdgePruner, given.get("n_edges")
+    start = new(n_edges)
+    if "controller" in given:  # other defaults hang on it
+        asked = given["controller"]
+        if isinstance(asked, Mapping):
+            asked = _over(_plain(start.controller), asked)
+        start = new(n_edges, controller=made("controller", asked))
     settings = {name: _plain(getattr(start, name)) for name in NAMES}
     for name, value in given.items():
         if isinstance(value, Mapping):

@@ -58,7 +58,7 @@ class Run:
         if not path.is_file():
             raise FileNotFoundError(
                 f"{folder} holds no run: it has no {SETTINGS}. Give a folder that tl-edgeprune "
-                "prune … --out wrote."
+                "prune, discover or compare wrote (--out)."
             )
         document = read_json(path, "file of settings", AGAIN)
         with damaged(path, AGAIN):
@@ -111,9 +111,10 @@ def check_free(folder: Path) -> None:
         raise FileExistsError(f"--out {folder} is a file: give a folder.")
     found = [name for name in FILES if (folder / name).exists()]
     if found:
+        unfinished = SETTINGS in found and not {CIRCUIT, SCORES} & {*found}
         further = (
             f"go on with it by tl-edgeprune resume {folder}, or"
-            if SETTINGS in found
+            if unfinished
             else "runs do not mix:"
         )
         raise FileExistsError(

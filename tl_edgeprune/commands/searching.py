@@ -7,12 +7,16 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from tl_edgeprune.circuit import check_budget
 from tl_edgeprune.commands.found import circuit_of, judged, write
 from tl_edgeprune.commands.method_settings import method_settings
 from tl_edgeprune.commands.run_folder import AGAIN, CHECKPOINT, SETTINGS, Run
+from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.locks import held
 from tl_edgeprune.methods.registry import checkpointed, discover, settings_of
+from tl_edgeprune.positions import graph_at
 from tl_edgeprune.strangers import damaged, of_kind
+from tl_edgeprune.tasks import Task
 
 
 def search_in(folder: Path, run: Run, *, new: bool, as_json: bool, progress: bool = True) -> None:
@@ -30,12 +34,17 @@ def search_in(folder: Path, run: Run, *, new: bool, as_json: bool, progress: boo
         try:
             loaded = inputs.load_model()
             found_on, judged_on = inputs.split(inputs.load_pairs(loaded))
+            _check_size(loaded, found_on, n_edges, settings)
             settings = checkpointed(method, checkpoint, settings)
             found = discover(loaded, found_on, method, **settings)
             if not found.metadata.get("finished", True):  # Edge Pruning keeps what Ctrl-C left it
                 raise KeyboardInterrupt
             circuit = circuit_of(found, n_edges, **how)
             figures = judged(loaded, circuit, judged_on, settings.get("ablation"))
+        except KeyError as error:
+            if "edges" not in settings:
+                raise
+            raise ValueError(f"--set edges: {error.args[0]}") from None
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"stopped. Go on with tl-edgeprune resume {folder}") from None
         files = write(folder, found, circuit, figures)
@@ -47,6 +56,15 @@ def search_in(folder: Path, run: Run, *, new: bool, as_json: bool, progress: boo
     if figures is not None:
         print(f"On {figures.n_pairs} pairs that the circuit was not found on:\n\n{figures}\n")
     print(f"In {folder}/: {', '.join(files)}.")
+
+
+def _check_size(model: Any, task: Task, n_edges: int | None, settings: dict[str, Any]) -> None:
+    """Raise ValueError for more edges than there are, before the search."""
+    if n_edges is None:
+        return
+    split = {n: settings[n] for n in ("split_qkv", "split_embeddings") if n in settings}
+    graph = EdgeGraph.from_model(model, **split)
+    check_budget(n_edges, graph_at(model, graph, task, settings.get("positions")) or graph)
 
 
 def _check_kinds(n_edges: Any, absolute: Any, alive: Any) -> None:

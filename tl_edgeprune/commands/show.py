@@ -57,7 +57,7 @@ def show(
                 f"{found.graph}."
             )
     figures = [_figures(circuit), *([] if other is None else [_figures(other)])]
-    out = out or circuit.with_suffix(".html")
+    out = _page(out, circuit)
     found.report(out, title=title, scores=ranked, other=second, measures=figures)
     for path in (svg, png):
         if path is not None:
@@ -70,6 +70,20 @@ def show(
     beside = [str(path) for path in (svg, png, dot) if path is not None]
     if beside:
         print(f"Also written: {', '.join(beside)}.")
+
+
+def _page(out: Path | None, circuit: Path) -> Path:
+    """Where the page goes. Raises ValueError for no page's name, and FileExistsError for the page
+    that a run wrote itself.
+    """
+    if out is not None:
+        if out.suffix.lower() not in (".html", ".htm"):
+            raise ValueError(f"--out {out}: its name must end in .html.")
+        return out
+    out = circuit.with_suffix(".html")
+    if out.exists():
+        raise FileExistsError(f"{out} is there already: open it, or give --out for another page.")
+    return out
 
 
 def _figures(circuit: Path) -> dict[str, Any] | None:

@@ -17,10 +17,10 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_edgeprune.checkpoints import digest
 from tl_edgeprune.constants import Ablation
 from tl_edgeprune.cuts import WholeCuts, find_cuts
 from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.identities import digest, of_setting
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.methods.gradients import origin
 from tl_edgeprune.methods.saved import Saved, saving
@@ -54,6 +54,8 @@ def exact(
     minute; if it is there, the run goes on. Raises KeyError for an unknown edge, and ValueError as
     `find_objective` does and for another run's checkpoint.
     """
+    if isinstance(edges, str):
+        raise ValueError(f"edges={edges!r}: expected a list of names, such as [{edges!r}].")
     loss_of = find_objective(objective, task)
     check_vocabulary(task, int(model.cfg.d_vocab))
     graph = graph_at(model, graph, task, positions)
@@ -62,8 +64,9 @@ def exact(
         wanted = list(range(run.graph.n_edges))
         if edges is not None:
             wanted = sorted({run.graph.index(edge) for edge in edges})
-        asked = about | {"edges": digest(wanted), "batch_size": batch_size}
-        saved = stack.enter_context(saving(checkpoint, asked, run, task))
+        asked = of_setting({"functions": [objective], "constants": ablation})
+        asked |= {"edges": digest(wanted), "batch_size": batch_size}
+        saved = stack.enter_context(saving(checkpoint, about | asked, run, task))
         scores, done, runs = _before(saved, run.graph, len(wanted))
         teacher = Teacher(run, task, ablation, batch_size=batch_size, max_bytes=0)
         cuts = find_cuts(run, teacher, loss_of, batch_size=batch_size)

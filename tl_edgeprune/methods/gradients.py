@@ -22,6 +22,7 @@ from tl_edgeprune.constants import Ablation
 from tl_edgeprune.forward import Held
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.hooks import is_folded
+from tl_edgeprune.identities import of_setting
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.methods.saved import UNSAVED, Saved, saving
 from tl_edgeprune.methods.totals import total_over_pairs
@@ -31,6 +32,7 @@ from tl_edgeprune.objectives import (
     find_objective,
     has_logit_diff,
     kl,
+    mean_squared_error,
 )
 from tl_edgeprune.positions import graph_at
 from tl_edgeprune.scores import EdgeScores
@@ -120,9 +122,10 @@ def scored(
     check_vocabulary(task, int(model.cfg.d_vocab))
     graph = graph_at(model, graph, task, positions)
     about = origin(model, task, **metadata)
+    asked = {"settings": of_setting(metadata), "batch_size": batch_size}
     with (
         MaskedModel.attach(model, graph) as run,
-        saving(checkpoint, about | {"batch_size": batch_size}, run, task) as saved,
+        saving(checkpoint, about | asked, run, task) as saved,
     ):
         kind = metadata.get("ablation", "counterfactual")
         teacher = Teacher(run, task, kind, batch_size=batch_size, targets=targets, visits=0)
@@ -245,12 +248,13 @@ def differentiable_at_one(
     """
     if objective is None and has_logit_diff(task):
         return "logit-diff"
-    if objective in (None, "kl", "mse") or objective is kl:
+    wanted = task.objective if objective is None else objective
+    if wanted in ("kl", "mse", kl, mean_squared_error):
+        name = getattr(wanted, "__name__", wanted)
         raise ValueError(
-            f"objective {objective or task.objective!r} is smallest at the full model, so its "
-            f"gradient there is zero and {method}'s scores would be noise. Use 'logit-diff' (it "
-            "needs an answer and a distractor of one token each), 'prob-diff' (sets of right and "
-            "wrong tokens), 'log-prob', or a method that looks further: mask-ig, eap-ig."
+            f"objective {name!r} is smallest at the full model, so its gradient there is zero and "
+            f"{method}'s scores would be noise. Use 'logit-diff' (it needs an answer and a "
+            "distractor of one token each), 'prob-diff' (sets of right and wrong tokens), "
+            "'log-prob', or a method that looks further: mask-ig, eap-ig."
         )
-    assert objective is not None
-    return objective
+    return wanted

@@ -29,7 +29,7 @@ from tl_edgeprune.methods.subspace_nodes import subspace_nodes
 from tl_edgeprune.methods.ugs import ugs
 from tl_edgeprune.pruner import EdgePruner
 from tl_edgeprune.scores import EdgeScores
-from tl_edgeprune.tasks.task import Task
+from tl_edgeprune.tasks.stream import AnyTask, TaskStream
 
 METHODS: dict[str, Callable[..., EdgeScores | Circuit]] = {
     "edge-pruning": edge_pruning,
@@ -53,11 +53,15 @@ METHODS: dict[str, Callable[..., EdgeScores | Circuit]] = {
 GIVE_CIRCUITS = ("acdc",)  # they choose the size themselves; the others rank all edges
 # Their further settings are EdgePruner's, or those of what they call; the others' scores_along's.
 TRAINED = ("edge-pruning", "ugs", "subnetwork-probing")
+_SET = {  # what makes them what they are
+    "ugs": ("controller", "sampler", "init_scores", "init_log_alpha"),
+    "subnetwork-probing": ("controller", "init_scores", "init_log_alpha"),
+}
 _SHARED = dict.fromkeys(("greedy-output", "subspace-nodes"), scores_of_gram)
 
 
 def discover(
-    model: Any, task: Task, method: str = "edge-pruning", **settings: Any
+    model: Any, task: AnyTask, method: str = "edge-pruning", **settings: Any
 ) -> EdgeScores | Circuit:
     """Score every edge of a model for a task; a method that chooses the size gives a circuit.
 
@@ -66,23 +70,33 @@ def discover(
         settings: the method's own.
 
     Raises ValueError for an unknown method, a setting that it does not take or one that it needs
-    and did not get, and what the method raises.
+    and did not get, TypeError for a stream of pairs that it does not take, and what the method
+    raises.
     """
     known = settings_of(method)
+    if isinstance(task, TaskStream) and method not in TRAINED:
+        raise TypeError(
+            f"{method} takes a Task, got a TaskStream: give some of its pairs, such as "
+            "stream.chunk(0)."
+        )
     unknown = [name for name in settings if name not in known]
     if unknown:
         raise ValueError(
             f"{method} takes no {' and no '.join(unknown)}: expected some of {', '.join(known)}."
         )
-    own = inspect.signature(METHODS[method]).parameters.values()
-    needed = [p.name for p in own if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
-    missing = [name for name in needed if name not in settings]
+    missing = [name for name in needed_by(method) if name not in settings]
     if missing:
         raise ValueError(
             f"{method} needs {' and '.join(missing)}: give discover(…, {method!r}, "
             f"{', '.join(f'{name}=…' for name in missing)})."
         )
     return METHODS[method](model, task, **settings)
+
+
+def needed_by(method: str) -> list[str]:
+    """Names of the settings that a method cannot do without."""
+    own = inspect.signature(METHODS[method]).parameters.values()
+    return [p.name for p in own if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
 
 
 def settings_of(method: str) -> tuple[str, ...]:
@@ -112,6 +126,7 @@ def parameters_of(method: str) -> dict[str, inspect.Parameter]:
         if method in TRAINED:
             fit = inspect.signature(EdgePruner.fit, eval_str=True).parameters
             further["resume"] = fit["resume"]
-        skip = ("path", "score", "method", "metadata", "magnitudes", "by_magnitude")
+        skip = {"path", "score", "method", "metadata", "magnitudes", "by_magnitude"}
+        skip |= {*_SET.get(method, ())}
         found |= {name: p for name, p in further.items() if name not in (*found, *skip)}
     return {name: p for name, p in found.items() if name not in ("model", "task")}

@@ -15,10 +15,11 @@ from typing import Any
 from torch import Tensor
 
 from tl_edgeprune import checkpoints
+from tl_edgeprune.identities import of_task, of_weights
 from tl_edgeprune.locks import held_file
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.strangers import damaged, of_kind
-from tl_edgeprune.tasks.stream import AnyTask, identity
+from tl_edgeprune.tasks.stream import AnyTask
 
 SAVE_SECONDS = 30.0
 ANEW = "Remove it to start anew."
@@ -41,6 +42,8 @@ class Saved:
         if self._path is None or not self._path.exists():
             return None
         tensors, _, note = checkpoints.load(self._path)
+        if "about" not in note:
+            raise ValueError(f"{self._path} is of a run of EdgePruner: give another path.")
         with self.damaged():
             about = of_kind(note["about"], dict, "about")
             state = of_kind(note["state"], dict, "state")
@@ -79,6 +82,6 @@ def saving(
     if path is None:
         yield UNSAVED
         return
-    whole = about | {"graph": run.graph.to_dict(), "pairs": checkpoints.digest(identity(task))}
+    whole = about | {"graph": run.graph.to_dict(), "pairs": of_task(task)}
     with held_file(path):
-        yield Saved(path, whole | {"weights": checkpoints.weights_digest(run.model)})
+        yield Saved(path, whole | {"weights": of_weights(run.model)})

@@ -128,12 +128,3 @@ def checked(task: AnyTask, check: Callable[[Task], Any]) -> AnyTask:
 def sample(task: AnyTask) -> Task:
     """The task itself, or the first chunk of a stream."""
     return task if isinstance(task, Task) else task.chunk(0)
-
-
-def identity(task: AnyTask) -> Any:
-    """JSON values that are equal for equal pairs in equal order."""
-    if isinstance(task, TaskStream):
-        return task.identity
-    spans = (task.spans,) if task.spans else ()
-    fields = (task.clean, task.corrupted, *spans)
-    return [[tokens.tolist() for tokens in field] for field in fields]
