@@ -132,3 +132,21 @@ def test_what_a_search_cannot_do_is_told_before_it(
     assert "unknown edge 'm0->m9'" in mistake(*asked, "exact", "--set", 'edges=["m0->m9"]')
     assert "expected a list of names" in mistake(*asked, "exact", "--set", "edges=m0->m1")
     assert not out.exists() or left(out) == set()
+
+
+def test_learned_constants_stay_with_what_was_found_under_them(
+    llama: str, gifts: str, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """From another folder too: settings.json has the file's whole path."""
+    loaded: Any = tl_edgeprune.models.load(llama, device="cpu")
+    pairs = tl_edgeprune.tasks.from_jsonl(gifts, loaded)[:4]
+    monkeypatch.chdir(tmp_path)
+    tl_edgeprune.optimal_constants(loaded, pairs, steps=1, progress=False).save("k.safetensors")
+    asked = ["--method", "eap", "--n-edges", 9, "--ablation", "k.safetensors", "--out", "found"]
+    result = told("discover", llama, gifts, *asked, "--json")
+    assert result.exit_code == 0, result.output
+    settings = json.loads(Path("found/settings.json").read_text())["settings"]["settings"]
+    assert settings["ablation"] == str(tmp_path / "k.safetensors")
+    Path("k.safetensors").unlink()
+    judged = json.loads(told("evaluate", "found/circuit.json", "--json").stdout)
+    assert judged == json.loads(result.stdout)["evaluation"]

@@ -33,6 +33,7 @@ from tl_edgeprune.distributed import Ranks
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.hooks import find_sites, model_kind
 from tl_edgeprune.identities import digest, of_setting, of_weights
+from tl_edgeprune.kinds import check_kinds
 from tl_edgeprune.locks import held_file
 from tl_edgeprune.masked import MaskedModel, check_ablation
 from tl_edgeprune.masks import (
@@ -183,7 +184,8 @@ class EdgePruner:
         checkpoint: a file to write the run's state to every `checkpoint_every` steps, atomically.
         progress: show a progress bar.
 
-    Raises ValueError for settings that cannot work, before any run.
+    Raises ValueError for settings that cannot work and TypeError for those of another kind, before
+    any run.
     """
 
     def __init__(
@@ -356,8 +358,7 @@ class EdgePruner:
         return values
 
     def _check(self) -> None:
-        if self.n_edges is not None and not isinstance(self.n_edges, int):
-            raise TypeError(f"n_edges={self.n_edges!r}: expected a whole number of edges, or None.")
+        check_kinds(vars(self))
         if self.n_edges is not None and self.n_edges < 1:
             raise ValueError(f"n_edges={self.n_edges}: a circuit needs at least one edge.")
         for name in ("steps", "batch_size", "accumulate", "checkpoint_every"):

@@ -74,6 +74,7 @@ def discover(
     method_settings(method, given)
     _check_needed(method, given)
     _check_size(method, n_edges)
+    _check_top(method, n_edges, absolute, alive)
     how = {"absolute": absolute, "alive": alive}
     wanted = {"method": method, "n_edges": n_edges, "settings": given, **how}
     check_free(out)
@@ -94,6 +95,19 @@ def _check_needed(method: str, given: dict[str, Any]) -> None:
     missing = [name for name in needed_by(method) if name not in given]
     if missing:
         raise ValueError(f"{method} needs {' and '.join(missing)}: give --set {missing[0]}=….")
+
+
+def _check_top(method: str, n_edges: int | None, absolute: bool | None, alive: bool) -> None:
+    """Raise ValueError for an option of taking top edges where none are taken."""
+    from tl_edgeprune.methods.registry import GIVE_CIRCUITS
+
+    own_size = method in GIVE_CIRCUITS
+    option = "--absolute" if absolute else "--signed"
+    if absolute is not None and own_size:
+        raise ValueError(f"{option}: {method} ranks no edges. Leave it out.")
+    if n_edges is None and (absolute is not None or (alive and not own_size)):
+        option = "--alive" if absolute is None else option
+        raise ValueError(f"{option} is for a circuit's edges: give --n-edges, or leave it out.")
 
 
 def _check_size(method: str, n_edges: int | None) -> None:

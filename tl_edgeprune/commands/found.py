@@ -6,8 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from tl_edgeprune.circuit import Circuit
-from tl_edgeprune.commands.run_folder import CIRCUIT, EVALUATION, PAGE, SCORES, write_json
-from tl_edgeprune.constants import Ablation
+from tl_edgeprune.commands.run_folder import (
+    CIRCUIT,
+    CONSTANTS,
+    EVALUATION,
+    PAGE,
+    SCORES,
+    write_json,
+)
+from tl_edgeprune.constants import Ablation, Constants
 from tl_edgeprune.evaluate import Evaluation, evaluate
 from tl_edgeprune.scores import EdgeScores
 from tl_edgeprune.tasks import Task
@@ -30,10 +37,17 @@ def judged(
 
 
 def write(
-    out: Path, found: EdgeScores | Circuit, circuit: Circuit | None, figures: Evaluation | None
+    out: Path,
+    found: EdgeScores | Circuit,
+    circuit: Circuit | None,
+    figures: Evaluation | None,
+    ablation: Ablation | None,
 ) -> list[str]:
     """Write the files, the circuit last; their names."""
     files = []
+    if isinstance(ablation, Constants):
+        ablation.save(out / CONSTANTS)  # evaluate takes them from there
+        files.append(CONSTANTS)
     scores = found if isinstance(found, EdgeScores) else None
     if scores is not None:
         scores.save(out / SCORES)

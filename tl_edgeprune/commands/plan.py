@@ -39,9 +39,10 @@ def plan(
     least = Work(1, pos, element=element, on_gpu=True)
     if not most:
         need = (sum(step_bytes(shape, least).values()) + RESERVED) / 1e9
+        half = "bfloat16, " if dtype == "float32" else ""
         raise ValueError(
             f"{model} in {dtype} does not fit: one pair of {pos} tokens a forward takes {need:.1f} "
-            f"GB, and {gpu_memory:g} GB are there. Take bfloat16, shorter prompts or a larger GPU."
+            f"GB, and {gpu_memory:g} GB are there. Take {half}shorter prompts or a larger GPU."
         )
     wanted = pairs or most
     forwards = -(-wanted // most)

@@ -47,7 +47,7 @@ def search_in(folder: Path, run: Run, *, new: bool, as_json: bool, progress: boo
             raise ValueError(f"--set edges: {error.args[0]}") from None
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"stopped. Go on with tl-edgeprune resume {folder}") from None
-        files = write(folder, found, circuit, figures)
+        files = write(folder, found, circuit, figures, settings.get("ablation"))
         checkpoint.unlink(missing_ok=True)
     if as_json:
         evaluation = None if figures is None else figures.to_dict()
