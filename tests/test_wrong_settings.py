@@ -279,7 +279,7 @@ def test_what_is_of_another_kind_is_told_without_annotations_being_checked() -> 
     assert done.stdout.splitlines() == [
         "TypeError expected a Task or a TaskStream, got str: make one with tasks.load(name, model, "
         "n=…), tasks.from_jsonl(path, model) or tasks.stream(…).",
-        "TypeError n_edges='10': expected a whole number of edges, or None.",
+        "TypeError n_edges='10': expected a whole number, or None.",
         "TypeError task[0]: slice a task (task[:8] is a Task); one prompt is task.clean[i].",
         "ValueError clean[1] has shape (1, 3) and type torch.int64: expected one dimension of "
         "integers.",
