@@ -60,13 +60,14 @@ FIELDS = ("variant", "seed", "steps", "lr", "n_edges", "kl", "exact_match", "ali
 FIELDS += tuple(f"kl_{size}" for size in SIZES)
 
 
-def done(path: Path) -> set[tuple[str, int, int, float]]:
-    """Variant, seed, steps and learning rate of the rows that are there."""
+def done(path: Path) -> set[tuple[str, int, int, float, int]]:
+    """Variant, seed, steps, learning rate and size of the rows that are there."""
     if not path.exists():
         return set()
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    return {(r["variant"], int(r["seed"]), int(r["steps"]), float(r["lr"])) for r in rows}
+    numbers = [(int(r["seed"]), int(r["steps"]), float(r["lr"]), int(r["n_edges"])) for r in rows]
+    return {(row["variant"], *values) for row, values in zip(rows, numbers, strict=True)}
 
 
 def add(path: Path, row: dict[str, Any]) -> None:
@@ -127,7 +128,8 @@ def main() -> None:
     (out / "history").mkdir(parents=True, exist_ok=True)
     for seed in options.seeds:
         for name in options.variants:
-            if (name, seed, options.steps, rate(name)) not in done(out / "runs.csv"):
+            asked = (name, seed, options.steps, rate(name), options.n_edges)
+            if asked not in done(out / "runs.csv"):
                 values = measured(model, task, name, seed, options, out)
                 row = dict(zip(FIELDS, values, strict=True))
                 add(out / "runs.csv", row)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from command_line import SMALL, left, mistake, told
+from stopping import stop_at_step
 
 import tl_edgeprune
 from tl_edgeprune import Circuit, EdgePruner, EdgeScores, Neurons
@@ -147,18 +148,9 @@ def test_show_draws_two_circuits_in_every_form(run: Path, tmp_path: Path) -> Non
 def test_a_run_that_was_stopped_goes_on_to_the_same_circuit(
     run: Path, llama: str, gifts: str, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    from tl_edgeprune.training import Training
-
-    step = Training._step
-
-    def stopping(self: Any, number: int) -> None:
-        if number == 27:
-            raise KeyboardInterrupt
-        step(self, number)
-
     out = tmp_path / "stopped"
     with monkeypatch.context() as patch:
-        patch.setattr(Training, "_step", stopping)
+        stop_at_step(patch, 27)
         result = told("prune", llama, gifts, *SMALL, "--steps", 30, "--out", out)
     assert result.exit_code == 130
     assert f"after 27 of 30 steps. Go on with tl-edgeprune resume {out}" in result.stderr

@@ -162,3 +162,14 @@ def test_rankings_of_another_model_and_measures_without_a_scale_are_refused():
     scores = random_scores(EdgeGraph.from_model(model))
     with pytest.raises(ValueError, match="with all edges and with none"):
         faithfulness_curve(model, scores, zoo.pairs(model, 2), shares=(1.0,), measure=constant)
+
+
+def test_a_measure_that_is_no_number_is_refused():
+    model = zoo.load("bridge-llama-gqa")
+    scores = random_scores(EdgeGraph.from_model(model))
+
+    def nothing(logits, full, batch):
+        return (logits - full).mean((-1, -2)) / 0
+
+    with pytest.raises(ValueError, match="measures NaN or infinite"):
+        faithfulness_curve(model, scores, zoo.pairs(model, 2), shares=(0.5, 1.0), measure=nothing)

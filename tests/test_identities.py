@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
+from stopping import stop_at_step
 
 from tl_edgeprune import (
     Constants,
@@ -24,7 +25,6 @@ from tl_edgeprune.identities import of_setting, of_task
 from tl_edgeprune.methods import saved
 from tl_edgeprune.objectives import logit_diff
 from tl_edgeprune.tasks.stream import TaskStream
-from tl_edgeprune.training import Training
 
 N = 6
 
@@ -83,18 +83,6 @@ def test_settings_are_told_by_what_they_are_made_with(model: Any, tmp_path: Path
     assert of_setting(loaded) == of_setting(constants) != of_setting(more)
 
 
-def stop(monkeypatch: pytest.MonkeyPatch, at: int = 2) -> Any:
-    """Ctrl-C in a later step."""
-    step = Training._step
-
-    def stopping(self: Any, number: int) -> None:
-        if number == at:
-            raise KeyboardInterrupt
-        step(self, number)
-
-    monkeypatch.setattr(Training, "_step", stopping)
-
-
 def pruner(path: Path, **changes: Any) -> EdgePruner:
     settings = {"steps": 4, "batch_size": 2, "init_scores": None, "progress": False}
     return EdgePruner(20, checkpoint=path, **(settings | changes))
@@ -106,7 +94,7 @@ def test_a_run_does_not_go_on_as_another(
     path = tmp_path / "run.safetensors"
     objective = lambda logits, full, batch: -logit_diff(logits, batch)  # noqa: E731
     with monkeypatch.context() as patch:
-        stop(patch)
+        stop_at_step(patch, 2)
         assert not pruner(path, objective=objective).fit(model, task).finished
     swapped = dataclasses.replace(task, **CHANGES["answers"](task))
     squared = lambda logits, full, batch: logits.square().mean((-1, -2))  # noqa: E731

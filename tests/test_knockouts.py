@@ -122,3 +122,8 @@ def test_a_circuit_of_inputs_alone_has_nothing_to_knock_out(setting):
     direct = Circuit.from_edges(circuit.graph, ["input->logits"])
     with pytest.raises(ValueError, match="no heads or MLPs"):
         completeness(model, direct, task)
+
+
+def test_without_nodes_none_is_the_least():
+    with pytest.raises(ValueError, match="no heads and MLPs, so none of them is the least"):
+        _ = Minimality({}, 1.0, 1.0).least

@@ -18,6 +18,7 @@ from tl_edgeprune.methods.ugs import sample_window
 from tl_edgeprune.objectives import find_objective
 from tl_edgeprune.regularisers import Attachment
 from tl_edgeprune.teacher import Teacher
+from tl_edgeprune.training import Training
 
 MODEL = "bridge-gpt2"
 TRAINED = ("edge-pruning", "ugs", "subnetwork-probing")
@@ -251,3 +252,16 @@ def test_settings_that_make_a_method_what_it_is_are_none_of_its_own() -> None:
         assert name not in settings_of(method) and "steps" in settings_of(method)
         with pytest.raises(ValueError, match=f"{method} takes no {name}"):
             discover(model, zoo.pairs(model, 1), method, **{name: None})
+
+
+def test_ugs_history_counts_edges_by_its_own_probability(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, noted = zoo.load("bridge-gpt2"), []
+    note = Training._note
+
+    def watched(self: Training, *arguments: Any) -> None:
+        note(self, *arguments)
+        noted.append((self.history[-1]["edges"], float(self.log_alpha.detach().sigmoid().sum())))
+
+    monkeypatch.setattr(Training, "_note", watched)
+    discover(model, zoo.pairs(model, 2), "ugs", steps=3, progress=False)
+    assert len(noted) == 3 and all(edges == pytest.approx(sum_) for edges, sum_ in noted)

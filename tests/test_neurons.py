@@ -25,8 +25,10 @@ from tl_edgeprune import (
     ExactBudget,
     Lagrangian,
     Neurons,
+    Penalty,
     evaluate,
     interchange,
+    learned_neurons,
     masked,
 )
 from tl_edgeprune.learned_neurons import gate_scores
@@ -440,3 +442,17 @@ def test_files_of_eap_ig_with_neurons_say_why_they_are_not_read(tmp_path: Path) 
     path.write_text(json.dumps(document))
     with pytest.raises(ValueError, match="is a circuit of neurons.*cuts no edge"):
         Circuit.from_mib(path, graph)
+
+
+def test_hard_neurons_have_their_number_under_a_price_too(monkeypatch):
+    sizes, hard = [], learned_neurons.top_gates
+
+    def watched(shifted, ranking, count):
+        sizes.append(count)
+        return hard(shifted, ranking, count)
+
+    monkeypatch.setattr(learned_neurons, "top_gates", watched)
+    model = zoo.load("bridge-gpt2")
+    settings = {"neurons": "mlp", "n_neurons": 7, "neuron_controller": Penalty(1.0), "steps": 5}
+    EdgePruner(20, progress=False, **settings).fit(model, zoo.pairs(model, 2))
+    assert sizes == [7, 7]

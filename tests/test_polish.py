@@ -55,3 +55,13 @@ def test_wrong_input_is_refused() -> None:
         polish(model, task, Circuit(graph, some), rounds=0)
     with pytest.raises(ValueError, match=f"the circuit has {graph.n_edges} of {graph.n_edges}"):
         polish(model, task, Circuit(graph, torch.ones_like(some)))
+
+
+def test_a_circuit_is_told_by_the_ablation_that_it_was_polished_under():
+    model = zoo.load("bridge-gpt2")
+    task, graph = zoo.pairs(model, 2), EdgeGraph.from_model(model)
+    noise = torch.rand(graph.n_edges, generator=torch.Generator().manual_seed(0))
+    circuit = Circuit.top(graph, noise, 60, ablation="counterfactual")
+    found = polish(model, task, circuit, rounds=1, ablation="zero")
+    assert found.metadata["ablation"] == "zero"
+    assert polish(model, task, circuit, rounds=1).metadata["ablation"] == "counterfactual"

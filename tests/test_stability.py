@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import itertools
 import random
-from typing import Any
 
 import pytest
 import torch
 import zoo
+from stopping import stop_at_step
 
 from tl_edgeprune import EdgePruner, discover
 from tl_edgeprune.circuit import Circuit
 from tl_edgeprune.evaluate import evaluate
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.stability import Stability, bootstrap, stability, takes_seed
-from tl_edgeprune.training import Training
 
 MODEL = "native-ln"
 
@@ -111,14 +110,8 @@ def test_what_gives_nothing_to_compare_is_refused(settings, message):
 
 def test_ctrl_c_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that Edge Pruning ends early is none of the runs."""
-    step, model = Training._step, zoo.load("bridge-gpt2")
-
-    def stopping(self: Any, number: int) -> None:
-        if number == 2:
-            raise KeyboardInterrupt
-        step(self, number)
-
-    monkeypatch.setattr(Training, "_step", stopping)
+    model = zoo.load("bridge-gpt2")
+    stop_at_step(monkeypatch, 2)
     settings = {"size": 20, "seeds": (0, 1), "steps": 4, "progress": False}
     with pytest.raises(KeyboardInterrupt):
         stability(model, zoo.pairs(model, 4), "edge-pruning", **settings)

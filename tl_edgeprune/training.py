@@ -394,9 +394,11 @@ class Training:
         tensors, states, note = checkpoints.load(path)
         if "about" in note:
             raise ValueError(f"checkpoint {path} is of a search, not of EdgePruner.")
-        weights = {} if self.weights is None else {"weights": self.weights}
-        for key, value in (weights | self.identity).items():
-            if note.get(key) != value and (key != "weights" or note.get(key) is not None):
+        expected = self.identity
+        if None not in (self.weights, note.get("weights")):  # else no process had all of them
+            expected = expected | {"weights": self.weights}
+        for key, value in expected.items():
+            if note.get(key) != value:
                 raise ValueError(
                     f"checkpoint {path} is of another run: its {key} is "
                     f"{note.get(key)!s:.1000}, this run's {value}."

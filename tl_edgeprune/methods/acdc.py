@@ -37,7 +37,6 @@ from tl_edgeprune.circuit import Circuit
 from tl_edgeprune.constants import Ablation
 from tl_edgeprune.cuts import PartCuts, WholeCuts, find_cuts
 from tl_edgeprune.graph import EdgeGraph
-from tl_edgeprune.identities import of_setting
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.methods.bisect import Stage, in_groups
 from tl_edgeprune.methods.gradients import origin
@@ -99,10 +98,10 @@ def acdc(
         threshold=float(threshold),
         search=search,
     )
-    asked = of_setting({"functions": [objective], "constants": ablation})
+    settings = {"objective": objective, "ablation": ablation}
     with (
         MaskedModel.attach(model, graph) as run,
-        saving(checkpoint, about | asked, run, task) as saved,
+        saving(checkpoint, about, settings, run, task) as saved,
     ):
         mask, start, runs, stage = _before(saved, run.graph)
         teacher = Teacher(run, task, ablation, batch_size=batch_size, max_bytes=0)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -20,7 +19,6 @@ from tqdm.auto import tqdm
 from tl_edgeprune.constants import Ablation
 from tl_edgeprune.cuts import WholeCuts, find_cuts
 from tl_edgeprune.graph import EdgeGraph
-from tl_edgeprune.identities import digest, of_setting
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.methods.gradients import origin
 from tl_edgeprune.methods.saved import Saved, saving
@@ -60,13 +58,15 @@ def exact(
     check_vocabulary(task, int(model.cfg.d_vocab))
     graph = graph_at(model, graph, task, positions)
     about = origin(model, task, method="exact", objective=objective, ablation=ablation)
-    with MaskedModel.attach(model, graph) as run, ExitStack() as stack:
+    names = None if edges is None else sorted(edges)
+    settings = {"objective": objective, "ablation": ablation, "batch_size": batch_size}
+    with (
+        MaskedModel.attach(model, graph) as run,
+        saving(checkpoint, about, settings | {"edges": names}, run, task) as saved,
+    ):
         wanted = list(range(run.graph.n_edges))
-        if edges is not None:
-            wanted = sorted({run.graph.index(edge) for edge in edges})
-        asked = of_setting({"functions": [objective], "constants": ablation})
-        asked |= {"edges": digest(wanted), "batch_size": batch_size}
-        saved = stack.enter_context(saving(checkpoint, about | asked, run, task))
+        if names is not None:
+            wanted = sorted({run.graph.index(edge) for edge in names})
         scores, done, runs = _before(saved, run.graph, len(wanted))
         teacher = Teacher(run, task, ablation, batch_size=batch_size, max_bytes=0)
         cuts = find_cuts(run, teacher, loss_of, batch_size=batch_size)

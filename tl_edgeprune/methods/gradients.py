@@ -22,7 +22,6 @@ from tl_edgeprune.constants import Ablation
 from tl_edgeprune.forward import Held
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.hooks import is_folded
-from tl_edgeprune.identities import of_setting
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.methods.saved import UNSAVED, Saved, saving
 from tl_edgeprune.methods.totals import total_over_pairs
@@ -122,10 +121,9 @@ def scored(
     check_vocabulary(task, int(model.cfg.d_vocab))
     graph = graph_at(model, graph, task, positions)
     about = origin(model, task, **metadata)
-    asked = {"settings": of_setting(metadata), "batch_size": batch_size}
     with (
         MaskedModel.attach(model, graph) as run,
-        saving(checkpoint, about | asked, run, task) as saved,
+        saving(checkpoint, about, metadata | {"batch_size": batch_size}, run, task) as saved,
     ):
         kind = metadata.get("ablation", "counterfactual")
         teacher = Teacher(run, task, kind, batch_size=batch_size, targets=targets, visits=0)

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from tl_edgeprune import checkpoints
-from tl_edgeprune.identities import of_task, of_weights
+from tl_edgeprune.identities import of_setting, of_task, of_weights
 from tl_edgeprune.locks import held_file
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.strangers import damaged, of_kind
@@ -72,16 +72,21 @@ UNSAVED = Saved(None, {})
 
 @contextmanager
 def saving(
-    path: str | os.PathLike[str] | None, about: dict[str, Any], run: MaskedModel, task: AnyTask
+    path: str | os.PathLike[str] | None,
+    about: dict[str, Any],
+    settings: dict[str, Any],
+    run: MaskedModel,
+    task: AnyTask,
 ) -> Iterator[Saved]:
-    """The state of a search in this model, in its graph and on these pairs, which this process
-    alone writes.
+    """The state of a search with these settings, in this model and its graph and on these pairs,
+    which this process alone writes.
 
     Raises BlockingIOError where another process writes it.
     """
     if path is None:
         yield UNSAVED
         return
-    whole = about | {"graph": run.graph.to_dict(), "pairs": of_task(task)}
+    whole = about | {"settings": of_setting(settings), "graph": run.graph.to_dict()}
+    whole |= {"pairs": of_task(task), "weights": of_weights(run.model)}
     with held_file(path):
-        yield Saved(path, whole | {"weights": of_weights(run.model)})
+        yield Saved(path, whole)
