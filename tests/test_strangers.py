@@ -193,6 +193,9 @@ def readers(training: Training, folder_of: Any) -> dict[str, Reader]:
     def checkpoint(path: Path) -> None:
         trained(path).fit(zoo.build("bridge-gpt2"), training.task)  # the other is in its run
 
+    def resumed(path: Path) -> None:
+        training.go_on(training.left_by(path))
+
     def compared(path: Path) -> None:
         folder_of(path.parent).write(RUN, scores(GRAPH), Cost(1.0, 2.0), [FIGURES])
 
@@ -222,7 +225,7 @@ def readers(training: Training, folder_of: Any) -> dict[str, Reader]:
         "constants": Reader("k.safetensors", constants().save, Constants.load, harmed_safetensors),
         "explanation": Reader("e.json", explanation().save, Explanation.load, of_json),
         "neurons": Reader("n.json", neurons().save, Neurons.load, of_json),
-        "checkpoint": Reader("r.safetensors", checkpoint, training.restore, harmed_safetensors),
+        "checkpoint": Reader("r.safetensors", checkpoint, resumed, harmed_safetensors),
         "acdc": Reader(
             "a.safetensors",
             state(about, {"kept": torch.arange(n_edges) % 3 > 0}, decided),

@@ -20,6 +20,7 @@ from tl_edgeprune import (
     discover,
     evaluate,
     masked,
+    training,
 )
 from tl_edgeprune.evaluate import evaluate_all
 from tl_edgeprune.masked import MaskedModel
@@ -158,6 +159,26 @@ def test_ctrl_c_inside_an_update_saves_no_half_of_it(
     assert not cut.finished and len(cut.history) == 2
     rest = pruner().fit(model, task, resume=path)
     assert rest.finished and rest.log_alpha.equal(whole.log_alpha)
+
+
+def test_a_checkpoint_is_looked_at_before_any_run_and_spares_the_warm_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, path = zoo.load(MODEL), tmp_path / "run.safetensors"
+    task = zoo.pairs(model)
+    warm = {"init_scores": "mask-ig", "checkpoint": path}
+    first = pruner(**warm).scores(model, task, "edge-pruning")
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a run of the model")
+
+    monkeypatch.setattr(training, "path_scores", refuse)
+    assert pruner(**warm).scores(model, task, "edge-pruning").tensor.equal(first.tensor)
+    monkeypatch.setattr(training, "Teacher", refuse)
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        pruner().fit(model, task, resume=tmp_path / "none")
+    with pytest.raises(ValueError, match="its settings"):
+        pruner(21, **warm).scores(model, task, "edge-pruning")
 
 
 def test_checkpoints_of_other_runs_and_damaged_ones_are_refused(tmp_path: Path) -> None:

@@ -311,9 +311,7 @@ class EdgePruner:
         ):
             if self.n_neurons is not None:
                 check_neuron_budget(self.n_neurons, math.prod(run.neuron_shape))
-            fit = Training(self, run, task, loss_of, weights)
-            if resume is not None:
-                fit.restore(resume)
+            fit = Training(self, run, task, loss_of, weights, resume)
             fit.meet()
             finished = fit.train()
         return PruneResult(
@@ -332,7 +330,8 @@ class EdgePruner:
     def scores(
         self, model: Any, task: AnyTask, method: str, *, resume: str | Path | None = None
     ) -> EdgeScores:
-        """`fit`, as scores by that method's name.
+        """`fit`, as scores by that method's name. Goes on from `resume`, by default from the
+        pruner's checkpoint where that is there, as every method does.
 
         Those of a run that Ctrl-C ended early say so in their metadata ("finished": False). Raises
         ValueError for ablation="optimal", whose constants scores cannot hold, and for neurons.
@@ -344,7 +343,8 @@ class EdgePruner:
                 "EdgePruner(…).fit(model, task), which gives both (result.circuit, "
                 "result.neurons)."
             )
-        result = self.fit(model, task, resume=resume)
+        left = self.checkpoint if self.checkpoint and Path(self.checkpoint).exists() else None
+        result = self.fit(model, task, resume=left if resume is None else resume)
         early = {} if result.finished else {"finished": False}
         scores = result.scores
         return replace(scores, metadata=scores.metadata | {"method": method} | early)

@@ -8,7 +8,7 @@ import math
 import time
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -36,6 +36,7 @@ from tl_edgeprune.masks import (
 from tl_edgeprune.methods.gradients import path_scores
 from tl_edgeprune.methods.mask_ig import mask_path
 from tl_edgeprune.objectives import Objective
+from tl_edgeprune.positions import any_task_for
 from tl_edgeprune.scores import EdgeScores
 from tl_edgeprune.strangers import damaged, of_kind
 from tl_edgeprune.tasks.stream import AnyTask, sample
@@ -51,6 +52,15 @@ WARM_STEPS, WARM_PAIRS = 5, 32
 EPOCHS = 10_000_000  # epochs' seeds lie beyond those of steps
 
 
+class Left(NamedTuple):
+    """What a checkpoint holds of a run."""
+
+    path: str | Path
+    tensors: dict[str, Tensor]
+    states: checkpoints.States
+    note: dict[str, Any]
+
+
 class Training:
     """One run of an EdgePruner: its parameters, its optimisers, its history."""
 
@@ -61,13 +71,17 @@ class Training:
         task: AnyTask,
         loss_of: Objective,
         weights: str | None = None,
+        resume: str | Path | None = None,
     ) -> None:
-        """weights: what tells the model's own from another's in checkpoints."""
+        """weights: what tells the model's own from another's in checkpoints. resume: the checkpoint
+        to go on from, which is looked at before any run of the model.
+        """
         self.weights = weights
         self.ranks = Ranks.current()
         self.pruner, self.run = self.ranks.own(pruner), run
         self.loss_of = loss_of
-        self.graph = run.graph
+        self.graph, self.task = run.graph, any_task_for(task, run.graph)
+        left = None if resume is None else self.left_by(resume)
         self.started = time.monotonic()
         self.history: History = []
         self.seconds_before = 0.0
@@ -86,15 +100,16 @@ class Training:
             progress=self.pruner.progress,
             visits=pruner.steps * pruner.accumulate * self.ranks.most(pruner.batch_size),
         )
-        self.task, self.device = self.teacher.task, self.teacher.device
+        self.device = self.teacher.device
         self.controller = copy.deepcopy(pruner.controller)
         self.controller.start(self.graph.n_edges, pruner.n_edges)
         self.node_controller = copy.deepcopy(pruner.node_controller)
         if self.node_controller is not None:
             self.node_controller.start(self.graph.n_sources, None)
-        self.log_alpha = self._first_log_alpha().to(self.device).requires_grad_()
+        first = self._first_log_alpha() if left is None else torch.zeros(self.graph.n_edges)
+        self.log_alpha = first.to(self.device).requires_grad_()
         self.node_log_alpha = self._node_log_alpha()
-        self.neurons = self._learned_neurons()
+        self.neurons = self._learned_neurons(begun=left is not None)
         self.source_of_edge = edge_ends(self.graph, self.device)[0]
         self.average = torch.zeros_like(self.log_alpha, requires_grad=False)
         self.optimizer, self.multipliers = self._optimizers()
@@ -102,6 +117,8 @@ class Training:
             self.task, pruner.batch_size, lambda epoch: _mixed(pruner.seed, EPOCHS + epoch)
         )
         self.place = self.feed.place
+        if left is not None:
+            self.go_on(left)
 
     # -------------------------------------------------------------------------------- the loop
 
@@ -257,11 +274,11 @@ class Training:
         start = mean + std * torch.randn(self.graph.n_sources, generator=generator)
         return start.to(self.device).requires_grad_()
 
-    def _learned_neurons(self) -> LearnedNeurons | None:
+    def _learned_neurons(self, *, begun: bool) -> LearnedNeurons | None:
         if self.pruner.neurons is None:
             return None
         scores = None
-        if self.pruner.init_scores is not None:
+        if self.pruner.init_scores is not None and not begun:
             scores = gate_scores(
                 self.run,
                 self.teacher,
@@ -387,11 +404,12 @@ class Training:
         self.save(path)
         return f"The run ends after {step} steps; it goes on by fit(…, resume={str(path)!r})."
 
-    def restore(self, path: str | Path) -> None:
-        """Go on from a checkpoint. Raises FileNotFoundError, and ValueError for a damaged one and
+    def left_by(self, path: str | Path) -> Left:
+        """What a checkpoint holds. Raises FileNotFoundError, and ValueError for a damaged one and
         one of another run.
         """
-        tensors, states, note = checkpoints.load(path)
+        left = Left(path, *checkpoints.load(path))
+        note = left.note
         if "about" in note:
             raise ValueError(f"checkpoint {path} is of a search, not of EdgePruner.")
         expected = self.identity
@@ -403,8 +421,12 @@ class Training:
                     f"checkpoint {path} is of another run: its {key} is "
                     f"{note.get(key)!s:.1000}, this run's {value}."
                 )
-        with damaged(path, "Start the run anew."):
-            self._restore(tensors, states, note)
+        return left
+
+    def go_on(self, left: Left) -> None:
+        """Go on from a checkpoint. Raises ValueError for a damaged one."""
+        with damaged(left.path, "Start the run anew."):
+            self._restore(left.tensors, left.states, left.note)
 
     def _restore(
         self, tensors: dict[str, Tensor], states: checkpoints.States, note: dict[str, Any]

@@ -105,9 +105,7 @@ def settings_of(method: str) -> tuple[str, ...]:
 
 
 def checkpointed(method: str, file: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings that make a method, where it can, save its state and go on from it too."""
-    if method in TRAINED:
-        return {"checkpoint": file} | ({"resume": file} if file.is_file() else {}) | settings
+    """Settings that make a method, where it can, save its state and go on from it."""
     return ({"checkpoint": file} if "checkpoint" in settings_of(method) else {}) | settings
 
 
