@@ -5,9 +5,10 @@
         [--thresholds 0.01 0.003 0.001] [--pairs 8] [--out runs/fewer-edges]
 
 ACDC by groups (search="bisect") on SmolLM2-135M, the KL its objective, at each threshold; then the
-fewest of the scores' highest edges whose held-out KL is no higher. ACDC's pairs are of those that
-the scores were trained on; the 64 held out are those of settings.py. ACDC's circuits are kept in
---out, and searches that were stopped go on; the table is printed as Markdown.
+fewest of the scores' highest edges whose held-out KL is no higher. The ratio is of edges alive: the
+others do nothing. ACDC's pairs are of those that the scores were trained on; the 64 held out are
+those of settings.py. ACDC's circuits are kept in --out, and searches that were stopped go on; the
+table is printed as Markdown.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from tl_edgeprune import Circuit, EdgeScores, Task, models, tasks
 from tl_edgeprune.evaluate import evaluate, evaluate_all
 from tl_edgeprune.methods.acdc import acdc
 
-AT_ONCE = 8  # circuits of one search step: each step looks at so many sizes
+AT_ONCE = 8
 
 
 def searched(model: Any, train: Task, threshold: float, out: Path) -> Circuit:
@@ -37,23 +38,26 @@ def searched(model: Any, train: Task, threshold: float, out: Path) -> Circuit:
     return circuit
 
 
-def fewest(model: Any, held: Task, scores: EdgeScores, most: float, low: int, high: int) -> int:
-    """The fewest edges in (low, high] that have a KL of at most `most`, by narrowing down.
+def fewest(model: Any, held: Task, scores: EdgeScores, most: float) -> int:
+    """The fewest of the highest edges that have a KL of at most `most`: by powers of two, then
+    `AT_ONCE` sizes at a time between the last that does not serve and the first that does.
 
-    More edges may be worse by chance; the sizes that are looked at get closer to the first that
-    serves. `high` is returned unseen: the caller knows that it serves, or takes it as the end.
+    More edges can be worse by chance: then it is the first of the sizes looked at that serves.
     """
-    while high - low > 1:
+    low, high = 0, scores.graph.n_edges
+    sizes = [2**power for power in range(high.bit_length()) if 2**power < high]
+    while sizes:
+        found = zip(sizes, kls(model, held, scores, sizes), strict=True)
+        high = next((size for size, kl in found if kl <= most), high)
+        low = max([low, *(size for size in sizes if size < high)])
         count = min(AT_ONCE, high - low - 1)
         sizes = [low + (high - low) * (step + 1) // (count + 1) for step in range(count)]
-        found = evaluate_all(model, [scores.top(size) for size in sizes], held)
-        serving = [size for size, each in zip(sizes, found, strict=True) if each.kl <= most]
-        if not serving:
-            low = sizes[-1]
-            continue
-        high = serving[0]
-        low = max([low, *(size for size in sizes if size < high)])
     return high
+
+
+def kls(model: Any, held: Task, scores: EdgeScores, sizes: list[int]) -> list[float]:
+    """The KL of the highest edges, so many."""
+    return [found.kl for found in evaluate_all(model, [*map(scores.top, sizes)], held)]
 
 
 def main() -> None:
@@ -65,14 +69,23 @@ def main() -> None:
     pairs = tasks.load(options.task, model, HELD_OUT + MOST_PAIRS, 0)
     held, train = pairs[:HELD_OUT], pairs[HELD_OUT:][: options.pairs]
     options.out.mkdir(parents=True, exist_ok=True)
-    print("| ACDC's threshold | its edges | its runs | KL | Edge Pruning's edges | ratio |")
-    print("|---|---|---|---|---|---|")
+    print(
+        "| ACDC's threshold | edges alive | runs | KL | Edge Pruning's edges | alive | KL | ratio |"
+    )
+    print("|---" * 8 + "|")
     for threshold in options.thresholds:
         circuit = searched(model, train, threshold, options.out)
         kl = evaluate(model, circuit, held).kl
-        n_edges = fewest(model, held, scores, kl, 0, scores.graph.n_edges)
-        row = (f"{threshold:g}", circuit.n_edges, circuit.metadata["runs"], f"{kl:.2f}", n_edges)
-        print("|", " | ".join(map(str, row)), f"| {circuit.n_edges / n_edges:.2f} |", flush=True)
+        ours = scores.top(fewest(model, held, scores, kl))
+        row = compared(circuit, kl, ours, evaluate(model, ours, held).kl)
+        print(f"| {threshold:g} | {' | '.join(row)} |", flush=True)
+
+
+def compared(circuit: Circuit, kl: float, ours: Circuit, our_kl: float) -> list[str]:
+    """The figures of a row."""
+    alive, our_alive = (each.without_dead_edges().n_edges for each in (circuit, ours))
+    values = (alive, circuit.metadata["runs"], f"{kl:.2f}", ours.n_edges, our_alive)
+    return [*map(str, values), f"{our_kl:.2f}", f"{alive / our_alive:.2f}"]
 
 
 def parser() -> argparse.ArgumentParser:

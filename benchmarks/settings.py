@@ -35,6 +35,7 @@ def kl_and_excess(logits: Tensor, full: Tensor, batch: Batch) -> Tensor:
     return kl(logits, full, batch) + excess.clamp(min=0)
 
 
+AT_ONCE = ExactBudget("sampled", anneal=0.001)  # small budgets from the first step on
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "lr-0.1": {"lr": 0.1},
@@ -56,6 +57,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "any-size-lr-0.2": {"n_edges": None, "lr": 0.2},
     "any-size-hard-0": {"n_edges": None, "hard_share": 0.0},
     "any-size-last": {"n_edges": None, "average_share": 0.0},
+    "at-once": {"n_edges": None, "controller": AT_ONCE},
+    "at-once-lr-0.2": {"n_edges": None, "controller": AT_ONCE, "lr": 0.2},
+    "at-once-last": {"n_edges": None, "controller": AT_ONCE, "average_share": 0.0},
     "average-0.4": {"average_share": 0.4},
     "fixed": {"controller": ExactBudget("fixed")},
     "batch-16": {"batch_size": 16},

@@ -165,13 +165,23 @@ def test_a_fixed_budget_is_the_budget_from_the_first_step():
     assert {started(ExactBudget("fixed")).target(p, 0.3) for p in SHARES} == {50.0}
 
 
-@given(draw=st.floats(0, 1, exclude_max=True), n_edges=st.integers(2, 100_000))
-def test_a_sampled_budget_is_log_uniform_between_its_shares(draw, n_edges):
-    controller = ExactBudget("sampled", start_share=0.3, low_share=0.002)
+@given(
+    draw=st.floats(0, 1, exclude_max=True),
+    n_edges=st.integers(2, 100_000),
+    progress=st.floats(0, 1, exclude_max=True),
+    anneal=st.floats(0.05, 1.0),
+)
+def test_a_sampled_budget_is_log_uniform_above_an_end_that_falls(draw, n_edges, progress, anneal):
+    controller = ExactBudget("sampled", start_share=0.3, low_share=0.002, anneal=anneal)
     controller.start(n_edges, None)
-    low, high = max(1.0, 0.002 * n_edges), max(0.3 * n_edges, max(1.0, 0.002 * n_edges))
-    wanted = min(math.exp(math.log(low) + draw * (math.log(high) - math.log(low))), n_edges - 0.5)
-    assert controller.target(0.5, draw) == pytest.approx(wanted)
+    low = max(1.0, 0.002 * n_edges)
+    high = max(0.3 * n_edges, low)
+    fallen = min(1.0, progress / anneal)
+    lower = math.log(high) + fallen * (math.log(low) - math.log(high))
+    wanted = min(math.exp(lower + draw * (math.log(high) - lower)), n_edges - 0.5)
+    assert controller.target(progress, draw) == pytest.approx(wanted)
+    assert controller.target(0.0, draw) == pytest.approx(min(high, n_edges - 0.5))
+    assert controller.target(anneal, 0.0) == pytest.approx(min(low, n_edges - 0.5))
 
 
 def test_exact_budget_gates_hold_the_budget_and_cost_nothing():

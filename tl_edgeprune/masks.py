@@ -157,8 +157,9 @@ class ExactBudget:
     """The expected number of kept edges is the budget, exactly, at every step.
 
     schedule: "annealed" from `start_share` of all edges down to the budget, geometrically over the
-    first `anneal` of the run; "sampled", log-uniform between `low_share` and `start_share` at every
-    step, so that one run ranks edges for circuits of every size; "fixed" at the budget.
+    first `anneal` of the run; "sampled", log-uniform at every step below `start_share`, down to a
+    lower end that falls to `low_share` in the same way, so that one run ranks edges for circuits of
+    every size; "fixed" at the budget.
     """
 
     schedule: Literal["annealed", "sampled", "fixed"] = "annealed"
@@ -187,11 +188,17 @@ class ExactBudget:
         if self.schedule == "fixed":
             wanted = self.budget
         elif self.schedule == "annealed":
-            wanted = top * (self.budget / top) ** min(1.0, progress / self.anneal)
+            wanted = self._fallen(top, self.budget, progress)
         else:
             low = max(1.0, self.low_share * self.n_edges)
-            wanted = low * (max(top, low) / low) ** draw
+            top = max(top, low)
+            wanted = self._fallen(top, low, progress)
+            wanted *= (top / wanted) ** draw
         return min(max(wanted, 0.5), self.n_edges - 0.5)
+
+    def _fallen(self, top: float, end: float, progress: float) -> float:
+        """Where a geometric fall from `top` to `end` is by now."""
+        return top * (end / top) ** min(1.0, progress / self.anneal)
 
     def gates(self, log_alpha: Tensor, target: float) -> Tensor:
         return log_alpha + budget_shift(log_alpha, target)

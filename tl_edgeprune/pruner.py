@@ -227,8 +227,7 @@ class EdgePruner:
         self.steps = steps
         self.batch_size, self.accumulate = batch_size, accumulate
         self.ablation, self.objective = ablation, objective
-        schedule = "annealed" if n_edges is not None else "sampled"
-        self.controller = controller or ExactBudget(schedule)  # type: ignore[arg-type]
+        self.controller = controller or default_budget(n_edges)
         self.init_scores, self.init_log_alpha = init_scores, init_log_alpha
         self.node_masks, self.node_controller = node_masks, node_controller
         self.optimizer = optimizer or Optimizer()
@@ -243,7 +242,7 @@ class EdgePruner:
         self.neurons, self.n_neurons = neurons, n_neurons
         self.neuron_controller = neuron_controller
         if neurons is not None and neuron_controller is None:
-            self.neuron_controller = ExactBudget("sampled" if n_neurons is None else "annealed")
+            self.neuron_controller = default_budget(n_neurons)
         self.bias_in_heads, self.recompute = bias_in_heads, recompute
         self.dtype, self.device = dtype, device
         self.seed, self.checkpoint, self.checkpoint_every = seed, checkpoint, checkpoint_every
@@ -420,6 +419,11 @@ class EdgePruner:
     def _has_two_embeddings(self, model: Any) -> bool:
         # The published graph has two embedding sources where the model has two embeddings.
         return self.split_embeddings and find_sites(model).has_positions
+
+
+def default_budget(size: int | None) -> ExactBudget:
+    """Towards a size, or for every size."""
+    return ExactBudget("sampled", anneal=0.4) if size is None else ExactBudget()
 
 
 def _plain_scores(scores: Any) -> Any:
