@@ -40,18 +40,26 @@ def searched(model: Any, train: Task, threshold: float, out: Path) -> Circuit:
 
 def fewest(model: Any, held: Task, scores: EdgeScores, most: float) -> int:
     """The fewest of the highest edges that have a KL of at most `most`: by powers of two, then
-    `AT_ONCE` sizes at a time between the last that does not serve and the first that does.
+    between the last that does not serve and the first that does, `AT_ONCE` sizes at a time.
 
     More edges can be worse by chance: then it is the first of the sizes looked at that serves.
     """
-    low, high = 0, scores.graph.n_edges
-    sizes = [2**power for power in range(high.bit_length()) if 2**power < high]
-    while sizes:
+
+    def narrowed(sizes: list[int], low: int, high: int) -> tuple[int, int]:
         found = zip(sizes, kls(model, held, scores, sizes), strict=True)
         high = next((size for size, kl in found if kl <= most), high)
-        low = max([low, *(size for size in sizes if size < high)])
+        return max([low, *(size for size in sizes if size < high)]), high
+
+    low, high = 0, scores.graph.n_edges
+    powers = [2**power for power in range(high.bit_length()) if 2**power < high]
+    for first in range(0, len(powers), AT_ONCE):
+        low, high = narrowed(powers[first : first + AT_ONCE], low, high)
+        if high < scores.graph.n_edges:
+            break
+    while high - low > 1:
         count = min(AT_ONCE, high - low - 1)
         sizes = [low + (high - low) * (step + 1) // (count + 1) for step in range(count)]
+        low, high = narrowed(sizes, low, high)
     return high
 
 

@@ -156,7 +156,8 @@ class EdgePruner:
             corrupted prompts), Constants (optimal ablation), or "optimal": constants learned
             together with the masks, from the means on, which come back as `result.constants`.
         objective: a name of `objectives.OBJECTIVES`, a function, or None for the task's own.
-        controller: ExactBudget() by default, Lagrangian() or Penalty().
+        controller: ExactBudget() by default (without n_edges ExactBudget("sampled", anneal=0.4)),
+            Lagrangian() or Penalty().
         init_scores: where log alphas start: "mask-ig" (five gradients, the default), EdgeScores
             (ranked as their `top` does) or a tensor [n_edges] (by magnitude), or None for all alike
             at `init_log_alpha`.
