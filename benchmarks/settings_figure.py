@@ -79,7 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="of settings.py")
     parser.add_argument("figure", type=Path, help="the file to draw")
-    curves = ["default", "lr-0.1", "lr-0.5", "hard-0.2", "fixed", "init-none", "any-size"]
+    curves = ["default", "lr-0.1", "lr-0.5", "betas-0.8-0.95", "fixed", "init-none", "any-size"]
     parser.add_argument("--curves", nargs="+", default=curves, help="whose training is drawn")
     options = parser.parse_args()
     runs = runs_in(options.folder)
