@@ -1,20 +1,23 @@
-"""Models of GPT-2 small's shape with random weights, without a download, and prompts for them."""
+"""Models of GPT-2 small's and SmolLM2-135M's shapes with random weights, and prompts for them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 import transformers
+from scale import random_model
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 
 from tl_edgeprune import Task
+from tl_edgeprune.planner import find_shape
 
 GPT2 = {"n_embd": 768, "n_head": 12, "n_positions": 1024, "vocab_size": 50257}
-BATCH, POS = 8, 16
+BATCH, POS, VOCAB = 8, 16, 49_152  # tokens that both shapes have
 
 
 def gpt2_bridge(n_layers: int = 12, dtype: torch.dtype = torch.float32) -> TransformerBridge:
@@ -49,16 +52,26 @@ def gpt2_hooked(n_layers: int = 12, dtype: torch.dtype = torch.float32) -> Any:
     return HookedTransformer(config).eval()
 
 
-KINDS: dict[str, Callable[[int], Any]] = {"bridge": gpt2_bridge, "hooked": gpt2_hooked}
+def smollm2_bridge(n_layers: int = 30) -> TransformerBridge:
+    """A TransformerBridge of SmolLM2-135M's shape (or of another depth), random weights."""
+    shape = replace(find_shape("smollm2-135m"), n_layers=n_layers)
+    return random_model(shape, torch.float32, "cpu")
+
+
+KINDS: dict[str, Callable[[int], Any]] = {
+    "bridge": gpt2_bridge,
+    "hooked": gpt2_hooked,
+    "smollm2": smollm2_bridge,
+}
 
 
 def available() -> list[str]:
-    """The model classes of the installed TransformerLens (4 has no HookedTransformer)."""
+    """GPT-2's kinds of the installed TransformerLens (4 has no HookedTransformer)."""
     try:
         from transformer_lens import HookedTransformer  # noqa: F401
     except ImportError:
         return ["bridge"]
-    return list(KINDS)
+    return ["bridge", "hooked"]
 
 
 def load(kind: str, layers: int) -> Any:
@@ -72,7 +85,7 @@ def load(kind: str, layers: int) -> Any:
 def prompts() -> tuple[Tensor, Tensor]:
     """Clean and corrupted tokens, [batch, pos] each."""
     generator = torch.Generator().manual_seed(0)
-    clean, corrupted = torch.randint(0, GPT2["vocab_size"], (2, BATCH, POS), generator=generator)
+    clean, corrupted = torch.randint(0, VOCAB, (2, BATCH, POS), generator=generator)
     return clean, corrupted
 
 

@@ -1,12 +1,13 @@
 """What a masked step costs: forward and backward with edge masks, against the plain model.
 
     python benchmarks/step_cost.py [--layers 4 12 24] [--repeats 7] [--recompute]
+    python benchmarks/step_cost.py --kinds smollm2 --layers 30
 
-GPT-2 small's shape with random weights, 8 prompts of 16 tokens, float32, one thread. Times are
-medians of repeats that alternate plain and masked in one process; memory is the peak resident size
-over three steps less that after loading the model, in a fresh process for each figure, with the
-full model's run for the targets (once, before the steps) and a reference run a step included.
-`--recompute`: with blocks run again in backward.
+GPT-2 small's shape, or SmolLM2-135M's, with random weights, 8 prompts of 16 tokens, float32, one
+thread. Times are medians of repeats that alternate plain and masked in one process; memory is the
+peak resident size over three steps less that after loading the model, in a fresh process for each
+figure, with the full model's run for the targets (once, before the steps) and a reference run a
+step included. `--recompute`: with blocks run again in backward.
 """
 
 from __future__ import annotations

@@ -42,6 +42,7 @@ from tl_edgeprune.methods.bisect import Stage, in_groups
 from tl_edgeprune.methods.gradients import origin
 from tl_edgeprune.methods.saved import Saved, saving
 from tl_edgeprune.methods.sequence import one_by_one
+from tl_edgeprune.methods.singles import Singles
 from tl_edgeprune.objectives import Objective, find_objective
 from tl_edgeprune.positions import graph_at
 from tl_edgeprune.strangers import of_kind
@@ -156,8 +157,13 @@ def _reporter(cuts: WholeCuts, bar: Any, saved: Saved) -> Callable[..., None]:
     def report(edge: int, stage: Stage = FIRST) -> None:
         bar.update(max(0, bar.total - edge - bar.n))
         bar.set_postfix(objective=f"{cuts.value:.4g}", kept=int(cuts.mask[edge:].sum()))
-        values = {"decided_from": edge, "runs": cuts.runs, "stage": asdict(stage)}
-        saved.save({"kept": cuts.mask}, values)
+        singles = None if stage.singles is None else asdict(stage.singles)
+        tensors = {"kept": cuts.mask}
+        if singles is not None:
+            tensors["rises"] = singles.pop("rises")
+        values: dict[str, Any] = {"decided_from": edge, "runs": cuts.runs}
+        values |= {"reach": stage.reach, "singles": singles}
+        saved.save(tensors, values)
 
     return report
 
@@ -172,7 +178,7 @@ def _before(saved: Saved, graph: EdgeGraph) -> tuple[Tensor, int, int, Stage]:
         mask = tensors["kept"]
         decided = of_kind(values["decided_from"], int, "decided_from")
         runs = of_kind(values["runs"], int, "runs")
-        stage = _stage(of_kind(values["stage"], dict, "stage"))
+        stage = Stage(_reach(values["reach"]), _singles(values["singles"], tensors, graph))
         if mask.dtype != torch.bool or mask.shape != (graph.n_edges,):
             raise ValueError(f"kept is {mask.dtype} of shape {tuple(mask.shape)}")
         if not 0 <= decided <= graph.n_edges or runs < 0:
@@ -180,8 +186,21 @@ def _before(saved: Saved, graph: EdgeGraph) -> tuple[Tensor, int, int, Stage]:
     return mask, decided, runs, stage
 
 
-def _stage(saved: dict[str, Any]) -> Stage:
-    reach, single = saved["reach"], of_kind(saved["single"], bool, "single")
-    if reach is not None and not 0 <= of_kind(reach, float, "reach") < math.inf:
-        raise ValueError(f"it says that groups reach {reach}")
-    return Stage(reach, single)
+def _reach(saved: Any) -> float | None:
+    if saved is not None and not 0 <= of_kind(saved, float, "reach") < math.inf:
+        raise ValueError(f"it says that groups reach {saved}")
+    return saved
+
+
+def _singles(saved: Any, tensors: dict[str, Tensor], graph: EdgeGraph) -> Singles | None:
+    """Where trying edges by themselves is."""
+    if saved is None:
+        return None
+    values = of_kind(saved, dict, "singles")
+    left, removed = (of_kind(values[name], int, name) for name in ("reads_left", "removed"))
+    narrow, rises = of_kind(values["narrow"], bool, "narrow"), tensors["rises"]
+    if not 0 <= left <= len(graph.reads) or removed < 0:
+        raise ValueError(f"it says {left} reads left, {removed} edges removed")
+    if rises.dtype != torch.float64 or rises.shape != (graph.n_edges,):
+        raise ValueError(f"rises is {rises.dtype} of shape {tuple(rises.shape)}")
+    return Singles(rises, left, removed, narrow)

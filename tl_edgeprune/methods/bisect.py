@@ -10,9 +10,8 @@
 4. The mask's gradient at what is left tells which removed edges would lower the objective by the
    threshold if they came back; the best of them do, up to a quarter as many as are left. What
    looked dispensable before its companions went is not.
-5. Every kept edge is tried by itself once more; after that, pass after pass, those whose cut raised
-   the objective by less than `CLEAR` thresholds; and all again, until such a pass removes none. So
-   each edge of the circuit raises the objective by at least the threshold when cut.
+5. Kept edges are tried by themselves (`singles.py`), until trying all of them removes none. So each
+   edge of the circuit raises the objective by at least the threshold when cut.
 
 A group goes only where all of it costs less than one edge may. Runs are a few for each edge kept,
 and few for those removed.
@@ -31,12 +30,12 @@ from torch import Tensor
 from tl_edgeprune.cuts import WholeCuts
 from tl_edgeprune.methods.gradients import Path, at, path_scores
 from tl_edgeprune.methods.mask_ig import mask_path
-from tl_edgeprune.methods.sequence import decide, to_decide
+from tl_edgeprune.methods.sequence import to_decide
+from tl_edgeprune.methods.singles import Singles, try_each
 from tl_edgeprune.teacher import Teacher
 
 ORDER_STEPS = 5
 GRADIENT_RUNS = 3  # what a forward and a backward under masks count as
-CLEAR = 3.0
 GROWTH = 4
 AIM = 0.7
 RESTORED = 0.25
@@ -44,12 +43,12 @@ RESTORED = 0.25
 
 @dataclass(frozen=True)
 class Stage:
-    """Where a run by groups is. reach: of the next group, None at first. single: groups are done,
-    and all kept edges are about to be tried by themselves.
+    """Where a run by groups is. reach: of the next group, None at first. singles: where trying kept
+    edges by themselves is, once groups are done.
     """
 
     reach: float | None = None
-    single: bool = False
+    singles: Singles | None = None
 
 
 Report = Callable[[int, Stage], None]
@@ -71,14 +70,17 @@ def in_groups(
     mask then), it goes on as if it had never stopped.
     """
     guess = _gradient(cuts, teacher, mask_path(ORDER_STEPS), ORDER_STEPS, batch_size).clamp(min=0)
-    if not stage.single:
+    singles = stage.singles
+    if singles is None:
         groups = _Groups(cuts, guess, threshold, stage.reach)
         for place in reversed(range(len(cuts.graph.reads))):
             edges = [edge for edge in to_decide(cuts, place) if edge < start]
             groups.remove(place, sorted(edges, key=lambda edge: float(guess[edge])))
             report(min(start, cuts.graph.reads[place].first_edge), Stage(groups.reach))
         _restore(cuts, teacher, threshold, batch_size)
-    _try_each(cuts, threshold, guess, report)
+        singles = Singles.first(cuts)
+        report(0, Stage(singles=singles))
+    try_each(cuts, threshold, guess, singles, lambda: report(0, Stage(singles=singles)))
 
 
 class _Groups:
@@ -156,38 +158,6 @@ def _restore(cuts: WholeCuts, teacher: Teacher, threshold: float, batch_size: in
     cuts.set(wider)
     if not cuts.value < value:
         cuts.set(before)
-
-
-def _try_each(
-    cuts: WholeCuts,
-    threshold: float,
-    guess: Float[Tensor, " edge"],
-    report: Report,
-) -> None:
-    """Try kept edges by themselves, until trying all of them removes none."""
-    rises: dict[int, float] = {}
-    report(0, Stage(single=True))
-    while _pass(cuts, threshold, guess, rises):
-        unclear = {edge for edge, rise in rises.items() if rise < CLEAR * threshold}
-        while _pass(cuts, threshold, guess, rises, among=unclear):
-            unclear = {edge for edge in unclear if rises[edge] < CLEAR * threshold}
-        report(0, Stage(single=True))
-
-
-def _pass(
-    cuts: WholeCuts,
-    threshold: float,
-    guess: Float[Tensor, " edge"],
-    rises: dict[int, float],
-    among: set[int] | None = None,
-) -> int:
-    """Try every kept edge (of `among`) by itself. How many go."""
-    removed = 0
-    for place in reversed(range(len(cuts.graph.reads))):
-        edges = sorted(to_decide(cuts, place), key=lambda edge: float(guess[edge]))
-        edges = [edge for edge in edges if among is None or edge in among]
-        removed += decide(cuts, place, edges, threshold, removal_likely=False, rises=rises)
-    return removed
 
 
 def _cut(cuts: WholeCuts, place: int, edges: Sequence[int]) -> Tensor:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from tl_edgeprune.cuts import WholeCuts, leading
@@ -51,7 +52,7 @@ def decide(
     *,
     removal_likely: bool = True,
     report: Callable[[int], None] = lambda edge: None,
-    rises: dict[int, float] | None = None,
+    rises: Float[Tensor, " edge"] | None = None,
 ) -> int:
     """Decide edges of one read in this order, each on top of the removals before it. How many go.
 
