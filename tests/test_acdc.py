@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tl_edgeprune import Circuit, EdgeGraph, Task, cuts, masked, models, tasks
+from tl_edgeprune.ablation import ZERO_WITH_BIASES
 from tl_edgeprune.hooks import find_sites
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.methods import acdc as acdc_module
@@ -71,7 +72,7 @@ def graph_of(model: Any, split_qkv: bool = True) -> EdgeGraph:
 
 @given(
     name=st.sampled_from(zoo.ARCHITECTURES),
-    ablation=st.sampled_from(ABLATIONS),
+    ablation=st.sampled_from((*ABLATIONS, ZERO_WITH_BIASES)),
     split_qkv=st.booleans(),
     read=st.integers(1, 3),
     seed=st.integers(0, 1000),

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tl_edgeprune import Circuit, EdgeGraph, masked
-from tl_edgeprune.ablation import ABLATIONS
+from tl_edgeprune.ablation import ABLATIONS, ZERO_WITH_BIASES
 from tl_edgeprune.hooks import find_sites
 
 # With TransformerLens 3, which has HookedTransformers besides, most of the Bridge's models are slow
@@ -75,8 +75,8 @@ def options(model: Any, ablation: str, pos: int = 7, seed: int = 1) -> dict[str,
     """Keyword arguments of `masked`."""
     if ablation == "counterfactual":
         return {"corrupted": zoo.tokens(model, pos=pos, seed=seed)}
-    if ablation == "zero":
-        return {"ablation": "zero"}
+    if ablation in ("zero", ZERO_WITH_BIASES):
+        return {"ablation": ablation}
     return {"ablation": ablation, "prompts": prompts(model)}
 
 
@@ -87,7 +87,7 @@ def replacement(model: Any, ablation: str, pos: int = 7, seed: int = 1) -> Mappi
         match ablation:
             case "counterfactual":
                 return bf.source_outputs(model, zoo.tokens(model, pos=pos, seed=seed))
-            case "zero":
+            case "zero" | "zero-with-biases":
                 return bf.zero_outputs(model)
             case "mean":
                 return bf.mean_outputs(model, prompts(model))
@@ -101,6 +101,17 @@ def replacement(model: Any, ablation: str, pos: int = 7, seed: int = 1) -> Mappi
         )[None]
         for name in runs[0]
     }
+
+
+def biases_in_heads(model: Any) -> dict[str, Any]:
+    """For `bf.masked_logits`: each head writes its share of its block's output bias."""
+    biases = bf.output_biases(model)
+
+    def gated(source: str, y: Tensor) -> Tensor:
+        block, _, head = source.partition(".")
+        return y + biases[int(block[1:])] / model.cfg.n_heads if head else y
+
+    return {"gated": gated, "reference_bias": [torch.zeros_like(bias) for bias in biases]}
 
 
 def random_mask(model: Any, graph: EdgeGraph, seed: int, density: float | None = None) -> Tensor:
@@ -190,7 +201,10 @@ def test_a_random_mask_is_brute_force(
     model = zoo.load(name, dtype)
     graph, clean = EdgeGraph.from_model(model), zoo.tokens(model)
     mask = random_mask(model, graph, seed, density)
-    expected = bf.masked_logits(model, clean, by_name(graph, mask), replacement(model, ablation))
+    biases = {} if ablation != ZERO_WITH_BIASES else biases_in_heads(model)
+    expected = bf.masked_logits(
+        model, clean, by_name(graph, mask), replacement(model, ablation), **biases
+    )
     with masked(model, mask, **options(model, ablation)):
         assert_equal(model(clean), expected, name)
 

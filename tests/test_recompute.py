@@ -46,7 +46,7 @@ def gradients(
 @few
 @given(
     seed=st.integers(0, 2**16),
-    ablation=st.sampled_from(["counterfactual", "zero", "mean-positional"]),
+    ablation=st.sampled_from(["counterfactual", "zero", "zero-with-biases", "mean-positional"]),
     positions=st.sampled_from([None, torch.tensor([[6], [6]]), torch.tensor([[2, 5], [3, 3]])]),
 )
 def test_gradients_are_those_without_recomputation(

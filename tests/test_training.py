@@ -207,6 +207,24 @@ def test_a_model_with_nan_weights_is_refused() -> None:
         pruner().fit(model, task)
 
 
+def test_a_circuit_found_with_the_biases_in_the_heads_is_evaluated_so() -> None:
+    model, task = zoo.load(MODEL), zoo.pairs(zoo.load(MODEL), 4)
+    settings = {"ablation": "zero", "bias_in_heads": True, "init_scores": None}
+    circuit = pruner(9, **settings).fit(model, task).circuit
+    assert circuit.metadata["ablation"] == "zero-with-biases"
+
+    def last(tokens: Tensor) -> Tensor:
+        return model(tokens[None])[0, -1].log_softmax(-1)
+
+    with torch.no_grad():
+        full = torch.stack([last(tokens) for tokens in task.clean])
+        with masked(model, circuit, ablation="zero-with-biases"):
+            ours = torch.stack([last(tokens) for tokens in task.clean])
+    kl = evaluate(model, circuit, task).kl
+    assert kl == pytest.approx(float((full.exp() * (full - ours)).sum(-1).mean()), rel=1e-4)
+    assert kl != pytest.approx(evaluate(model, circuit, task, ablation="zero").kl, rel=1e-3)
+
+
 def test_the_published_preset_has_the_published_settings() -> None:
     paper = EdgePruner.paper(1000)
     assert (paper.steps, paper.lr, paper.batch_size) == (3000, 0.8, 32)

@@ -79,7 +79,9 @@ def test_an_ablation_that_a_method_cannot_use(method: str, no_work: None) -> Non
 def test_an_ablation_that_a_comparison_cannot_use(method: str, no_work: None) -> None:
     model = zoo.load(MODEL)
     task = zoo.pairs(model, 2)
-    with refused("unknown ablation 'resample': expected one of counterfactual, zero, mean"):
+    with refused(
+        "unknown ablation 'resample': expected one of counterfactual, zero, zero-with-biases"
+    ):
         compare(model, task, task, [method], [5], ablation="resample", progress=False)
 
 

@@ -7,6 +7,7 @@ every head is never made.
 
 - counterfactual: the outputs on a corrupted prompt, position by position (one run).
 - zero: nothing; the stream then holds only the attention output biases.
+- zero-with-biases: not these either: each head writes a share of its block's (published code).
 - mean: the mean over prompts and positions. mean-positional: over prompts, position by position.
 
 Bhaskar et al. 2024, section 3 (zero and interchange ablation); Wang et al. 2022 (mean).
@@ -24,10 +25,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_edgeprune.graph import EdgeGraph
-from tl_edgeprune.hooks import Hook, Sites, attached, prepared
+from tl_edgeprune.hooks import AttentionSite, Hook, Sites, attached, prepared
 
 # And Constants of optimal_ablation.py.
-ABLATIONS = ("counterfactual", "zero", "mean", "mean-positional")
+ZERO_WITH_BIASES = "zero-with-biases"
+ABLATIONS = ("counterfactual", "zero", ZERO_WITH_BIASES, "mean", "mean-positional")
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,12 @@ class Reference:
     @property
     def n_positions(self) -> int:
         return self.inputs.shape[2]
+
+    def head_bias(self, site: AttentionSite) -> Float[Tensor, " d_model"] | None:
+        """What each head of a block writes of its output bias."""
+        if not self.bias_in_heads or site.output_bias is None:
+            return None
+        return site.output_bias / site.output.shape[0]
 
     @property
     def n_bytes(self) -> int:

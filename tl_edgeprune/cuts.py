@@ -399,6 +399,9 @@ class PartCuts(WholeCuts):
         torch.bmm(z, _rows(site.output, heads), out=out)
         if site.gain is not None:
             out.mul_(site.gain)
+        bias = part.reference.head_bias(site)
+        if bias is not None:
+            out.add_(bias)
 
     def _empty_parts(
         self, change: _Change, site: AttentionSite

@@ -119,9 +119,7 @@ class Forward:
         site = self.sites.attention[layer]
         rows = site.scaled(z.reshape(-1, *z.shape[2:])) - self.reference.z[layer].flatten(0, 1)
         rows = self._ordered(rows)
-        bias = None
-        if self.reference.bias_in_heads and site.output_bias is not None:
-            bias = site.output_bias / site.output.shape[0]
+        bias = self.reference.head_bias(site)
         first = self.graph.first_head(layer)
         rows = self._or_held(first, rows.transpose(0, 1))
         gates = None if self.gates is None else self.gates.of_heads(first, len(rows))

@@ -78,7 +78,8 @@ def masked(
         circuit_or_mask: a Circuit, or a mask [n_edges] of floats in [0, 1] (1 keeps an edge; may
             require gradients, and may change in place between forwards) or of bools.
         corrupted: the prompts whose activations replace removed edges, position by position.
-        ablation: "counterfactual" (needs `corrupted`; the default with it), "zero", "mean" or
+        ablation: "counterfactual" (needs `corrupted`; the default with it), "zero",
+            "zero-with-biases" (heads' shares of the output biases go with them), "mean" or
             "mean-positional" (means over `prompts`), or Constants that were learned.
         positions: the positions whose logits are wanted, [batch, read]: the model then gives
             [batch, read, d_vocab] in place of [batch, pos, d_vocab].
@@ -312,12 +313,8 @@ class MaskedModel:
         *,
         corrupted: Int[Tensor, "batch pos"] | None = None,
         prompts: Any = None,
-        bias_in_heads: bool = False,
     ) -> Reference:
-        """The reference of an ablation; all but the counterfactual one expand to any batch.
-
-        `bias_in_heads` (zero ablation): output biases are ablated with the heads, in equal shares.
-        """
+        """The reference of an ablation; all but the counterfactual one expand to any batch."""
         check_ablation(kind)
         if isinstance(kind, Constants):
             check_constants(self.neurons, kind)
@@ -327,11 +324,9 @@ class MaskedModel:
             nowhere = corrupted.new_empty((len(corrupted), 0))
             return self.record(corrupted, nowhere)[0]
         with self._plain():
-            if kind == "zero":
-                like = self.sites.attention[0].output
-                zero = ablations.zero_reference(
-                    self.sites, self.graph, like, bias_in_heads=bias_in_heads
-                )
+            if kind in ("zero", ablations.ZERO_WITH_BIASES):
+                like, biases = self.sites.attention[0].output, kind == ablations.ZERO_WITH_BIASES
+                zero = ablations.zero_reference(self.sites, self.graph, like, bias_in_heads=biases)
                 if self.neurons != MLP:
                     return zero
                 n_layers, width = self.neuron_shape

@@ -27,6 +27,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_edgeprune.ablation import ZERO_WITH_BIASES
 from tl_edgeprune.circuit import Circuit, check_budget
 from tl_edgeprune.constants import OPTIMAL, Ablation, Constants
 from tl_edgeprune.distributed import Ranks
@@ -152,9 +153,10 @@ class EdgePruner:
         n_edges: edges to keep; None (with a sampled budget) for a ranking of all edges.
         steps, batch_size: of the training; a step sees `batch_size * accumulate` pairs.
         lr: of the log alphas; by default 0.2, and 0.3 under sampled budgets.
-        ablation: "counterfactual", "zero", "mean" or "mean-positional" (means over the task's
-            corrupted prompts), Constants (optimal ablation), or "optimal": constants learned
-            together with the masks, from the means on, which come back as `result.constants`.
+        ablation: "counterfactual", "zero", "zero-with-biases", "mean" or "mean-positional" (means
+            over the task's corrupted prompts), Constants (optimal ablation), or "optimal":
+            constants learned together with the masks, from the means on, which come back as
+            `result.constants`.
         objective: a name of `objectives.OBJECTIVES`, a function, or None for the task's own.
         controller: ExactBudget() by default (without n_edges ExactBudget("sampled", anneal=0.4)),
             Lagrangian() or Penalty().
@@ -177,7 +179,8 @@ class EdgePruner:
             each source's dimensions (neurons.py), trained with the edges; n_neurons of them are
             kept (None: a ranking of all), which come back as `result.neurons`; neuron_controller:
             as controller, of their own.
-        bias_in_heads: under zero ablation, remove each head's share of the output bias with it.
+        bias_in_heads: "zero-with-biases" in place of "zero": each head's share of the output bias
+            is removed with it.
         recompute: run blocks again in backward, from the buffer of differences alone: memory is
             then two buffers and one half block, whatever the depth (recompute.py).
         dtype, device: the run's; None for the model's own (the weights are put back after it).
@@ -228,6 +231,8 @@ class EdgePruner:
         self.steps = steps
         self.batch_size, self.accumulate = batch_size, accumulate
         self.ablation, self.objective = ablation, objective
+        if bias_in_heads and ablation == "zero":
+            self.ablation = ZERO_WITH_BIASES
         self.controller = controller or default_budget(n_edges)
         self.init_scores, self.init_log_alpha = init_scores, init_log_alpha
         self.node_masks, self.node_controller = node_masks, node_controller

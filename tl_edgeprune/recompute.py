@@ -284,8 +284,9 @@ class _Job:
         torch.bmm(written.to(rows.dtype), site.output, out=rows)
         if site.gain is not None:
             rows.mul_(site.gain)
-        if self.reference.bias_in_heads and site.output_bias is not None:
-            rows.add_(site.output_bias / len(rows))
+        bias = self.reference.head_bias(site)
+        if bias is not None:
+            rows.add_(bias)
 
     def _grad_written(self, place: int, back: _Gradients) -> Tensor:
         """The gradient of what `_half` gave, from the gradient buffer."""

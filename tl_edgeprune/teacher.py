@@ -52,7 +52,6 @@ class Teacher:
         *,
         batch_size: int = 16,
         max_bytes: int = MAX_BYTES,
-        bias_in_heads: bool = False,
         targets: bool = True,
         progress: bool = False,
         visits: int | None = None,
@@ -68,8 +67,7 @@ class Teacher:
         self.watch = ChanceWatch(task.name, len(task))
         self._fixed: Reference | None = None
         if ablation != "counterfactual":
-            prompts = sample(task).corrupted
-            self._fixed = run.reference(ablation, prompts=prompts, bias_in_heads=bias_in_heads)
+            self._fixed = run.reference(ablation, prompts=sample(task).corrupted)
         self._full: dict[int, Tensor] | None = {} if targets else None
         self._references: dict[int, Reference] | None = (
             {} if self._fixed is None and max_bytes > 0 else None

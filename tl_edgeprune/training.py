@@ -96,7 +96,6 @@ class Training:
             task,
             pruner.ablation if self.constants is None else self.constants.constants().detached(),
             batch_size=pruner.batch_size,
-            bias_in_heads=pruner.bias_in_heads,
             progress=self.pruner.progress,
             visits=pruner.steps * pruner.accumulate * self.ranks.most(pruner.batch_size),
         )

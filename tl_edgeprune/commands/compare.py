@@ -43,7 +43,10 @@ def compare(
     alive: options.Alive = False,
     ablation: Annotated[
         str,
-        typer.Option(help="What removed edges carry: counterfactual, zero, mean, mean-positional."),
+        typer.Option(
+            help="What removed edges carry: counterfactual, zero, zero-with-biases, mean, "
+            "mean-positional."
+        ),
     ] = "counterfactual",
     batch_size: Annotated[int, typer.Option(help="Pairs of a forward, in the evaluation.")] = 16,
     pairs: options.Pairs = None,

@@ -26,8 +26,8 @@ def discover(
     ablation: Annotated[
         str | None,
         typer.Option(
-            help="What removed edges carry: counterfactual, zero, mean, mean-positional, or a file "
-            "of constants (.safetensors).",
+            help="What removed edges carry: counterfactual, zero, zero-with-biases, mean, "
+            "mean-positional, or a file of constants (.safetensors).",
             show_default="counterfactual",
         ),
     ] = None,

@@ -27,8 +27,8 @@ HeldOut = Annotated[
 Ablation = Annotated[
     str,
     typer.Option(
-        help="What removed edges carry: counterfactual, zero, mean, mean-positional, optimal, or "
-        "a file of constants (.safetensors).",
+        help="What removed edges carry: counterfactual, zero, zero-with-biases, mean, "
+        "mean-positional, optimal, or a file of constants (.safetensors).",
     ),
 ]
 Objective = Annotated[
