@@ -1,25 +1,32 @@
 """A step at the shape of a model by name, blocks recomputed: measured beside what was planned.
 
     python benchmarks/scale.py [gpt2 | llama-3-8b | codellama-13b | …] [--pairs 32] [--pos 64]
-        [--device cuda] [--dtype bfloat16] [--steps 5]
+        [--device cuda] [--dtype bfloat16] [--steps 5] [--out results/scale.jsonl]
 
 Random weights, made on the device. Prints edges, bytes of each buffer, seconds a step, tokens a
 second and peak memory: on a GPU what its allocator held, else the counted bytes of live tensors
-(one more step, since counting takes time) and the weights.
+(one more step, since counting takes time) and the weights. --out: a file to which that is added as
+a line of JSON, with the date, the processor or GPU, and the versions.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import platform
 import statistics
 import time
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from datetime import date
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 
+from tl_edgeprune.circuit import versions
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.hooks import all_parameters
 from tl_edgeprune.live_bytes import LiveBytes
@@ -136,6 +143,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--out", type=Path, help="a file of JSON lines to add to")
     options = parser.parse_args()
     dtype = getattr(torch, options.dtype)
     work = Work(options.pairs, options.pos, element=dtype.itemsize, on_gpu=options.device != "cpu")
@@ -149,6 +157,19 @@ def main() -> None:
     print(f"  {'measured':12}{found['peak'] / 1e9:12.4f} GB at the peak")
     print(f"  {found['seconds']:.3f} s a step, {2 * work.rows / found['seconds']:,.0f} tokens/s")
     print(f"  {step_floor(shape, work).operations / found['seconds'] / 1e12:.3f} TFLOP/s")
+    if options.out is not None:
+        asked = {"shape": shape.name, "dtype": options.dtype, **asdict(work)}
+        line = asked | found | {"planned": sum(planned.values())} | machine(options.device)
+        with options.out.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def machine(device: str) -> dict[str, Any]:
+    """When, on what and with which versions."""
+    name = platform.processor() or platform.machine()
+    if device != "cpu":
+        name = torch.cuda.get_device_name(device)
+    return {"date": date.today().isoformat(), "device": name, "versions": versions()}
 
 
 if __name__ == "__main__":

@@ -83,17 +83,20 @@ def shards(tmp_path_factory):
 
 @pytest.mark.parametrize("name", two_processes.ARCHITECTURES)
 def test_shared_out_weights_find_the_same_masks(shards, name):
-    (first, note, figures), (second, _, others) = (
+    (first, halves, note, figures), (second, _, _, others) = (
         torch.load(shards / f"{name}-{rank}", weights_only=True) for rank in (0, 1)
     )
-    left, most, same, twice = note.tolist()
+    left, most, same, twice, by_turns = note.tolist()
     assert left == 0 and same  # let go after each step, whole again however the context ends
+    assert by_turns  # also where blocks are run by halves
     assert most <= 2 and twice  # and a second context was refused
     model = zoo.load(name, torch.float64)
     task = zoo.pairs(model)
     alone = pruner().fit(model, task)
     assert first.equal(second) and figures.equal(others)
     torch.testing.assert_close(first, alone.log_alpha, atol=1e-5, rtol=0)
+    recomputed = pruner(steps=2, recompute=True).fit(model, task)
+    torch.testing.assert_close(halves, recomputed.log_alpha, atol=1e-5, rtol=0)
     mine = evaluate(model, alone.circuit, task)
     assert figures.tolist() == pytest.approx([mine.kl, mine.logit_diff], rel=1e-5)
 

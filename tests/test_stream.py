@@ -182,11 +182,13 @@ def test_a_streamed_file_has_the_pairs_of_the_file(tmp_path, split):
     stream = tasks.stream_jsonl(path, model, split=split, chunk_size=7)
     whole = tasks.from_jsonl(path, model, split=split)
     assert (len(stream), stream.name) == (len(whole), whole.name)
-    for index in reversed(range(stream.n_chunks)):
-        chunk = stream.chunk(index)
-        for field in ("clean", "corrupted", "positions", "answers", "distractors"):
-            part = getattr(whole, field)[7 * index : 7 * index + 7]
-            assert all(a.equal(b) for a, b in zip(getattr(chunk, field), part, strict=True))
+    for size in (7, 3, 20):  # as it was opened, and otherwise
+        cut = replace(stream, chunk_size=size)
+        for index in reversed(range(cut.n_chunks)):
+            chunk = cut.chunk(index)
+            for field in ("clean", "corrupted", "positions", "answers", "distractors"):
+                part = getattr(whole, field)[size * index : size * index + size]
+                assert all(a.equal(b) for a, b in zip(getattr(chunk, field), part, strict=True))
 
 
 def test_wrong_lines_name_file_and_line(tmp_path):

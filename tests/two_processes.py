@@ -90,7 +90,7 @@ def shards(rank: int, folder: Path) -> None:
         whole = [p.clone() for p in model.parameters()]
         with sharded(model):
             parts = sharding._sharded[model]
-            result = pruner().fit(model, task)
+            result = pruner(checkpoint=folder / f"state-{name}").fit(model, task)
             last = len(model.blocks) - 1
             left = sum(
                 p.untyped_storage().nbytes()
@@ -100,10 +100,18 @@ def shards(rank: int, folder: Path) -> None:
             most = parts.most_whole
             inside = evaluate(model, result.circuit, task)
             twice = nested(model)
+            again = pruner(steps=2, recompute=True).fit(model, task)
+            by_turns = parts.whole == set()
+            dist.barrier()  # the first process has written its checkpoint
+            resumed = pruner(checkpoint=folder / f"state-{name}").fit(
+                model, task, resume=folder / f"state-{name}"
+            )
+            assert resumed.log_alpha.equal(result.log_alpha)
         same = same_bits(model, whole) and after_an_exception(model, whole)
-        alone = torch.tensor([left, most, int(same), int(twice)])
+        alone = torch.tensor([left, most, int(same), int(twice), int(by_turns)])
         figures = torch.tensor([inside.kl, inside.logit_diff], dtype=torch.float64)
-        torch.save((result.log_alpha, alone, figures), folder / f"{name}-{rank}")
+        found = result.log_alpha, again.log_alpha
+        torch.save((*found, alone, figures), folder / f"{name}-{rank}")
 
 
 def same_bits(model: Any, whole: list[torch.Tensor]) -> bool:

@@ -113,6 +113,7 @@ def record(
     """Run the model as it is on `tokens`: its sources and streams as a Reference, and its logits
     at `positions` (the others are not computed), or everywhere.
     """
+    tokens = tokens.to(sites.attention[0].output.device)  # a Bridge does not move them
     seen: dict[str, Tensor] = {}
     recorders = _recorders(sites, seen)
     with torch.no_grad(), prepared(model, sites), ExitStack() as undo:

@@ -100,11 +100,17 @@ class Ranks:
         return float(flat[-1])
 
     def hand_out(self, tensors: Iterable[Tensor]) -> None:
-        """Overwrite tensors by the first process's. Raises LostProcess."""
+        """Overwrite tensors by the first process's, on the first tensor's device: a backend of GPUs
+        takes no others. Raises LostProcess.
+        """
         if self.size == 1:
             return
-        for tensor in tensors:
-            self._together(dist.broadcast, tensor.detach(), src=0)
+        given = [tensor.detach() for tensor in tensors]
+        for tensor in given:
+            there = tensor.to(given[0].device)
+            self._together(dist.broadcast, there, src=0)
+            if there is not tensor:
+                tensor.copy_(there)
 
     def check_same(self, digest: str, device: torch.device) -> None:
         """Raise ValueError unless every process gives the same hexadecimal digits."""
@@ -123,6 +129,8 @@ class Ranks:
     def _together(self, collective: Any, *arguments: Any, **options: Any) -> None:
         try:
             collective(*arguments, **options)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
             raise LostProcess(

@@ -15,6 +15,7 @@ from tl_edgeprune.constants import Constants
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.hooks import all_parameters
 from tl_edgeprune.scores import EdgeScores
+from tl_edgeprune.sharding import is_sharded
 from tl_edgeprune.tasks.stream import AnyTask, TaskStream
 from tl_edgeprune.tasks.task import PAIR_FIELDS, SET_FIELDS
 
@@ -39,6 +40,8 @@ def of_weights(model: Any) -> str | None:
 
     None for weights that several processes share out, of which none has all.
     """
+    if is_sharded(model):
+        return None
     values = []
     for parameter in all_parameters(model):
         if hasattr(parameter, "to_local"):

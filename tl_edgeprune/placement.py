@@ -36,8 +36,8 @@ def placed(
     """
     weight = next(p for p in all_parameters(model) if id(p) not in leave)
     dtype = dtype or weight.dtype
-    device = torch.device(device or weight.device)
-    if dtype == weight.dtype and device.type == weight.device.type:
+    device = torch.empty(0, device=device or weight.device).device  # "cuda" is the current GPU
+    if dtype == weight.dtype and device == weight.device:
         yield model
         return
     if is_sharded(model):

@@ -183,7 +183,8 @@ class EdgePruner:
             is removed with it.
         recompute: run blocks again in backward, from the buffer of differences alone: memory is
             then two buffers and one half block, whatever the depth (recompute.py).
-        dtype, device: the run's; None for the model's own (the weights are put back after it).
+        dtype, device: the run's; None for the model's own. The weights are put back after it, and
+            meanwhile both are in memory.
         seed: same seed, same machine, same bits.
         checkpoint: a file to write the run's state to every `checkpoint_every` steps, atomically.
         progress: show a progress bar.

@@ -41,6 +41,7 @@ from tl_edgeprune.hooks import AttentionSite, Sites
 from tl_edgeprune.masked import MaskedModel, check_mask
 from tl_edgeprune.neurons import Neurons
 from tl_edgeprune.residual import SOURCES_APART, BufferPool, add_rows
+from tl_edgeprune.sharding import in_turns
 
 # Numbers that are normalised at once: what a processor's cache holds; on a GPU enough to fill it.
 PIECE, PIECE_ON_GPU = 2**20, 2**26
@@ -179,10 +180,12 @@ class _Job:
         for source, value in enumerate(self.inputs - reference.inputs):
             torch.mul(value.flatten(0, 1), self._share(source), out=self.differences[source])
         reads = _Reads(self, mask, reference)
-        for group in reads.groups:
-            reads.mix_ahead(group)
-            for place in group:
-                self._write(place, self._half(place, reads.mixed(place), reference))
+        with in_turns(self.run.model) as turn_to:
+            for group in reads.groups:
+                reads.mix_ahead(group)
+                for place in group:
+                    turn_to(self.graph.reads[place].layer)
+                    self._write(place, self._half(place, reads.mixed(place), reference))
         x = reads.logits()
         reads.close()
         return x.view(self.batch, -1, self.d_model)
@@ -203,11 +206,13 @@ class _Job:
         reference = self._of(tensors)
         back = _Gradients(self, mask, reference, wanted)
         back.add_logits(grad.flatten(0, 1))
-        for group in reversed(back.groups):
-            back.mix_ahead(group)
-            for place in reversed(group):
-                self._back_through(place, back, reference)
-            back.add_ahead(group)
+        with in_turns(self.run.model) as turn_to:
+            for group in reversed(back.groups):
+                back.mix_ahead(group)
+                for place in reversed(group):
+                    turn_to(self.graph.reads[place].layer)
+                    self._back_through(place, back, reference)
+                back.add_ahead(group)
         return back.finish()
 
     def _back_through(self, place: int, back: _Gradients, reference: Reference) -> None:

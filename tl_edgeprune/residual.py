@@ -50,8 +50,14 @@ def add_rows(
     rows: Int[Tensor, " read"],
     more: Float[Tensor, "source read d_model"],
 ) -> None:
-    """buffer[:, rows] += more, in place; a row may come twice. index_add_ would copy the whole."""
-    buffer.transpose(0, 1).index_put_((rows,), more.transpose(0, 1), accumulate=True)
+    """buffer[:, rows] += more, in place; a row may come twice.
+
+    Each is the one that does not copy the whole buffer there (its rows lie apart).
+    """
+    if buffer.device.type == "cpu":
+        buffer.transpose(0, 1).index_put_((rows,), more.transpose(0, 1), accumulate=True)
+    else:
+        buffer.index_add_(1, rows, more)
 
 
 class Products:

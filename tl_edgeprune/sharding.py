@@ -5,6 +5,7 @@
 2. A block's matrices are put together when its forward begins, and let go when it ends.
 3. Backward they are put together again: the last block's stay, and when the gradient arrives at
    what a block's attention read, that block is done with and the one before it is fetched.
+4. Where blocks are run by halves (recompute.py), neither is seen: they take turns.
 
 It is FSDP's plan for frozen weights. PyTorch's own (fully_shard) fetches a block when the gradient
 of its output comes, and under masks none comes: gradients flow through the split residual stream.
@@ -80,6 +81,7 @@ class Shards:
         ]
         self.whole: set[int] = set()
         self.most_whole = 0  # blocks that were whole at once
+        self.in_turns = False
 
     def fetch(self, layer: int) -> None:
         if layer not in self.whole:
@@ -94,6 +96,12 @@ class Shards:
                 part.let_go()
             self.whole.remove(layer)
 
+    def turn_to(self, layer: int) -> None:
+        """This block alone."""
+        for other in self.whole - {layer}:
+            self.let_go(other)
+        self.fetch(layer)
+
     def after_forward(self, layer: int) -> None:
         if layer < len(self.blocks) - 1 or not torch.is_grad_enabled():
             self.let_go(layer)
@@ -101,7 +109,7 @@ class Shards:
     def before_read(self, layer: int, x: Tensor) -> None:
         """`x` is what the layer's attention reads: first in its forward, last in its backward."""
         self.fetch(layer)
-        if x.requires_grad:
+        if x.requires_grad and not self.in_turns:
             x.register_hook(lambda grad: self._done(layer))
 
     def _done(self, layer: int) -> None:
@@ -147,6 +155,24 @@ def sharded(model: Any, device: torch.device | str | None = None) -> Iterator[An
         _sharded[model] = shards
         undo.callback(_sharded.pop, model)
         yield model
+
+
+@contextmanager
+def in_turns(model: Any) -> Iterator[Callable[[int], None]]:
+    """Blocks by turns, for as long as the context lasts: what is given puts a layer's block of a
+    sharded model together and lets the others go, and does nothing for another model.
+    """
+    shards = _sharded.get(model)
+    if shards is None:
+        yield lambda layer: None
+        return
+    shards.in_turns = True
+    try:
+        yield shards.turn_to
+    finally:
+        shards.in_turns = False
+        for layer in list(shards.whole):
+            shards.let_go(layer)
 
 
 def _restore(shards: Shards) -> None:

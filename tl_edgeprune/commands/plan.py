@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -30,15 +31,18 @@ def plan(
     Example: tl-edgeprune plan --model gpt2 --gpu-memory 24
     """
     from tl_edgeprune.planner import PASSES, Work, find_shape, fitting_pairs, step_bytes, step_floor
+    from tl_edgeprune.teacher import MAX_BYTES
 
     shape, element = find_shape(model), BYTES[dtype]
     if pos < 1 or (pairs is not None and pairs < 1):
         raise ValueError(f"--tokens {pos}, --pairs {pairs}: expected 1 or more.")
-    room = int(gpu_memory * 1e9 - RESERVED)
+    if not math.isfinite(gpu_memory):
+        raise ValueError(f"--gpu-memory {gpu_memory}: expected a number of GB.")
+    room = int(gpu_memory * 1e9 - RESERVED - MAX_BYTES)
     most = fitting_pairs(shape, pos, room, element=element, on_gpu=True)
     least = Work(1, pos, element=element, on_gpu=True)
     if not most:
-        need = (sum(step_bytes(shape, least).values()) + RESERVED) / 1e9
+        need = (sum(step_bytes(shape, least).values()) + RESERVED + MAX_BYTES) / 1e9
         half = "bfloat16, " if dtype == "float32" else ""
         raise ValueError(
             f"{model} in {dtype} does not fit: one pair of {pos} tokens a forward takes {need:.1f} "
@@ -47,7 +51,8 @@ def plan(
     wanted = pairs or most
     forwards = -(-wanted // most)
     work = Work(-(-wanted // forwards), pos, element=element, on_gpu=True)
-    memory = {**step_bytes(shape, work), "reserved": int(RESERVED)}
+    kept = {"targets, references": MAX_BYTES, "reserved": int(RESERVED)}
+    memory = step_bytes(shape, work) | kept
     floors = {name: passed(shape, work) for name, passed in PASSES.items()}
     floors |= {"one training step": step_floor(shape, work)}
     planned = {
@@ -68,7 +73,8 @@ def _text(planned: Mapping[str, Any], gpu_memory: float, pairs: int | None) -> s
     lines = [
         f"{planned['model']}: {planned['edges']:,} edges, {planned['dtype']}, prompts of "
         f"{planned['tokens_a_prompt']} tokens",
-        f"At most {planned['pairs_that_fit']} pairs a forward fit into {gpu_memory:g} GB.",
+        f"At most {planned['pairs_that_fit']} pairs a forward fit into {gpu_memory:g} GB, with "
+        "EdgePruner(recompute=True).",
     ]
     if pairs is not None:
         batch, accumulate = planned["batch_size"], planned["accumulate"]

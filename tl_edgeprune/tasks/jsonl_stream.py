@@ -67,11 +67,13 @@ def stream_jsonl(
     def read(places: range) -> Task:
         if _stamp(path) != opened:
             raise ValueError(f"{path} has changed since it was opened: open the stream again.")
-        mark = index.marks[places.start // chunk_size]
+        chunk, before = divmod(places.start, chunk_size)
+        mark = index.marks[chunk]
         with path.open("rb") as file:
             file.seek(mark.byte)
             pairs = []
-            for number, record in islice(_records(path, file, split, mark), len(places)):
+            records = _records(path, file, split, mark)
+            for number, record in islice(records, before, before + len(places)):
                 with _at(path, number):
                     pairs.append(encode_pair(record, tokenizer, prepend_bos))
         return task_of(path.stem, pairs, prepend_bos, str(path))
