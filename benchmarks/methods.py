@@ -1,12 +1,14 @@
 """What each method costs, in plain forward+backward passes of the same model.
 
     python benchmarks/methods.py [--kinds hooked] [--repeats 5] [--only eap]
+    python benchmarks/methods.py --kinds smollm2 --layers 30
 
-GPT-2 small's shape with random weights, 8 pairs of 16 tokens, float32, one thread, one process;
-medians of processor time over rounds that run every row once. The unit is a plain forward+backward
-with frozen weights. Attribution is `discover` on the 8 pairs, all that it does included. Circuits
-have 1,000 edges. A step of training is one with targets and references at hand. ACDC's edges are
-those of the same shape with two layers, since twelve take hours; its unit is that model's.
+GPT-2 small's shape, or SmolLM2-135M's, with random weights, 8 pairs of 16 tokens, float32, one
+thread, one process; medians of processor time over rounds that run every row once. The unit is a
+plain forward+backward with frozen weights. Attribution is `discover` on the 8 pairs, all that it
+does included. Circuits have 1,000 edges. A step of training is one with targets and references at
+hand. ACDC's edges are those of the same shape with two layers, since twelve take hours; its unit is
+that model's.
 
 With auto-circuit installed (peers/README.md) its rows stand below ours.
 """
@@ -19,7 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from shapes import available, load, pairs
+from shapes import KINDS, available, load, pairs
 from timing import Step, medians, plain_forward, plain_step, seconds
 
 from tl_edgeprune import Circuit, EdgeGraph, EdgePruner, Task, discover
@@ -165,7 +167,7 @@ def table(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--kinds", nargs="+", default=available(), choices=available())
+    parser.add_argument("--kinds", nargs="+", default=available(), choices=list(KINDS))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only", default="", help="rows with this in their names")
     parser.add_argument("--acdc", action="store_true", help="ACDC's edges too (minutes)")

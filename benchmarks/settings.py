@@ -21,12 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tl_edgeprune import EdgePruner, EdgeScores, models, polish, tasks
+from tl_edgeprune import EdgePruner, EdgeScores, discover, models, polish, tasks
 from tl_edgeprune.evaluate import evaluate_all
 from tl_edgeprune.masks import ExactBudget
 from tl_edgeprune.objectives import kl, negative_log_prob
 from tl_edgeprune.pruner import Optimizer
 from tl_edgeprune.tasks.task import Batch
+from tl_edgeprune.training import WARM_PAIRS
 
 
 def kl_and_excess(logits: Tensor, full: Tensor, batch: Batch) -> Tensor:
@@ -45,6 +46,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "betas-0.9-0.999": {"optimizer": Optimizer((0.9, 0.999))},
     "decay": {"optimizer": Optimizer(decay=True)},
     "init-none": {"init_scores": None},
+    "init-eap": {"init_scores": "eap"},
+    "init-eap-ig": {"init_scores": "eap-ig"},
     "init-wide": {"init_log_alpha": (0.0, 2.0)},
     "hard-0": {"hard_share": 0.0},
     "hard-0.2": {"hard_share": 0.2},
@@ -102,7 +105,14 @@ def rate(name: str) -> float:
 
 
 def run_of(model: Any, train: Any, settings: dict[str, Any], scores: Path) -> tuple[Any, list[Any]]:
-    """A run's scores, which are saved too, and its history."""
+    """A run's scores, which are saved too, and its history. init_scores may name a method, which
+    gets as many pairs as the usual warm start and the KL where it can use it.
+    """
+    if isinstance(settings.get("init_scores"), str):
+        method = settings["init_scores"]
+        objective = "logit-diff" if method == "eap" else "kl"
+        first = discover(model, train[:WARM_PAIRS], method, objective=objective)
+        settings = settings | {"init_scores": first}
     result = EdgePruner(progress=False, **settings).fit(model, train)
     result.scores.save(scores)
     return result.scores, [[round(s["loss"], 4), round(s["edges"])] for s in result.history]

@@ -45,6 +45,17 @@ def test_a_polished_circuit_is_better_and_as_large(name: str) -> None:
     assert note["exchanged"] == int((better.mask & ~circuit.mask).sum()) > 0
 
 
+def test_other_pairs_can_judge_the_exchanges() -> None:
+    model = zoo.load("bridge-gpt2")
+    task, others = zoo.pairs(model, 10).split(0.6)
+    circuit = discover(model, task, method="eap", objective="logit-diff").top(40)
+    better = polish(model, task, circuit, rounds=12, swap=0.2, held_out=others)
+    before, after = (evaluate(model, c, others).kl for c in (circuit, better))
+    assert better.metadata["polish"]["after"] == pytest.approx(after, rel=1e-4)
+    assert better.n_edges == 40 and after < before
+    assert better != polish(model, task, circuit, rounds=12, swap=0.2)
+
+
 def test_wrong_input_is_refused() -> None:
     model = zoo.load("bridge-gpt2")
     task, graph = zoo.pairs(model, 2), EdgeGraph.from_model(model)

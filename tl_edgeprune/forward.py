@@ -287,11 +287,9 @@ def checked_positions(
         raise ValueError(
             f"positions has shape {tuple(positions.shape)}, expected whole numbers [{batch}, read]."
         )
-    if positions.numel() and not 0 <= int(positions.min()) <= int(positions.max()) < pos:
-        raise ValueError(
-            f"positions go from {int(positions.min())} to {int(positions.max())}, expected 0 to "
-            f"{pos - 1}."
-        )
+    least, most = torch.stack(positions.aminmax()).tolist() if positions.numel() else (0, 0)
+    if not 0 <= least <= most < pos:
+        raise ValueError(f"positions go from {least} to {most}, expected 0 to {pos - 1}.")
     return positions.to(device, torch.long)
 
 

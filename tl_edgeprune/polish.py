@@ -33,15 +33,18 @@ def polish(
     *,
     rounds: int = 8,
     swap: float = 0.05,
+    held_out: Task | None = None,
     objective: str | Objective | None = None,
     ablation: Ablation | None = None,
     batch_size: int = 8,
 ) -> Circuit:
-    """The circuit after at most `rounds` exchanges of edges, of the same size, never worse on
-    `task`.
+    """The circuit after at most `rounds` exchanges of edges, of the same size: those that do not
+    hurt for others that help, never worse on `task` (or on `held_out`).
 
     Args:
         swap: the share of the circuit's edges that are exchanged at first.
+        held_out: other pairs, on which an exchange has to lower the objective; `task` proposes it.
+            What the circuit is worth is then to be told by others still.
         objective: what should fall; the task's own by default.
         ablation: what removed edges carry; by default what the circuit was found with.
 
@@ -53,16 +56,20 @@ def polish(
     loss_of = find_objective(objective, task)
     check_vocabulary(task, int(model.cfg.d_vocab))
     kind = circuit.metadata.get("ablation", "counterfactual") if ablation is None else ablation
+    if held_out is not None:
+        check_vocabulary(held_out, int(model.cfg.d_vocab))
     with MaskedModel.attach(model, circuit.graph) as run:
-        teacher = Teacher(run, task, kind, batch_size=batch_size)
+        teacher = judge = Teacher(run, task, kind, batch_size=batch_size)
+        if held_out is not None:
+            judge = Teacher(run, held_out, kind, batch_size=batch_size)
         mask = circuit.mask.clone()
-        first = value = _mean_loss(run, teacher, mask, loss_of, batch_size)
+        first = value = _mean_loss(run, judge, mask, loss_of, batch_size)
         count, guess = max(1, round(swap * int(mask.sum()))), None
         for _ in range(rounds):
             if guess is None:
                 guess = path_scores(run, teacher, at(mask), loss_of, batch_size=batch_size)
             other = exchanged(mask, guess, count)
-            found = _mean_loss(run, teacher, other, loss_of, batch_size)
+            found = _mean_loss(run, judge, other, loss_of, batch_size)
             if found < value:
                 mask, value, guess = other, found, None
             elif count == 1:
