@@ -68,7 +68,7 @@ class Watch:
 def test_a_step_sees_accumulate_batches_of_one_length_each(accumulate):
     model = zoo.load(MODEL)
     watch, task = Watch(), pairs(model)
-    pruner(objective=watch, accumulate=accumulate, init_scores=None).fit(model, task)
+    pruner(objective=watch, accumulate=accumulate, init_scores=None, candidates=0).fit(model, task)
     assert len(watch.seen) == 6 * accumulate
     for batch in watch.seen:
         assert len(batch) == 4 and len({len(task.clean[pair]) for pair in batch}) == 1
@@ -77,7 +77,9 @@ def test_a_step_sees_accumulate_batches_of_one_length_each(accumulate):
 def test_every_pair_is_seen_once_before_any_is_seen_again():
     model = zoo.load(MODEL)
     watch = Watch()
-    pruner(objective=watch, init_scores=None).fit(model, pairs(model))  # 3 batches a round
+    pruner(objective=watch, init_scores=None, candidates=0).fit(
+        model, pairs(model)
+    )  # 3 batches a round
     rounds = [sum(watch.seen[:3], []), sum(watch.seen[3:], [])]
     assert [sorted(pairs) for pairs in rounds] == [list(range(12))] * 2
     assert rounds[0] != rounds[1]

@@ -13,7 +13,7 @@ from tl_edgeprune.masks import Controller
 from tl_edgeprune.regularisers import Attachment
 from tl_edgeprune.scores import EdgeScores
 
-WHOLE = ("steps", "batch_size", "accumulate", "checkpoint_every", "seed")
+WHOLE = ("steps", "batch_size", "accumulate", "checkpoint_every", "seed", "candidates")
 WHOLE_OR_NONE = ("n_edges", "n_neurons")
 NUMBERS = ("lr", "hard_share", "average_share")
 CONTROLLERS = ("controller", "node_controller", "neuron_controller")

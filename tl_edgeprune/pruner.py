@@ -172,6 +172,9 @@ class EdgePruner:
         average_share: the last part of the run whose log alphas are averaged for the ranking
             (Izmailov et al. 2018); by default 0.6 under sampled budgets, which pull a step's log
             alphas each its own way, and 0, the last step's alone, otherwise.
+        candidates: how many rankings of the last fifth of a run for a size are judged, each by its
+            circuit on up to 32 pairs of the task: the best is the result (candidates.py). 0 for the
+            last step's; so with neurons and with ablation="optimal".
         split_qkv, split_embeddings: of the graph.
         positions: "span" for edges with a mask in each span of the task, "position" with one at
             each position (positions.py); None for one mask everywhere. n_edges counts them all.
@@ -213,6 +216,7 @@ class EdgePruner:
         attachment: Attachment | None = None,
         hard_share: float = 0.4,
         average_share: float | None = None,
+        candidates: int = 10,
         split_qkv: bool = True,
         split_embeddings: bool = False,
         positions: str | None = None,
@@ -244,6 +248,7 @@ class EdgePruner:
         sampled = getattr(self.controller, "schedule", None) == "sampled"
         self.lr = (0.3 if sampled else 0.2) if lr is None else lr
         self.average_share = (0.6 if sampled else 0.0) if average_share is None else average_share
+        self.candidates = candidates
         self.split_qkv, self.split_embeddings = split_qkv, split_embeddings
         self.positions = positions
         self.neurons, self.n_neurons = neurons, n_neurons
@@ -280,6 +285,7 @@ class EdgePruner:
             ),
             "hard_share": 0.0,
             "average_share": 0.0,
+            "candidates": 0,
             "split_embeddings": True,
             "bias_in_heads": True,
         }
@@ -370,6 +376,8 @@ class EdgePruner:
         for name in ("steps", "batch_size", "accumulate", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected 1 or more.")
+        if self.candidates < 0:
+            raise ValueError(f"candidates={self.candidates}: expected 0 or more.")
         if self.ablation != OPTIMAL:
             check_ablation(self.ablation)
         if self.checkpoint is not None and Path(self.checkpoint).is_dir():

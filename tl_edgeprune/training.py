@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_edgeprune import checkpoints
+from tl_edgeprune.candidates import Candidates
 from tl_edgeprune.constants import OPTIMAL, Constants
 from tl_edgeprune.distributed import LostProcess, Ranks
 from tl_edgeprune.ends import edge_ends
@@ -111,6 +112,7 @@ class Training:
         self.neurons = self._learned_neurons(begun=left is not None)
         self.source_of_edge = edge_ends(self.graph, self.device)[0]
         self.average = torch.zeros_like(self.log_alpha, requires_grad=False)
+        self.candidates = self._candidates()
         self.optimizer, self.multipliers = self._optimizers()
         self.feed = Feed(
             self.task, pruner.batch_size, lambda epoch: _mixed(pruner.seed, EPOCHS + epoch)
@@ -303,7 +305,8 @@ class Training:
 
     def _state(self) -> dict[str, Tensor]:
         """The tensors that a checkpoint holds, but for optimisers' and constants'."""
-        return {"average": self.average, **self._log_alphas(), **self._multipliers()}
+        judged = {} if self.candidates is None else self.candidates.state()
+        return {"average": self.average, **judged, **self._log_alphas(), **self._multipliers()}
 
     def _log_alphas(self) -> dict[str, Tensor]:
         learned = {"log_alpha": self.log_alpha}
@@ -321,14 +324,27 @@ class Training:
             learned |= {f"neuron_{k}": v for k, v in self.neurons.controller.learned().items()}
         return learned
 
+    def _candidates(self) -> Candidates | None:
+        """Where one circuit is looked for, and all that it needs is its ranking."""
+        size, alone = self.pruner.n_edges, self.constants is None and self.neurons is None
+        if size is None or not self.pruner.candidates or not alone:
+            return None
+        return Candidates(
+            self.run, self.teacher, self.loss_of, size, self.pruner.batch_size, self.ranks
+        )
+
     # ------------------------------------------------------------------------------- finishing
 
     def ranking(self) -> Float[Tensor, " edge"]:
-        """log alpha of every edge, the mean over the run's last part; with node masks, that of edge
-        and node being open together.
+        """log alpha of every edge, the mean over the run's last part, of the best step that was
+        judged; with node masks, that of edge and node being open together.
         """
-        averaged = self._n_averaged(len(self.history)) > 0
-        return (self.average if averaged else self._ranking_now()).cpu()
+        best = None if self.candidates is None else self.candidates.found()
+        return (self._ranking_after(len(self.history)) if best is None else best).cpu()
+
+    def _ranking_after(self, done: int) -> Float[Tensor, " edge"]:
+        """What the run would give if it ended now, after so many steps."""
+        return self.average if self._n_averaged(done) > 0 else self._ranking_now()
 
     def _ranking_now(self) -> Float[Tensor, " edge"]:
         log_alpha = self.log_alpha.detach()
@@ -339,10 +355,15 @@ class Training:
         return torch.logit(both, eps=1e-12).float()
 
     def _take_in(self, step: int) -> None:
-        """This step's ranking into the mean."""
+        """This step's ranking into the mean, and before the judges."""
         n = self._n_averaged(step + 1)
         if n > 0:
             self.average += (self._ranking_now() - self.average) / n
+        pruner = self.pruner
+        if self.candidates is not None and self.candidates.due(
+            step, pruner.steps, pruner.candidates
+        ):
+            self.candidates.take_in(self._ranking_after(step + 1))
 
     def _n_averaged(self, done: int) -> int:
         """How many steps the mean is of, after so many steps."""

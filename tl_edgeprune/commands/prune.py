@@ -63,6 +63,12 @@ def prune(
             show_default="0.0",
         ),
     ] = None,
+    candidates: Annotated[
+        int | None,
+        typer.Option(
+            help="Late rankings that are judged, of which the best is kept.", show_default="10"
+        ),
+    ] = None,
     optimizer: Annotated[
         list[str] | None,
         typer.Option(help="NAME=VALUE of Optimizer, such as warmup=20; may be repeated."),
@@ -151,6 +157,7 @@ def prune(
         "controller": _part("--controller", controller),
         "hard_share": hard_share,
         "average_share": average_share,
+        "candidates": candidates,
         "optimizer": _part("--optimizer", optimizer),
         "init_scores": whole_path(init_scores),
         "init_log_alpha": None if init_log_alpha is None else list(init_log_alpha),
