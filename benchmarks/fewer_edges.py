@@ -1,7 +1,7 @@
 """With how many edges Edge Pruning is as faithful as a circuit of ACDC, on pairs that neither saw.
 
-    python benchmarks/settings.py --variants pairs-1024 --steps 500 --n-edges 125
-    python benchmarks/fewer_edges.py runs/settings-ioi-t1/pairs-1024-0-500.safetensors \\
+    python benchmarks/settings.py --variants pairs-1024-judged --steps 500 --n-edges 85
+    python benchmarks/fewer_edges.py runs/settings-ioi-t1/pairs-1024-judged-0-500.safetensors \\
         [--thresholds 0.01 0.003 0.001] [--pairs 8] [--out runs/fewer-edges]
 
 ACDC by groups (search="bisect") on SmolLM2-135M, the KL its objective, at each threshold; then the

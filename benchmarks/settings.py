@@ -5,8 +5,10 @@
 Indirect object identification, 64 pairs held out. Every run is a row of runs.csv in the folder: the
 held-out KL and exact match at --n-edges, the KL of its ranking at other sizes, and, in history/,
 the KL of the training steps as it fell. Rows that are there are not run again, so a run that was
-killed goes on; give several processes different variants. A polished circuit is that of the
-default's run, whose file is taken where it is there; its seconds are the exchanges' alone then.
+killed goes on; give several processes different variants. All take the last step's ranking, so that
+settings are compared and not chance, but for "judged", which is EdgePruner's default whole. A
+polished circuit is that of the default's run, whose file is taken where it is there; its seconds
+are the exchanges' alone then.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ def kl_and_excess(logits: Tensor, full: Tensor, batch: Batch) -> Tensor:
     return kl(logits, full, batch) + excess.clamp(min=0)
 
 
+LAST_STEP = {"candidates": 0}
 AT_ONCE = ExactBudget("sampled", anneal=0.001)  # small budgets from the first step on
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -71,6 +74,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "polish-8": {"polish": 8},
     "pairs-64": {"pairs": 64},
     "pairs-1024": {"pairs": 1024},
+    "judged": {"candidates": 10},
+    "pairs-1024-judged": {"pairs": 1024, "candidates": 10},
 }
 HELD_OUT, MOST_PAIRS = 64, 1024
 SIZES = (200, 500, 1000, 2300, 10_000)
@@ -120,7 +125,8 @@ def run_of(model: Any, train: Any, settings: dict[str, Any], scores: Path) -> tu
 
 def measured(model: Any, task: Any, name: str, seed: int, options: Any, out: Path) -> list[Any]:
     """One variant's row, its history and its scores written."""
-    settings = {"n_edges": options.n_edges, "steps": options.steps, "seed": seed} | VARIANTS[name]
+    settings = {"n_edges": options.n_edges, "steps": options.steps, "seed": seed, **LAST_STEP}
+    settings |= VARIANTS[name]
     train = task[HELD_OUT:][: settings.pop("pairs", options.pairs)]
     rounds = settings.pop("polish", 0)  # of the default run's circuit
     file = f"{'default' if rounds else name}-{seed}-{options.steps}"
