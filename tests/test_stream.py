@@ -300,7 +300,7 @@ def test_every_streamed_pair_is_seen_once_an_epoch():
 
     task = streamed(model, 20)
     n_batches = len(list(task.batches(4)))
-    pruner(objective=watch, init_scores=None, steps=2 * n_batches).fit(model, task)
+    pruner(objective=watch, init_scores=None, steps=2 * n_batches, candidates=0).fit(model, task)
     assert sorted(seen[:20]) == sorted(seen[20:]) == list(range(20)) and seen[:20] != seen[20:]
 
 
