@@ -74,6 +74,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "polish-8": {"polish": 8},
     "pairs-64": {"pairs": 64},
     "pairs-1024": {"pairs": 1024},
+    "pairs-1024-lr-0.1": {"pairs": 1024, "lr": 0.1},
     "judged": {"candidates": 10},
     "pairs-1024-judged": {"pairs": 1024, "candidates": 10},
 }
