@@ -185,9 +185,11 @@ TOML = b"model = 'gpt2'\npairs = 256\n[prune]\nn-edges = 1000\nlr = 0.1"
 def readers(training: Training, folder_of: Any) -> dict[str, Reader]:
     """Every reader of files, by what it reads."""
     about = {"method": "acdc", "threshold": 0.1}
-    decided = {"decided_from": 5, "runs": 3, "stage": {"reach": 0.3, "single": False}}
+    singles = {"reads_left": 2, "removed": 1, "narrow": True}
+    decided = {"decided_from": 5, "runs": 3, "reach": 0.3, "singles": singles}
     summed = {"batches": 2, "pairs": 7}
     n_edges = GRAPH.n_edges
+    rises = torch.rand(n_edges).double()
     model = talkative.model()
 
     def checkpoint(path: Path) -> None:
@@ -228,7 +230,7 @@ def readers(training: Training, folder_of: Any) -> dict[str, Reader]:
         "checkpoint": Reader("r.safetensors", checkpoint, resumed, harmed_safetensors),
         "acdc": Reader(
             "a.safetensors",
-            state(about, {"kept": torch.arange(n_edges) % 3 > 0}, decided),
+            state(about, {"kept": torch.arange(n_edges) % 3 > 0, "rises": rises}, decided),
             lambda p: acdc._before(Saved(p, about), GRAPH),
             harmed_safetensors,
         ),

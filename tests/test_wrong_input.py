@@ -110,7 +110,7 @@ def test_prompts_of_another_shape_than_the_corrupted(
 def test_ablations_without_what_they_need() -> None:
     model = zoo.load("bridge-gpt2")
     mask, corrupted = ones(model), zoo.tokens(model)
-    with refused("unknown ablation 'resample': expected one of counterfactual, zero, mean"):
+    with refused("unknown ablation 'resample': expected one of counterfactual, zero, zero-with"):
         enter(model, mask, ablation="resample")
     with refused("counterfactual ablation needs corrupted=…, tokens [batch, pos]"):
         enter(model, mask)
