@@ -43,6 +43,7 @@ __all__ = [
     "compare",
     "completeness",
     "discover",
+    "eliminate",
     "equivalence_test",
     "evaluate",
     "explain",

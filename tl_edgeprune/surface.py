@@ -13,6 +13,7 @@ from tl_edgeprune.circuit_tests import (
 from tl_edgeprune.compare import compare
 from tl_edgeprune.comparison import Comparison
 from tl_edgeprune.constants import Constants
+from tl_edgeprune.elimination import eliminate
 from tl_edgeprune.evaluate import Evaluation, evaluate
 from tl_edgeprune.explain import explain
 from tl_edgeprune.explanation import Explanation
@@ -61,6 +62,7 @@ __all__ = [
     "compare",
     "completeness",
     "discover",
+    "eliminate",
     "equivalence_test",
     "evaluate",
     "explain",
