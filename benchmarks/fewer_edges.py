@@ -2,13 +2,14 @@
 
     python benchmarks/settings.py --variants pairs-1024-judged --steps 500 --n-edges 85
     python benchmarks/fewer_edges.py runs/settings-ioi-t1/pairs-1024-judged-0-500.safetensors \\
-        [--thresholds 0.01 0.003 0.001] [--pairs 8] [--out runs/fewer-edges]
+        [--thresholds 0.01 0.003 0.001] [--pairs 8] [--start 220 --stop 50] [--out runs/fewer-edges]
 
 ACDC by groups (search="bisect") on SmolLM2-135M, the KL its objective, at each threshold; then the
-fewest of the scores' highest edges whose held-out KL is no higher. The ratio is of edges alive: the
-others do nothing. ACDC's pairs are of those that the scores were trained on; the 64 held out are
-those of settings.py. ACDC's circuits are kept in --out, and searches that were stopped go on; the
-table is printed as Markdown.
+fewest of the scores' highest edges whose held-out KL is no higher, as they are and with the --start
+highest ranked anew by elimination. The ratios are of edges alive: the others do nothing. ACDC's and
+the elimination's pairs are of those that the scores were trained on; the 64 held out are those of
+settings.py. What is found is kept in --out, and searches that were stopped go on; the table is
+printed as Markdown.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from typing import Any
 import torch
 from settings import HELD_OUT, MOST_PAIRS
 
-from tl_edgeprune import Circuit, EdgeScores, Task, models, tasks
+from tl_edgeprune import Circuit, EdgeScores, Task, eliminate, models, tasks
 from tl_edgeprune.evaluate import evaluate, evaluate_all
 from tl_edgeprune.methods.acdc import acdc
 
 AT_ONCE = 8
+ELIMINATION_PAIRS = 32
 
 
 def searched(model: Any, train: Task, threshold: float, out: Path) -> Circuit:
@@ -36,6 +38,16 @@ def searched(model: Any, train: Task, threshold: float, out: Path) -> Circuit:
     circuit = acdc(model, train, threshold=threshold, search="bisect", checkpoint=state)
     circuit.save(path)
     return circuit
+
+
+def ranked_anew(model: Any, train: Task, scores: EdgeScores, options: Any) -> EdgeScores:
+    """The scores after elimination, taken from their file where it is there."""
+    sizes = {"start": options.start, "stop": options.stop}
+    path = options.out / f"{options.scores.stem}-{options.start}-{options.stop}.safetensors"
+    if not path.exists():
+        state = path.with_suffix(".state")
+        eliminate(model, train, scores, **sizes, checkpoint=state, progress=True).save(path)
+    return EdgeScores.load(path)
 
 
 def fewest(model: Any, held: Task, scores: EdgeScores, most: float) -> int:
@@ -75,25 +87,25 @@ def main() -> None:
     scores = EdgeScores.load(options.scores)
     model = models.load("smollm2-135m")
     pairs = tasks.load(options.task, model, HELD_OUT + MOST_PAIRS, 0)
-    held, train = pairs[:HELD_OUT], pairs[HELD_OUT:][: options.pairs]
+    held, train = pairs[:HELD_OUT], pairs[HELD_OUT:]
     options.out.mkdir(parents=True, exist_ok=True)
-    print(
-        "| ACDC's threshold | edges alive | runs | KL | Edge Pruning's edges | alive | KL | ratio |"
-    )
-    print("|---" * 8 + "|")
+    anew = ranked_anew(model, train[:ELIMINATION_PAIRS], scores, options)
+    print("| ACDC's threshold | edges | runs | KL | ranking: edges (KL) | ratio |", end="")
+    print(" after elimination | ratio |\n" + "|---" * 8 + "|")
     for threshold in options.thresholds:
-        circuit = searched(model, train, threshold, options.out)
+        circuit = searched(model, train[: options.pairs], threshold, options.out)
         kl = evaluate(model, circuit, held).kl
-        ours = scores.top(fewest(model, held, scores, kl))
-        row = compared(circuit, kl, ours, evaluate(model, ours, held).kl)
-        print(f"| {threshold:g} | {' | '.join(row)} |", flush=True)
+        edges = alive(circuit)
+        row = [f"{threshold:g}", str(edges), str(circuit.metadata["runs"]), f"{kl:.2f}"]
+        for ours in (scores, anew):
+            found = ours.top(fewest(model, held, ours, kl))
+            row += [f"{alive(found)} ({evaluate(model, found, held).kl:.2f})"]
+            row += [f"{edges / alive(found):.2f}"]
+        print(f"| {' | '.join(row)} |", flush=True)
 
 
-def compared(circuit: Circuit, kl: float, ours: Circuit, our_kl: float) -> list[str]:
-    """The figures of a row."""
-    alive, our_alive = (each.without_dead_edges().n_edges for each in (circuit, ours))
-    values = (alive, circuit.metadata["runs"], f"{kl:.2f}", ours.n_edges, our_alive)
-    return [*map(str, values), f"{our_kl:.2f}", f"{alive / our_alive:.2f}"]
+def alive(circuit: Circuit) -> int:
+    return circuit.without_dead_edges().n_edges
 
 
 def parser() -> argparse.ArgumentParser:
@@ -102,6 +114,8 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--task", default="ioi-t1", choices=["ioi-t1", "ioi"])
     found.add_argument("--thresholds", nargs="+", type=float, default=[0.01, 0.003, 0.001])
     found.add_argument("--pairs", type=int, default=8, help="that ACDC looks at (default: 8)")
+    found.add_argument("--start", type=int, default=220, help="edges to eliminate from")
+    found.add_argument("--stop", type=int, default=50, help="and down to")
     found.add_argument("--out", type=Path, default=Path("runs/fewer-edges"))
     found.add_argument("--threads", type=int, default=None, help="default: torch's")
     return found

@@ -17,10 +17,12 @@ import argparse
 import csv
 import json
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from changed_steps import cooling, late_16, stepping, two_masks
 from torch import Tensor
 
 from tl_edgeprune import EdgePruner, EdgeScores, discover, models, polish, tasks
@@ -70,6 +72,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fixed": {"controller": ExactBudget("fixed")},
     "batch-16": {"batch_size": 16},
     "accumulate-2": {"accumulate": 2},
+    "masks-2": {"step": two_masks},
+    "late-16": {"step": late_16},
+    "cooling": {"step": cooling},
     "no-excess": {"objective": kl_and_excess},
     "polish-8": {"polish": 8},
     "pairs-64": {"pairs": 64},
@@ -119,7 +124,9 @@ def run_of(model: Any, train: Any, settings: dict[str, Any], scores: Path) -> tu
         objective = "logit-diff" if method == "eap" else "kl"
         first = discover(model, train[:WARM_PAIRS], method, objective=objective)
         settings = settings | {"init_scores": first}
-    result = EdgePruner(progress=False, **settings).fit(model, train)
+    step = settings.pop("step", None)
+    with nullcontext() if step is None else stepping(step):
+        result = EdgePruner(progress=False, **settings).fit(model, train)
     result.scores.save(scores)
     return result.scores, [[round(s["loss"], 4), round(s["edges"])] for s in result.history]
 
