@@ -16,7 +16,6 @@ Bhaskar et al. 2024, section 3 (zero and interchange ablation); Wang et al. 2022
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_edgeprune.graph import EdgeGraph
-from tl_edgeprune.hooks import AttentionSite, Hook, Sites, attached, prepared
+from tl_edgeprune.hooks import AttentionSite, Hook, Sites, attached
 
 # And Constants of optimal_ablation.py.
 ZERO_WITH_BIASES = "zero-with-biases"
@@ -110,14 +109,13 @@ def record(
     tokens: Int[Tensor, "batch pos"],
     positions: Int[Tensor, "batch read"] | None = None,
 ) -> tuple[Reference, Float[Tensor, "batch read d_vocab"]]:
-    """Run the model as it is on `tokens`: its sources and streams as a Reference, and its logits
-    at `positions` (the others are not computed), or everywhere.
+    """Run the model as it is (`prepared`) on `tokens`: its sources and streams as a Reference, and
+    its logits at `positions` (the others are not computed), or everywhere.
     """
     tokens = tokens.to(sites.attention[0].output.device)  # a Bridge does not move them
     seen: dict[str, Tensor] = {}
     recorders = _recorders(sites, seen)
-    with torch.no_grad(), prepared(model, sites), ExitStack() as undo:
-        undo.enter_context(attached(model, [*recorders, *_cuts(sites, positions)]))
+    with torch.no_grad(), attached(model, [*recorders, *_cuts(sites, positions)]):
         try:
             logits = model(tokens)
         except _Recorded:

@@ -108,6 +108,7 @@ class Training:
             self.node_controller.start(self.graph.n_sources, None)
         first = self._first_log_alpha() if left is None else torch.zeros(self.graph.n_edges)
         self.log_alpha = first.to(self.device).requires_grad_()
+        self.gates = self.log_alpha.detach()  # log alphas that the last mask was drawn from
         self.node_log_alpha = self._node_log_alpha()
         self.neurons = self._learned_neurons(begun=left is not None)
         self.source_of_edge = edge_ends(self.graph, self.device)[0]
@@ -187,6 +188,7 @@ class Training:
     ) -> tuple[Float[Tensor, " edge"], Tensor | float]:
         """A mask for one forward, and what the loss gains for it."""
         shifted = self.controller.gates(self.log_alpha, target)
+        self.gates = shifted.detach()
         mask = self.pruner.sampler(shifted, generator)
         penalty = self.controller.penalty(mask, shifted, target)
         if self.pruner.attachment is not None:
@@ -506,12 +508,10 @@ class Training:
             )
 
     def _note(self, step: int, loss: float, target: float, neurons: float | None) -> None:
-        with torch.no_grad():
-            gates = self.controller.gates(self.log_alpha.detach(), target)
-            if isinstance(self.controller, Penalty):
-                edges = float(self.controller.probability(gates).sum())
-            else:
-                edges = float(open_probability(gates).sum())
+        is_open = open_probability
+        if isinstance(self.controller, Penalty):
+            is_open = self.controller.probability
+        edges = float(is_open(self.gates).sum())
         seconds = self.seconds_before + time.monotonic() - self.started
         entry = {"step": step, "loss": loss, "edges": edges, "target": target, "seconds": seconds}
         if self.neurons is not None and neurons is not None:
