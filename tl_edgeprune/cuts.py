@@ -639,6 +639,13 @@ def leading(
     return torch.cat([heads.flatten(), groups, groups]) if graph.split_qkv else groups
 
 
+def leading_edges(graph: EdgeGraph, mask: Bool[Tensor, " edge"]) -> Bool[Tensor, " edge"]:
+    """Which edges, kept or not, end in a destination that leads to the logits by kept edges."""
+    alive = lead_to_logits(graph, mask)
+    parts = [leading(graph, read, alive).repeat_interleave(read.n_sources) for read in graph.reads]
+    return torch.cat(parts)
+
+
 @torch.no_grad()
 def heads_interact(run: MaskedModel, lesson: Lesson) -> bool:
     """Whether what one head reads changes what another head of its layer writes.
