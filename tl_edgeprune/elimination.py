@@ -38,6 +38,7 @@ from tl_edgeprune.methods.saved import Saved, saving
 from tl_edgeprune.objectives import Objective, find_objective
 from tl_edgeprune.scores import EdgeScores
 from tl_edgeprune.strangers import of_kind
+from tl_edgeprune.sweep import check_origin
 from tl_edgeprune.tasks.task import Task
 from tl_edgeprune.teacher import Teacher, check_vocabulary
 
@@ -77,12 +78,13 @@ def eliminate(
     last `stop` keep theirs, above. Metadata gain "eliminated": start, stop, pairs, and the
     objective before and after.
 
-    Raises ValueError unless 1 <= stop < start < the graph's edges and 0 < share <= 1, for another
-    model's scores, and for a checkpoint of another run.
+    Raises ValueError unless 1 <= stop < start < the graph's edges and 0 < share <= 1, as `evaluate`
+    does for another model's scores, and for a checkpoint of another run.
     """
     _check(scores, start, stop, share)
     loss_of = find_objective(objective, task)
     check_vocabulary(task, int(model.cfg.d_vocab))
+    check_origin(model, scores.graph, scores.metadata, "ranking")
     kind = scores.metadata.get("ablation", "counterfactual") if ablation is None else ablation
     about = origin(model, task, method="elimination", objective=objective, ablation=kind)
     settings = {"objective": objective, "ablation": kind, "share": share, "stop": stop}
