@@ -20,8 +20,10 @@ from torch import Tensor
 from tl_edgeprune import discover, models, tasks
 from tl_edgeprune.forward import Held
 from tl_edgeprune.masked import MaskedModel
+from tl_edgeprune.methods.totals import each_lesson
 from tl_edgeprune.objectives import mean_squared_error
 from tl_edgeprune.tasks.stream import TaskStream
+from tl_edgeprune.teacher import Teacher
 
 MODEL = "bridge-gpt2"
 KINDS = (MODEL, "bridge-gemma2")  # the second with shared keys, and norms after heads and MLP
@@ -223,6 +225,20 @@ def test_a_mask_of_ones_gives_the_same_by_running_sums(kind: str, held: Held | N
             results.append((logits.detach(), gradient))
     for short, products in zip(*reversed(results), strict=True):
         torch.testing.assert_close(short, products, rtol=1e-5, atol=1e-5 * float(products.max()))
+
+
+@pytest.mark.parametrize(
+    ("n", "size", "most"), [(36, 16, 32), (34, 16, 10), (9, 4, 32), (80, 8, 32)]
+)
+def test_a_first_look_is_at_as_many_pairs_as_asked_for(n: int, size: int, most: int) -> None:
+    """The last batch of a length may hold a pair alone: it counts as one, not as a batch."""
+    model = zoo.load("bridge-gpt2")
+    with MaskedModel.attach(model) as run:
+        teacher = Teacher(run, zoo.pairs(model, n), visits=0)
+        lessons = list(each_lesson(teacher, batch_size=size, max_pairs=most))
+    places = [place for lesson in lessons for place in lesson.batch.indices.tolist()]
+    assert len(set(places)) == len(places) >= min(most, n)
+    assert len(places) - len(lessons[-1].batch) < most
 
 
 @pytest.mark.parametrize(("objective", "runs"), [("logit-diff", 2), ("log-prob", 2), ("kl", 3)])

@@ -12,7 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tl_edgeprune import Circuit, EdgePruner, evaluate
-from tl_edgeprune.candidates import LATE, Candidates
+from tl_edgeprune.candidates import JUDGES, LATE, Candidates
+from tl_edgeprune.distributed import Ranks
+from tl_edgeprune.masked import MaskedModel
+from tl_edgeprune.objectives import kl
+from tl_edgeprune.teacher import Teacher
 from tl_edgeprune.training import Training
 
 MODEL = "bridge-gpt2"
@@ -49,6 +53,21 @@ def test_the_best_of_the_judged_rankings_is_the_result(monkeypatch, average_shar
     assert len(judged) == 4 and (average_share or len(set(kls)) > 1)
     assert evaluate(model, result.circuit, task).kl == pytest.approx(min(kls), rel=1e-5)
     assert any(result.log_alpha.equal(ranking) for ranking in judged)
+
+
+@pytest.mark.parametrize(("n", "batch_size"), [(33, 32), (20, 8), (70, 64), (6, 4)])
+def test_as_many_pairs_judge_however_they_are_batched_and_shared_out(n, batch_size):
+    """Batches hold one length, so the last of each length may hold a pair alone."""
+    model, task = zoo.load(MODEL), zoo.pairs(zoo.load(MODEL), n)
+    found = []
+    with MaskedModel.attach(model) as run:
+        teacher = Teacher(run, task, visits=0)
+        for ranks in (Ranks(), Ranks(0, 2), Ranks(1, 2), Ranks(4, 5)):
+            judges = Candidates(run, teacher, kl, 20, batch_size, ranks)._pairs()
+            assert max(map(len, judges)) <= ranks.most(batch_size)
+            found.append(sorted(place for batch in judges for place in batch.indices.tolist()))
+    assert len(set(found[0])) == len(found[0]) == min(JUDGES, n)
+    assert all(places == found[0] for places in found)
 
 
 def test_without_candidates_the_last_step_is_the_result():

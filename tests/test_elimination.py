@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tl_edgeprune import Circuit, EdgeGraph, EdgeScores, discover, eliminate, evaluate
-from tl_edgeprune.cuts import WholeCuts, find_cuts
+from tl_edgeprune.ablation import ABLATIONS
+from tl_edgeprune.cuts import WholeCuts, find_cuts, leading_edges
 from tl_edgeprune.elimination import single_cuts
 from tl_edgeprune.evaluate import evaluate_all
 from tl_edgeprune.masked import MaskedModel
@@ -122,6 +123,40 @@ def test_small_circuits_are_better_than_the_ranking_s_own(name: str) -> None:
     assert note["before"] == pytest.approx(evaluate(model, scores.top(120), task).kl, rel=1e-3)
     assert note["after"] == pytest.approx(evaluate(model, found.top(20), task).kl, rel=1e-3)
     assert found.metadata["method"] == "eap" and not found.by_magnitude
+
+
+@pytest.mark.parametrize("ablation", ABLATIONS)
+def test_edges_that_no_input_reaches_go_only_where_they_carry_nothing(ablation: str) -> None:
+    """An MLP without its own edges writes what it does on corrupted prompts, but not zero or a
+    mean: its edge to the logits goes when it is the least needed, and not before.
+    """
+    model, task = zoo.load("bridge-gpt2"), zoo.pairs(zoo.load("bridge-gpt2"), 3)
+    graph = EdgeGraph.from_model(model)
+    left = [f"{source}->logits" for source in ("input", "m0", "m1", "m2")]
+    ranking = Circuit.from_edges(graph, left).mask.float()
+    found = eliminate(
+        model, task, EdgeScores(graph, ranking, {}, False), start=4, stop=1, ablation=ablation
+    )
+    while len(left) > 1:
+        smaller = [[edge for edge in left if edge != gone] for gone in left]
+        circuits = [Circuit.from_edges(graph, edges) for edges in smaller]
+        kls = [each.kl for each in evaluate_all(model, circuits, task, ablation=ablation)]
+        ours = found.top(len(left) - 1)
+        assert kls[circuits.index(ours)] == pytest.approx(min(kls), rel=1e-5)
+        left = list(ours.edges)
+    assert found.metadata["eliminated"]["after"] == pytest.approx(min(kls), rel=1e-5)
+
+
+@given(st.integers(0, 99), st.sampled_from(ABLATIONS))
+@settings(max_examples=5)
+def test_edges_that_lead_nowhere_carry_nothing(seed: int, ablation: str) -> None:
+    model, scores = zoo.load("bridge-gpt2"), some_scores("bridge-gpt2", seed)
+    kept = scores.top(60).mask
+    leads = leading_edges(scores.graph, kept)
+    assert not bool((scores.top(60, alive=True).mask & ~leads).any())
+    both = [Circuit(scores.graph, mask) for mask in (kept, kept & leads)]
+    whole, rest = evaluate_all(model, both, zoo.pairs(model, 2), ablation=ablation)
+    assert whole.kl == pytest.approx(rest.kl, rel=1e-5)
 
 
 def test_edges_that_stand_in_for_one_another_do_not_go_together() -> None:

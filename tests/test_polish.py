@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 import zoo
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from tl_edgeprune import Circuit, EdgeGraph, discover, evaluate
+from tl_edgeprune import Circuit, EdgeGraph, EdgeScores, discover, eliminate, evaluate
 from tl_edgeprune.polish import exchanged, polish
 
 
@@ -54,6 +59,53 @@ def test_other_pairs_can_judge_the_exchanges() -> None:
     assert better.metadata["polish"]["after"] == pytest.approx(after, rel=1e-4)
     assert better.n_edges == 40 and after < before
     assert better != polish(model, task, circuit, rounds=12, swap=0.2)
+
+
+def test_pairs_that_cannot_judge_the_objective_are_refused() -> None:
+    """Without a distractor a logit difference would be the sum over nothing, and nothing move."""
+    model = zoo.load("bridge-gpt2")
+    task, others = zoo.pairs(model, 6).split(0.5)
+    nothing = [torch.zeros(0, dtype=torch.long)] * len(others)
+    graph = EdgeGraph.from_model(model)
+    circuit = Circuit(graph, torch.arange(graph.n_edges) < 9)
+    bare = replace(others, distractors=nothing)
+    with pytest.raises(ValueError, match="one answer token and one distractor token"):
+        polish(model, task, circuit, held_out=bare, objective="logit-diff")
+    task = replace(task, objective="log-prob")
+    bare = replace(bare, answers=nothing, objective="kl")
+    with pytest.raises(ValueError, match="'log-prob': pair 0 of task 'random' has no answer"):
+        polish(model, task, circuit, held_out=bare)
+
+
+@pytest.mark.parametrize("worth", [3, 0])
+def test_no_round_tries_an_exchange_again(worth: int, monkeypatch) -> None:
+    """Of the edges asked for only some are worth exchanging, and no exchange helps."""
+    model = zoo.load("bridge-gpt2")
+    task, graph = zoo.pairs(model, 2), EdgeGraph.from_model(model)
+    mask = torch.arange(graph.n_edges) < 40
+    guess = mask.float() - 2 * (torch.arange(graph.n_edges) < worth).float()
+    tried: list[int] = []
+
+    def loss(run: Any, teacher: Any, other: Tensor, *rest: Any) -> float:
+        tried.append(int((other & ~mask).sum()))
+        return 0.0
+
+    module = sys.modules["tl_edgeprune.polish"]  # the package's own name is the function
+    monkeypatch.setattr(module, "path_scores", lambda *_, **__: guess)
+    monkeypatch.setattr(module, "_mean_loss", loss)
+    polish(model, task, Circuit(graph, mask), swap=1.0)
+    assert tried == ([0, 3, 2, 1] if worth else [0])
+
+
+def test_what_was_found_on_folded_weights_is_refused_on_others() -> None:
+    model = zoo.load("bridge-gpt2")
+    task, graph = zoo.pairs(model, 2), EdgeGraph.from_model(model)
+    origin = {"ablation": "zero", "folded": True}
+    scores = EdgeScores(graph, torch.arange(graph.n_edges).float(), origin)
+    with pytest.raises(ValueError, match="found under zero ablation on a model with folded"):
+        polish(model, task, scores.top(9))
+    with pytest.raises(ValueError, match="found under zero ablation on a model with folded"):
+        eliminate(model, task, scores, start=9, stop=3)
 
 
 def test_wrong_input_is_refused() -> None:

@@ -18,8 +18,9 @@ import torch
 import torch.distributed as dist
 import zoo
 
-from tl_edgeprune import EdgePruner, ExactBudget, Lagrangian, evaluate, sharding
+from tl_edgeprune import EdgePruner, ExactBudget, Lagrangian, discover, evaluate, sharding
 from tl_edgeprune.distributed import LostProcess, Ranks
+from tl_edgeprune.methods import saved as saved_state
 from tl_edgeprune.objectives import kl
 from tl_edgeprune.sharding import is_sharded, sharded
 
@@ -107,6 +108,9 @@ def shards(rank: int, folder: Path) -> None:
                 model, task, resume=folder / f"state-{name}"
             )
             assert resumed.log_alpha.equal(result.log_alpha)
+            if name == MODEL:
+                assert searched(model, task, folder / "search")
+                assert parts.most_whole <= 2  # also where parts of blocks are run alone
         same = same_bits(model, whole) and after_an_exception(model, whole)
         alone = torch.tensor([left, most, int(same), int(twice), int(by_turns)])
         figures = torch.tensor([inside.kl, inside.logit_diff], dtype=torch.float64)
@@ -116,6 +120,18 @@ def shards(rank: int, folder: Path) -> None:
 
 def same_bits(model: Any, whole: list[torch.Tensor]) -> bool:
     return all(p.equal(q) for p, q in zip(model.parameters(), whole, strict=True))
+
+
+def searched(model: Any, task: Any, path: Path) -> bool:
+    """Whether a search that saves its state (the first process alone) goes on from it in all."""
+    settings: dict[str, Any] = {"method": "acdc", "threshold": 0.5, "search": "bisect"}
+    whole = discover(model, task, **settings)
+    saved_state.SAVE_SECONDS = 0.0
+    first = discover(model, task, **settings, checkpoint=path)
+    dist.barrier()  # the first process has written it
+    again = discover(model, task, **settings, checkpoint=path)
+    gone_on = again.metadata["runs"] - first.metadata["runs"] < whole.metadata["runs"]
+    return first == whole == again and gone_on
 
 
 def nested(model: Any) -> bool:

@@ -8,7 +8,6 @@ each by its circuit's objective on the same few pairs of the task, and the best 
 from __future__ import annotations
 
 import math
-from itertools import islice
 
 import torch
 from jaxtyping import Float
@@ -39,7 +38,7 @@ class Candidates:
         ranks: Ranks,
     ) -> None:
         self.run, self.teacher, self.loss_of = run, teacher, loss_of
-        self.size, self.batch_size, self.ranks = size, ranks.most(batch_size), ranks
+        self.size, self.batch_size, self.ranks = size, batch_size, ranks
         self.best = torch.zeros(run.graph.n_edges, device=teacher.device)
         self.lowest = torch.tensor(UNKNOWN, device=teacher.device)
         self._judges: list[Batch] = []
@@ -82,8 +81,15 @@ class Candidates:
         return total / pairs
 
     def _pairs(self) -> list[Batch]:
-        """The same for every ranking and in every process."""
+        """The same for every ranking and in every process, whatever their number, at most as many
+        at once as one process trains on.
+        """
         if not self._judges:
-            batches = self.teacher.task.batches(self.batch_size, True, 0)
-            self._judges = list(islice(batches, math.ceil(JUDGES / self.batch_size)))
+            left = JUDGES
+            for batch in self.teacher.task.batches(self.batch_size, True, 0):
+                batch = batch.first(left)
+                self._judges += [part for part, _ in self.ranks.parts(batch)]
+                left -= len(batch)
+                if not left:
+                    break
         return self._judges

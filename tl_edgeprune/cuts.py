@@ -39,6 +39,7 @@ from tl_edgeprune.graph import EdgeGraph, Read
 from tl_edgeprune.hooks import AttentionSite
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.objectives import Objective
+from tl_edgeprune.sharding import in_turns
 from tl_edgeprune.teacher import Lesson, Teacher
 
 _Inputs = Callable[[int], Tensor]  # candidate -> what destinations read, [dst, row, d_model]
@@ -271,6 +272,7 @@ class PartCuts(WholeCuts):
         self._changes: list[_Change] = []
         self._weights: list[Tensor] = []
         self._pool: list[Tensor] = []
+        self._turn_to: Callable[[int], None] = lambda layer: None  # see `in_turns`
 
     def set(self, mask: Bool[Tensor, " edge"]) -> None:
         self._parts, self._changes = [], []
@@ -324,7 +326,8 @@ class PartCuts(WholeCuts):
     def _losses(self, place: int, cuts: Tensor) -> Float[Tensor, "candidate pair"]:
         self._refresh()
         self._changes = []
-        return self._cat([self._part_losses(part, place, cuts) for part in self._parts])
+        with in_turns(self.run.model) as self._turn_to:
+            return self._cat([self._part_losses(part, place, cuts) for part in self._parts])
 
     def _part_losses(
         self, part: _Part, place: int, cuts: Tensor
@@ -359,6 +362,7 @@ class PartCuts(WholeCuts):
             self._enter(change, read, touched, self._mix(change, place, touched))
 
     def _enter(self, change: _Change, read: Read, touched: list[int], x: _Inputs) -> None:
+        self._turn_to(read.layer)
         if read.kind == "mlp":
             self._mlp(change, read.layer, x)
         else:
@@ -637,6 +641,13 @@ def leading(
     heads = alive[first : first + graph.n_heads]
     groups = heads.view(graph.n_kv_heads, -1).any(1).repeat_interleave(graph.n_spans)
     return torch.cat([heads.flatten(), groups, groups]) if graph.split_qkv else groups
+
+
+def leading_edges(graph: EdgeGraph, mask: Bool[Tensor, " edge"]) -> Bool[Tensor, " edge"]:
+    """Which edges, kept or not, end in a destination that leads to the logits by kept edges."""
+    alive = lead_to_logits(graph, mask)
+    parts = [leading(graph, read, alive).repeat_interleave(read.n_sources) for read in graph.reads]
+    return torch.cat(parts)
 
 
 @torch.no_grad()

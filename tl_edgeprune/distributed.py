@@ -81,6 +81,10 @@ class Ranks:
         }
         return Batch(**mine), len(rows) / len(batch)
 
+    def parts(self, batch: Batch) -> list[tuple[Batch, float]]:
+        """The pairs of each process that gets any."""
+        return [Ranks(rank, self.size).part(batch) for rank in range(min(self.size, len(batch)))]
+
     def add_up(self, parameters: Sequence[Tensor], loss: float) -> float:
         """Sum the parameters' gradients over all processes, in place; returns the summed loss.
 

@@ -10,7 +10,8 @@ need can lie anywhere in it. So its `start` highest edges are ranked anew, by wh
 3. The least harmful go together, a `share` of the circuit. If the objective then rises by more than
    `TOLERANCE` times what the single cuts add up to (edges that stand in for one another: each can
    go, not both), half as many go; the next round tries twice as many as went.
-4. Edges that then lie on no path from the input to the logits go with them.
+4. Edges that then carry nothing go with them: those that lead nowhere, and under counterfactual
+   ablation those that no difference of the prompts reaches.
 
 The order in which edges go is their new ranking. The definition is the same with every kept edge
 cut in step 2 and one a round.
@@ -29,7 +30,7 @@ from tqdm.auto import tqdm
 
 from tl_edgeprune.circuit import Circuit
 from tl_edgeprune.constants import Ablation
-from tl_edgeprune.cuts import WholeCuts, find_cuts
+from tl_edgeprune.cuts import WholeCuts, find_cuts, leading_edges
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.methods.bisect import GRADIENT_RUNS
 from tl_edgeprune.methods.gradients import at, origin, path_scores
@@ -37,6 +38,7 @@ from tl_edgeprune.methods.saved import Saved, saving
 from tl_edgeprune.objectives import Objective, find_objective
 from tl_edgeprune.scores import EdgeScores
 from tl_edgeprune.strangers import of_kind
+from tl_edgeprune.sweep import check_origin
 from tl_edgeprune.tasks.task import Task
 from tl_edgeprune.teacher import Teacher, check_vocabulary
 
@@ -76,12 +78,13 @@ def eliminate(
     last `stop` keep theirs, above. Metadata gain "eliminated": start, stop, pairs, and the
     objective before and after.
 
-    Raises ValueError unless 1 <= stop < start < the graph's edges and 0 < share <= 1, for another
-    model's scores, and for a checkpoint of another run.
+    Raises ValueError unless 1 <= stop < start < the graph's edges and 0 < share <= 1, as `evaluate`
+    does for another model's scores, and for a checkpoint of another run.
     """
     _check(scores, start, stop, share)
     loss_of = find_objective(objective, task)
     check_vocabulary(task, int(model.cfg.d_vocab))
+    check_origin(model, scores.graph, scores.metadata, "ranking")
     kind = scores.metadata.get("ablation", "counterfactual") if ablation is None else ablation
     about = origin(model, task, method="elimination", objective=objective, ablation=kind)
     settings = {"objective": objective, "ablation": kind, "share": share, "stop": stop}
@@ -121,7 +124,8 @@ class _Elimination:
         """From the current mask, or from where a run was stopped, down to `stop`."""
         size = int(self.cuts.mask.sum())
         self.gone, self.reach = _before(self.saved, self.cuts.mask) or ([], size)
-        self._remove(self.gone)
+        if self.gone:
+            self.cuts.set(without(self.cuts.mask, self.gone))
         self._drop_dead()
         with tqdm(total=size - self.stop, unit="edge", disable=not progress) as bar:
             bar.set_description("eliminating")
@@ -139,12 +143,12 @@ class _Elimination:
         mask, value = self.cuts.mask.clone(), self.cuts.value
         edges, rises = self._least_harmful(max(AT_LEAST, LOOKED_AT * most))
         while True:
-            self._remove(edges[:most].tolist())
+            going = edges[:most].tolist()
+            self.cuts.set(without(mask, going))
             expected = float(rises[:most].clamp(min=0).sum())
             if most == 1 or self.cuts.value - value <= TOLERANCE * expected + NOISE:
-                self.gone += edges[:most].tolist()
+                self.gone += going
                 return most
-            self.cuts.set(mask)
             most = (most + 1) // 2
 
     def _least_harmful(self, count: int) -> tuple[Int[Tensor, " edge"], Float[Tensor, " edge"]]:
@@ -160,20 +164,21 @@ class _Elimination:
         order = rises.argsort(stable=True)
         return edges[order], rises[order]
 
-    def _remove(self, edges: list[int]) -> None:
-        if edges:
-            mask = self.cuts.mask.clone()
-            mask[edges] = False
-            self.cuts.set(mask)
-
     def _drop_dead(self) -> None:
-        """Edges that lead nowhere go without a run."""
+        """Edges that carry nothing to the logits go without a run.
+
+        A source that nothing reaches writes what it does on corrupted prompts, but neither zero nor
+        a mean.
+        """
         if self.cuts.heads_interact:
             return
-        kept = self.cuts.mask
-        dead = kept & ~Circuit(self.cuts.graph, kept).without_dead_edges().mask
-        self.gone += dead.nonzero().flatten().tolist()
-        self.cuts.drop(dead.nonzero().flatten())
+        graph, kept = self.cuts.graph, self.cuts.mask
+        alive = leading_edges(graph, kept)
+        if self.teacher.ablation == "counterfactual":
+            alive = Circuit(graph, kept).without_dead_edges().mask
+        dead = (kept & ~alive).nonzero().flatten()
+        self.gone += dead.tolist()
+        self.cuts.drop(dead)
 
 
 def single_cuts(cuts: WholeCuts, edges: Int[Tensor, " tried"]) -> Float[Tensor, " tried"]:
@@ -189,13 +194,19 @@ def single_cuts(cuts: WholeCuts, edges: Int[Tensor, " tried"]) -> Float[Tensor, 
     return torch.tensor(rises, dtype=torch.float64) - cuts.value
 
 
+def without(mask: Bool[Tensor, " edge"], edges: list[int]) -> Bool[Tensor, " edge"]:
+    """The mask less these edges."""
+    left = mask.clone()
+    left[edges] = False
+    return left
+
+
 def _ranks(
     ranking: Float[Tensor, " edge"], first: Bool[Tensor, " edge"], gone: list[int]
 ) -> Float[Tensor, " edge"]:
     """Each edge's place, from 0: those outside `first`, those that went, those that are left."""
     order = ranking.argsort(stable=True)
-    left = first.clone()
-    left[gone] = False
+    left = without(first, gone)
     went = torch.tensor(gone, dtype=torch.long)
     whole = torch.cat([order[~first[order]], went, order[left[order]]])
     ranks = torch.empty_like(ranking, dtype=torch.float32)

@@ -5,7 +5,7 @@
 2. As many of the best others come as of the least needed go, so the size stays: a share of the
    circuit, `swap`.
 3. The exchange stays if the objective, mean over all pairs of the task, falls. If it does not, half
-   as many are exchanged.
+   as many as were exchanged are.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.methods.gradients import at, path_scores
 from tl_edgeprune.methods.totals import each_lesson
 from tl_edgeprune.objectives import Objective, find_objective
+from tl_edgeprune.sweep import check_origin
 from tl_edgeprune.tasks.task import Task
 from tl_edgeprune.teacher import Teacher, check_vocabulary
 
@@ -50,13 +51,16 @@ def polish(
 
     A round costs a forward, a backward and a forward over all pairs. Metadata gain "polish": the
     objective before and after, and how many edges were exchanged. Raises ValueError for a share
-    outside (0, 1], for fewer than one round, and for an empty or a full circuit.
+    outside (0, 1], for fewer than one round, for an empty or a full circuit, as `evaluate` does for
+    another model's, and for pairs that lack the objective's tokens.
     """
     _check(circuit, rounds, swap)
     loss_of = find_objective(objective, task)
     check_vocabulary(task, int(model.cfg.d_vocab))
     kind = circuit.metadata.get("ablation", "counterfactual") if ablation is None else ablation
+    check_origin(model, circuit.graph, circuit.metadata)
     if held_out is not None:
+        find_objective(objective or task.objective, held_out)  # its pairs have to suffice for it
         check_vocabulary(held_out, int(model.cfg.d_vocab))
     with MaskedModel.attach(model, circuit.graph) as run:
         teacher = judge = Teacher(run, task, kind, batch_size=batch_size)
@@ -69,15 +73,18 @@ def polish(
             if guess is None:
                 guess = path_scores(run, teacher, at(mask), loss_of, batch_size=batch_size)
             other = exchanged(mask, guess, count)
+            moved = int((other & ~mask).sum())
+            if moved == 0:
+                break
             found = _mean_loss(run, judge, other, loss_of, batch_size)
             if found < value:
                 mask, value, guess = other, found, None
-            elif count == 1:
+            elif moved == 1:
                 break
             else:
-                count = (count + 1) // 2
-    moved = int((mask & ~circuit.mask).sum())
-    note: dict[str, Any] = {"polish": {"before": first, "after": value, "exchanged": moved}}
+                count = (moved + 1) // 2
+    new = int((mask & ~circuit.mask).sum())
+    note: dict[str, Any] = {"polish": {"before": first, "after": value, "exchanged": new}}
     note["ablation"] = str(kind)
     return Circuit(circuit.graph, mask, circuit.metadata | note)
 

@@ -152,9 +152,12 @@ def _restore(cuts: WholeCuts, teacher: Teacher, threshold: float, batch_size: in
     guess = _gradient(cuts, teacher, at(cuts.mask), 1, batch_size)
     guess[cuts.mask] = -torch.inf
     best = guess.topk(math.ceil(RESTORED * int(cuts.mask.sum())))
+    missed = best.indices[best.values >= threshold]
+    if not len(missed):
+        return
     before, value = cuts.mask.clone(), cuts.value
-    wider = cuts.mask.clone()
-    wider[best.indices[best.values >= threshold]] = True
+    wider = before.clone()
+    wider[missed] = True
     cuts.set(wider)
     if not cuts.value < value:
         cuts.set(before)

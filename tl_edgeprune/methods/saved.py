@@ -15,9 +15,11 @@ from typing import Any
 from torch import Tensor
 
 from tl_edgeprune import checkpoints
+from tl_edgeprune.distributed import Ranks
 from tl_edgeprune.identities import of_setting, of_task, of_weights
 from tl_edgeprune.locks import held_file
 from tl_edgeprune.masked import MaskedModel
+from tl_edgeprune.sharding import is_sharded
 from tl_edgeprune.strangers import damaged, of_kind
 from tl_edgeprune.tasks.stream import AnyTask
 
@@ -28,9 +30,13 @@ ANEW = "Remove it to start anew."
 class Saved:
     """The tensors and the JSON values that a run goes on from; without a path, none are kept."""
 
-    def __init__(self, path: str | os.PathLike[str] | None, about: dict[str, Any]) -> None:
-        """`about`: JSON values that tell the run. Another run's state is refused."""
-        self._path = None if path is None else Path(path)
+    def __init__(
+        self, path: str | os.PathLike[str] | None, about: dict[str, Any], *, writes: bool = True
+    ) -> None:
+        """`about`: JSON values that tell the run. Another run's state is refused. `writes`: whether
+        this process saves it.
+        """
+        self._path, self._writes = None if path is None else Path(path), writes
         self._about = json.loads(json.dumps(about))
         self._last = time.monotonic()
 
@@ -61,7 +67,9 @@ class Saved:
 
     def save(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         """Write the state, unless it was written less than SAVE_SECONDS ago."""
-        if self._path is None or time.monotonic() - self._last < SAVE_SECONDS:
+        if self._path is None or not self._writes:
+            return
+        if time.monotonic() - self._last < SAVE_SECONDS:
             return
         checkpoints.save(self._path, tensors, {}, {"about": self._about, "state": values})
         self._last = time.monotonic()
@@ -79,7 +87,7 @@ def saving(
     task: AnyTask,
 ) -> Iterator[Saved]:
     """The state of a search with these settings, in this model and its graph and on these pairs,
-    which this process alone writes.
+    which this process alone writes: of several that share a model's weights, the first.
 
     Raises BlockingIOError where another process writes it.
     """
@@ -88,5 +96,6 @@ def saving(
         return
     whole = about | {"settings": of_setting(settings), "graph": run.graph.to_dict()}
     whole |= {"pairs": of_task(task), "weights": of_weights(run.model)}
-    with held_file(path):
-        yield Saved(path, whole)
+    writes = Ranks.current().first or not is_sharded(run.model)
+    with held_file(path) if writes else nullcontext():
+        yield Saved(path, whole, writes=writes)

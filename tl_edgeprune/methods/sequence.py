@@ -33,7 +33,7 @@ def one_by_one(
 def to_decide(cuts: WholeCuts, place: int) -> list[int]:
     """The read's kept edges from last to first. Those that lead nowhere are removed at once."""
     read, alive = cuts.graph.reads[place], cuts.alive()
-    kept = [edge for edge in reversed(range(read.edges.start, read.edges.stop)) if cuts.mask[edge]]
+    kept = (cuts.mask[read.edges].nonzero().flatten() + read.first_edge).flip(0).tolist()
     if cuts.heads_interact:
         return kept
     leads = leading(cuts.graph, read, alive).tolist()

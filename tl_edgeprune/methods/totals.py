@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from itertools import islice
 
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from tl_edgeprune.methods.saved import UNSAVED, Saved
 from tl_edgeprune.strangers import of_kind
+from tl_edgeprune.tasks.task import Batch
 from tl_edgeprune.teacher import Lesson, Teacher, shown
 from tl_edgeprune.tensor_files import floats
 
@@ -53,12 +53,22 @@ def each_lesson(
 
     `max_pairs`: no more than about so many pairs, drawn at random.
     """
-    most = None if max_pairs is None else math.ceil(max_pairs / batch_size)
-    batches = islice(teacher.task.batches(batch_size, shuffle=most is not None), most)
+    batches = teacher.task.batches(batch_size, shuffle=max_pairs is not None)
+    if max_pairs is not None:
+        batches = _enough(batches, max_pairs)
     before = sum(len(batch) for batch in islice(batches, done))
     wanted = min(len(teacher.task), max_pairs or len(teacher.task))
     for batch in shown(batches, doing, wanted, progress, before):
         yield teacher.lesson(batch)
+
+
+def _enough(batches: Iterator[Batch], pairs: int) -> Iterator[Batch]:
+    """Batches until they hold so many pairs: the last one of a length may be small."""
+    for batch in batches:
+        yield batch
+        pairs -= len(batch)
+        if pairs <= 0:
+            return
 
 
 def _before(saved: Saved, zeros: Tensor) -> tuple[Tensor, int, int]:
