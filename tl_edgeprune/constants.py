@@ -88,8 +88,8 @@ class Constants:
             return cls(graph, **parts, metadata=of_kind(note["metadata"], dict, "metadata"))
 
     def detached(self) -> Constants:
-        """The same numbers, without the graph that learned them."""
-        return replace(self, **{name: getattr(self, name).detach() for name in NAMES})
+        """The same numbers on the CPU, without the graph that learned them."""
+        return replace(self, **{name: getattr(self, name).detach().cpu() for name in NAMES})
 
     def __str__(self) -> str:
         return OPTIMAL

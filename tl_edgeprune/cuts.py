@@ -397,10 +397,11 @@ class PartCuts(WholeCuts):
             z, reference = z[change.index()], reference[part.rows]
             change.keep_read_rows(len(heads) + 1)
         z = site.scaled(z).view(change.candidates, -1, *z.shape[1:]) - reference
-        z = z.flatten(0, 1)[:, heads].transpose(0, 1)
+        taken = _taking(heads, z.device)
+        z = z.flatten(0, 1)[:, taken].transpose(0, 1)
         first = self.graph.first_head(layer)
         out = change.add([first + head for head in heads])
-        torch.bmm(z, _rows(site.output, heads), out=out)
+        torch.bmm(z, site.output[taken], out=out)
         if site.gain is not None:
             out.mul_(site.gain)
         bias = part.reference.head_bias(site)
@@ -433,11 +434,12 @@ class PartCuts(WholeCuts):
             if not mine:
                 continue
             first, heads = mine[0][0], [head for _, head in mine]  # one after another
-            values = torch.bmm(x[first : first + len(heads)], _rows(weight, heads))
+            own = _taking(heads, x.device)
+            values = torch.bmm(x[first : first + len(heads)], weight[own])
             if bias is not None:
-                values += _rows(bias, heads)[:, None]
+                values += bias[own][:, None]
             shape = (len(heads), *full.shape[1:3], full.shape[-1])
-            full[:, :, :, heads] = values.view(shape).permute(1, 2, 0, 3)  # [pair, pos, head, …]
+            full[:, :, :, own] = values.view(shape).permute(1, 2, 0, 3)  # [pair, pos, head, …]
 
     # ------------------------------------------------------------------------------- the mixes
 
@@ -451,6 +453,8 @@ class PartCuts(WholeCuts):
         same[..., changed] = 0
         base = _product(same, change.base, change.spans) + change.part.stream(place, change.last)
         weights, values = weights[..., changed], change.values[: len(changed)]
+        if change.spans is None:
+            weights = weights.to(values.device, non_blocking=True)
         return partial(_mixed, base, weights, values, change.n_rows, change.spans)
 
     def _mix_cut(
@@ -491,16 +495,17 @@ class PartCuts(WholeCuts):
         self._changes = []
 
     def _refresh(self) -> None:
-        """The current mask as the blocks of its reads."""
-        dtype = self.run.sites.attention[0].output.dtype
-        mask = self.mask.to(self.device, dtype)
+        """The current mask as the blocks of its reads: on the CPU, since which edges are kept
+        decides what is run, and asking a GPU would be to wait for it each time.
+        """
+        mask = self.mask.to(self.run.sites.attention[0].output.dtype)
         self._weights = [
             mask[read.edges].view(self.graph.block_shape(read)) for read in self.graph.reads
         ]
 
     def _changed(self, place: int, cuts: Tensor) -> list[int]:
         """Destinations that lose an edge in some candidate."""
-        weights = self._weights[place].bool().cpu()
+        weights = self._weights[place].bool()
         lost = (cuts.view(-1, *weights.shape) & weights).flatten(2).any(2).any(0)
         return lost.nonzero().flatten().tolist()
 
@@ -585,11 +590,12 @@ def _by_span(spans: Int[Tensor, " row"] | None) -> list[_Rows] | None:
     return [_Rows(span, (spans == span).nonzero()[:, 0]) for span in spans.unique().tolist()]
 
 
-def _rows(tensor: Tensor, rows: list[int]) -> Tensor:
-    """tensor[rows], without a copy where they are one after another."""
-    if rows == list(range(rows[0], rows[0] + len(rows))):
-        return tensor[rows[0] : rows[0] + len(rows)]
-    return tensor[rows]
+def _taking(rows: list[int], device: torch.device) -> slice | Tensor:
+    """What takes these rows, without a copy where they are one after another."""
+    first = rows[0]
+    if rows == list(range(first, first + len(rows))):
+        return slice(first, first + len(rows))
+    return torch.tensor(rows).to(device, non_blocking=True)
 
 
 def _product(
@@ -597,8 +603,8 @@ def _product(
     values: Float[Tensor, "any_source row d_model"],
     spans: list[_Rows] | None = None,
 ) -> Float[Tensor, "dst row d_model"]:
-    """weights @ the first sources, span by span; of sparse weights, only the sources that any of
-    them wants.
+    """weights (on the CPU) @ the first sources, span by span; of sparse weights, only the sources
+    that any of them wants.
     """
     n = weights.shape[-1]
     if spans is not None:
@@ -609,7 +615,8 @@ def _product(
     wanted = (weights != 0).any(0).nonzero().flatten()
     block = values[:n]
     if 2 * len(wanted) < n:
-        weights, block = weights[:, wanted], values[wanted]
+        weights, block = weights[:, wanted], values[wanted.to(values.device, non_blocking=True)]
+    weights = weights.to(values.device, non_blocking=True)
     return (weights @ block.flatten(1)).view(len(weights), *values.shape[1:])
 
 

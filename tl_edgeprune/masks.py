@@ -32,7 +32,7 @@ def sample_gates(
 ) -> Float[Tensor, " gate"]:
     """Hard-concrete samples in [0, 1], differentiable in log_alpha."""
     u = torch.rand(log_alpha.shape, generator=generator, device="cpu", dtype=torch.float32)
-    return gates_at(log_alpha, (EPS + (1 - 2 * EPS) * u).to(log_alpha.device))
+    return gates_at(log_alpha, (EPS + (1 - 2 * EPS) * u).to(log_alpha.device, non_blocking=True))
 
 
 def gates_at(
@@ -97,7 +97,8 @@ def budget_shift(log_alpha: Float[Tensor, " gate"], budget: float) -> Float[Tens
 
 def _budget_shift(log_alpha: Tensor, budget: float) -> float:
     """Newton's steps, or half the bracket where they leave it."""
-    low, high = -float(log_alpha.max()) - 60.0, -float(log_alpha.min()) + 60.0
+    least, most = torch.stack(log_alpha.aminmax()).tolist()
+    low, high = -most - 60.0, -least + 60.0
     tau = (low + high) / 2
     for _ in range(200):
         p = open_probability(log_alpha + tau)

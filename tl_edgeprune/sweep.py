@@ -153,17 +153,21 @@ def _logits(
 
 
 class _Collected:
-    """Figures of batch after batch, to be put into the task's order."""
+    """Figures of batch after batch, to be put into the task's order. They leave the model's device
+    at the end, all at once: each time that they did, the CPU would wait for it.
+    """
 
     def __init__(self) -> None:
         self._parts: dict[str, list[Tensor]] = {}
         self._pairs: list[Tensor] = []
 
     def add(self, figures: Mapping[str, Tensor], lesson: Lesson) -> None:
-        self._pairs.append(lesson.batch.indices.cpu())
+        self._pairs.append(lesson.batch.indices)
         for name, values in figures.items():
-            self._parts.setdefault(name, []).append(values.double().cpu())
+            self._parts.setdefault(name, []).append(
+                values.to(torch.float64, copy=True)  # not a view of all logits
+            )
 
     def in_order(self) -> PairFigures:
         order = torch.cat(self._pairs).argsort()
-        return {name: torch.cat(parts)[order] for name, parts in self._parts.items()}
+        return {name: torch.cat(parts)[order].cpu() for name, parts in self._parts.items()}

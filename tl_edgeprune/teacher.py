@@ -79,27 +79,27 @@ class Teacher:
 
     def lesson(self, batch: Batch) -> Lesson:
         """The batch on the model's device, with its targets and its reference."""
-        batch = batch.to(self.device)
-        return Lesson(batch, self._targets(batch), self._reference(batch))
+        pairs, batch = batch.indices.tolist(), batch.to(self.device)
+        return Lesson(batch, self._targets(batch, pairs), self._reference(batch, pairs))
 
-    def _targets(self, batch: Batch) -> Float[Tensor, "batch read vocab"]:
+    def _targets(self, batch: Batch, pairs: list[int]) -> Float[Tensor, "batch read vocab"]:
         if not self._targeted:
             return batch.positions.new_empty((*batch.positions.shape, 0), dtype=torch.float32)
         if self._full is None:
             return self._watched(batch)
-        return torch.stack([self._full[i] for i in batch.indices.tolist()])
+        return torch.stack([self._full[i] for i in pairs])
 
     def _watched(self, batch: Batch) -> Float[Tensor, "batch read vocab"]:
         full = full_logits(self.run, self.task, batch)
         self.watch.see(full, batch)
         return full
 
-    def _reference(self, batch: Batch) -> Reference:
+    def _reference(self, batch: Batch, pairs: list[int]) -> Reference:
         if self._fixed is not None:
             return self._fixed
         if self._references is None:
             return self.run.reference("counterfactual", corrupted=batch.corrupted)
-        return Reference.cat([self._references[i] for i in batch.indices.tolist()])
+        return Reference.cat([self._references[i] for i in pairs])
 
     def _drop_what_does_not_pay(self, visits: int, max_bytes: int) -> None:
         """Keep targets and references only where each pair is visited, and in max_bytes."""
@@ -116,10 +116,9 @@ class Teacher:
     def _precompute(self, batch_size: int, max_bytes: int, progress: bool) -> None:
         kept, batches = 0, self.task.batches(batch_size)
         for batch in shown(batches, "full model", len(self.task), progress):
-            batch = batch.to(self.device)
+            pairs, batch = batch.indices.tolist(), batch.to(self.device)
             if self._full is not None:
-                targets = self._watched(batch)
-                self._full |= zip(batch.indices.tolist(), targets, strict=True)
+                self._full |= zip(pairs, self._watched(batch), strict=True)
             if self._references is not None:
                 reference = self.run.reference("counterfactual", corrupted=batch.corrupted)
                 kept += reference.n_bytes
@@ -127,7 +126,7 @@ class Teacher:
                     self._references = None
                     continue
                 rows = torch.arange(len(batch), device=self.device)
-                for row, index in zip(rows.split(1), batch.indices.tolist(), strict=True):
+                for row, index in zip(rows.split(1), pairs, strict=True):
                     self._references[index] = reference.select(row)
 
 

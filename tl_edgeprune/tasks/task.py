@@ -51,8 +51,10 @@ class Batch:
         return len(self.indices)
 
     def to(self, device: torch.device | str) -> Batch:
+        """The same on another device, without waiting for a GPU to take it."""
+        on_the_way = torch.device(device).type != "cpu"
         tensors: dict[str, Any] = {
-            name: None if tensor is None else tensor.to(device)
+            name: None if tensor is None else tensor.to(device, non_blocking=on_the_way)
             for name, tensor in vars(self).items()
         }
         return Batch(**tensors)
