@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import random
 import re
@@ -28,9 +29,10 @@ from tl_edgeprune.report import (
     plot_stability,
     write_html,
 )
+from tl_edgeprune.report import layout as layout_module
 from tl_edgeprune.report.curves import smooth
 from tl_edgeprune.report.heads import flows
-from tl_edgeprune.report.layout import circuit_layout, lay_out
+from tl_edgeprune.report.layout import Curve, Layout, circuit_layout, lay_out
 from tl_edgeprune.report.names import parse_edge, parse_node
 from tl_edgeprune.report.series import legend_below, series_style
 from tl_edgeprune.scores import EdgeScores
@@ -311,6 +313,44 @@ def test_layout_goes_upwards_and_keeps_nodes_apart(circuit: Circuit) -> None:
         assert 0 < one.x < layout.width and 0 < one.y < layout.height
         for other in places[:i]:
             assert abs(one.x - other.x) > layout.node_width or abs(one.y - other.y) > 17
+
+
+def hidden(layout: Layout) -> int:
+    """How often a curve runs behind the middle of a node that is none of its edge's own."""
+    times = 0
+    for edge, curve in zip(layout.edges, layout.curves, strict=True):
+        own = (edge.source, edge.destination)
+        others = [place for name, place in layout.places.items() if name not in own]
+        along = [bezier(curve, step / 200) for step in range(201)]
+        times += sum(
+            any(abs(x - at.x) < 0.45 * layout.node_width and abs(y - at.y) < 8 for x, y in along)
+            for at in others
+        )
+    return times
+
+
+def bezier(curve: Curve, t: float) -> tuple[float, float]:
+    """De Casteljau's construction."""
+    points: list[tuple[float, float]] = list(curve)
+    while len(points) > 1:
+        points = [
+            ((1 - t) * a[0] + t * b[0], (1 - t) * a[1] + t * b[1])
+            for a, b in itertools.pairwise(points)
+        ]
+    return points[0]
+
+
+def test_edges_go_around_other_nodes(monkeypatch) -> None:
+    """Past nodes of their own column, of a column that they cross, and of the logits'."""
+    names = ["input->a0.h1<q>", "a0.h1->a1.h1<q>", "a0.h1->logits", "a1.h1->logits"]
+    names += ["a0.h0->a2.h2<v>", "a0.h0->a1.h1<k>", "a1.h0->a2.h2<q>", "a0.h0->logits"]
+    circuit = circuit_of(GRAPHS["attention only"], names)
+    assert hidden(circuit_layout(circuit)) == 0
+    large = some_circuit(GRAPHS["grouped queries"])
+    around = hidden(circuit_layout(large))
+    monkeypatch.setattr(layout_module, "BENT_UP_TO", 0)
+    assert hidden(circuit_layout(circuit)) > 0
+    assert around < 0.5 * hidden(circuit_layout(large))
 
 
 def test_key_value_node_stands_after_the_heads_of_its_group() -> None:

@@ -28,7 +28,6 @@ from tl_edgeprune.learned_neurons import LearnedNeurons, gate_scores
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.masks import (
     ExactBudget,
-    Penalty,
     first_log_alpha,
     open_probability,
     sample_gates,
@@ -508,10 +507,8 @@ class Training:
             )
 
     def _note(self, step: int, loss: float, target: float, neurons: float | None) -> None:
-        is_open = open_probability
-        if isinstance(self.controller, Penalty):
-            is_open = self.controller.probability
-        edges = float(is_open(self.gates).sum())
+        of_gates = getattr(self.controller, "probability", open_probability)
+        edges = float(of_gates(self.gates).sum())
         seconds = self.seconds_before + time.monotonic() - self.started
         entry = {"step": step, "loss": loss, "edges": edges, "target": target, "seconds": seconds}
         if self.neurons is not None and neurons is not None:

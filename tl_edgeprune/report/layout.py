@@ -8,17 +8,21 @@
    heads close up.
 4. An edge leaves the top of its source and enters the bottom of its destination, q, k and v at
    their own ports. It is one cubic Bezier curve; where it would run through the nodes of its own
-   column it is bowed, so the MLPs' edges form an arc diagram beside the heads.
+   column it is bowed, so the MLPs' edges form an arc diagram beside the heads. In circuits that can
+   be read edge by edge, a curve that would pass behind other nodes is bent around them.
 
 Units are points, y downwards (as in SVG).
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
+
+import numpy as np
 
 from tl_edgeprune.circuit import Circuit
 from tl_edgeprune.report.names import Edge, Node, parse_edge, parse_node
@@ -31,6 +35,9 @@ LABEL_GUTTER = 40.0  # left of the nodes, for the layer numbers
 LAYER_LABEL_X = 34.0  # their right end
 _ASPECT = 1.3  # of a drawing on a screen
 SPAN_ROOM = 26.0  # below the nodes, for the spans' names
+BENT_UP_TO = 400  # edges; where there are more, no single one is followed by eye
+_BENDS = (0.0, -0.8, 0.8, -1.6, 1.6, -2.6, 2.6)  # of a curve's controls, in node widths
+_CLEARANCE = 2.0  # of a curve from a node
 PORTS = {"q": -0.28, "k": 0.0, "v": 0.28}  # where an edge enters, in node widths off the middle
 
 
@@ -90,6 +97,8 @@ def lay_out(
     places = {node.name: Point(across[node.name], _down(node, layers, pitch)) for node in nodes}
     columns = _columns(places)
     curves = tuple(_curve(edge, places, columns, node_width, pitch) for edge in edges)
+    if len(edges) <= BENT_UP_TO:
+        curves = tuple(map(_Obstacles(places, node_width).around, edges, curves))
     right = max([_right_end(places, curves, node_width), *(right for _, right in bands.values())])
     bottom = max(place.y for place in places.values()) + NODE_HEIGHT / 2 + MARGIN
     return Layout(
@@ -250,6 +259,45 @@ def _bow(
         return 0.55 * node_width + room * rise
     side = 1.0 if edge.kind == "v" else -1.0
     return side * (0.62 * node_width + 0.02 * rise)
+
+
+class _Obstacles:
+    """The nodes, as boxes that no edge but their own should touch."""
+
+    def __init__(self, places: dict[str, Point], node_width: float) -> None:
+        self._names = list(places)
+        self._centres = np.array(list(places.values()))  # [node, 2]
+        half = np.array([node_width, NODE_HEIGHT]) / 2
+        self._half = half + _CLEARANCE
+        self._bends = np.array(list(itertools.product(_BENDS, _BENDS))) * node_width
+        # The least bent first, and of these the smoothest: both controls to one side.
+        effort = np.abs(self._bends).sum(1) + 0.5 * np.abs(self._bends[:, 0] - self._bends[:, 1])
+        self._bends = self._bends[np.argsort(effort, kind="stable")]
+
+    def around(self, edge: Edge, curve: Curve) -> Curve:
+        """The curve, bent as little as lets it pass behind the fewest nodes."""
+        if not self._hidden_by(edge, np.array([curve]))[0]:
+            return curve
+        bent = np.repeat(np.array([curve]), len(self._bends), axis=0)  # [bend, point, 2]
+        bent[:, 1:3, 0] += self._bends
+        least = bent[self._hidden_by(edge, bent).argmin()]  # the first, where several are alike
+        start, *controls, end = (Point(float(x), float(y)) for x, y in least)
+        return start, controls[0], controls[1], end
+
+    def _hidden_by(self, edge: Edge, curves: np.ndarray) -> np.ndarray:
+        """Behind how many nodes other than its own each of these curves of an edge passes."""
+        others = [name not in (edge.source, edge.destination) for name in self._names]
+        along = _points(curves)  # [curve, place, 2]
+        off = np.abs(along[:, :, None] - self._centres[others])  # [curve, place, node, 2]
+        outside = (along[..., 0] < LABEL_GUTTER).any(1)  # worse than behind any node
+        return (off < self._half).all(-1).any(1).sum(1) + outside * len(self._names)
+
+
+def _points(curves: np.ndarray) -> np.ndarray:
+    """Some places along cubic Bezier curves [curve, 4, 2]."""
+    t = np.linspace(0, 1, 48)[:, None]
+    shares = np.hstack([(1 - t) ** 3, 3 * t * (1 - t) ** 2, 3 * t**2 * (1 - t), t**3])
+    return np.asarray(shares @ curves)
 
 
 def _links(nodes: Sequence[Node], heads_per_group: int) -> tuple[tuple[str, ...], ...]:
