@@ -6,7 +6,7 @@ Results must be the CPU's, to float tolerance, and on the CPU themselves.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -56,7 +56,22 @@ pytestmark = pytest.mark.skipif(
 SMALL = "bridge-llama-mqa"
 MODELS = ["bridge-gpt2", "bridge-llama-gqa"]
 MODELS += ["hooked-llama-gqa"] if "hooked-llama-gqa" in zoo.BUILDERS else []
+# What others of the quick ones run too.
+SLOW = (
+    "clean-corrupted",
+    "eap-graddrop",
+    "eap-ig-activations",
+    "hisp",
+    "subnetwork-probing",
+    "ugs",
+)
+SLOW += ("completeness", "independence", "minimality", "minimality-test", "stability")
 RUN: dict[str, Any] = {"steps": 2, "batch_size": 3, "progress": False}
+
+
+def quick_first(names: Iterable[str]) -> list[Any]:
+    """Names as parameters, some of them for slow tests."""
+    return [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in names]
 
 
 @contextmanager
@@ -263,7 +278,7 @@ def test_a_run_goes_on_from_a_checkpoint_on_another_device(first: str, tmp_path:
     torch.testing.assert_close(resumed.log_alpha, expected.log_alpha)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", quick_first(METHODS))
 def test_every_method(method: str) -> None:
     model = zoo.build(SMALL)
     settings: dict[str, Any] = dict(RUN) if method in TRAINED else {}
@@ -314,7 +329,7 @@ LOOKS: dict[str, Callable[[Any, Task, EdgeScores], Any]] = {
 }
 
 
-@pytest.mark.parametrize("look", LOOKS)
+@pytest.mark.parametrize("look", quick_first(LOOKS))
 def test_every_look_at_a_circuit(look: str) -> None:
     model = zoo.build(SMALL)
     task = pairs(model)
