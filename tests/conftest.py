@@ -43,7 +43,7 @@ CLASSLESS = (
 # Of these, only what is of a HookedTransformer, or of both classes, is quick there.
 HALF = (
     *("acdc", "evaluate", "explain", "ground_truth", "methods", "notebooks", "positions"),
-    *("semi_synthetic", "neurons", "tracr"),
+    *("semi_synthetic", "neurons", "other_device", "tracr"),
 )
 
 
