@@ -40,7 +40,9 @@ from tl_edgeprune import Circuit, EdgePruner, Task, explain, models, tasks
 from tl_edgeprune.evaluate import evaluate_all
 from tl_edgeprune.files import write_whole
 from tl_edgeprune.objectives import logit_diff
-from tl_edgeprune.report.figures import MUTED, saved_figure
+from tl_edgeprune.report.axes import log_axis
+from tl_edgeprune.report.figures import saved_figure
+from tl_edgeprune.report.palette import MUTED
 from tl_edgeprune.scores import EdgeScores
 from tl_edgeprune.tasks.solved import is_right
 
@@ -277,7 +279,8 @@ def draw(out: Path) -> None:
         right.set(ylabel="edges shared, %", ylim=(0, 100))
         right.legend(fontsize=9)
         for axes in (left, middle, right):
-            axes.set(xlabel="edges kept", xscale="log")
+            axes.set_xlabel("edges kept")
+            log_axis(axes, "x", edges)
         figure.tight_layout()
 
 

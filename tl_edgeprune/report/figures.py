@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 
+from cycler import cycler
 from matplotlib import style
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from tl_edgeprune.files import write_whole
-from tl_edgeprune.report.palette import FAINT, INK, MUTED
+from tl_edgeprune.report.palette import FAINT, INK, MUTED, SERIES
 
 FORMATS = ("png", "svg", "pdf")
 
@@ -28,6 +29,7 @@ _STYLE = {
     "axes.linewidth": 0.8,
     "axes.grid": True,
     "axes.axisbelow": True,
+    "axes.prop_cycle": cycler(color=SERIES),
     "grid.color": FAINT,
     "grid.linewidth": 0.8,
     "legend.frameon": False,
