@@ -201,12 +201,18 @@ RUNS: dict[str, dict[str, Any]] = {
     "bfloat16": {"dtype": torch.bfloat16},
 }
 OF_ALL = ("default", "recompute")
+SLOW_RUNS = ((MODELS[0], "recompute"), (MODELS[1], "default"), (SMALL, "nodes"))
 
 
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
-        pytest.param(name, settings, id=f"{name}-{label}")
+        pytest.param(
+            name,
+            settings,
+            id=f"{name}-{label}",
+            marks=[pytest.mark.slow] * ((name, label) in SLOW_RUNS),
+        )
         for name in [*MODELS, SMALL]
         for label, settings in RUNS.items()
         if (label in OF_ALL) == (name in MODELS)
