@@ -22,7 +22,7 @@ from test_evaluate import pronouns, random_task
 from torch import Tensor
 from tqdm import tqdm
 
-from tl_edgeprune import Circuit, EdgeGraph, Task, cuts, masked, models, tasks
+from tl_edgeprune import Circuit, EdgeGraph, Task, cuts, masked, models, part_cuts, tasks
 from tl_edgeprune.ablation import ZERO_WITH_BIASES
 from tl_edgeprune.hooks import find_sites
 from tl_edgeprune.masked import MaskedModel
@@ -34,7 +34,9 @@ from tl_edgeprune.methods.exact import exact
 from tl_edgeprune.methods.saved import Saved
 from tl_edgeprune.methods.singles import Singles
 from tl_edgeprune.objectives import OBJECTIVES, kl
+from tl_edgeprune.part_cuts import PartCuts
 from tl_edgeprune.teacher import Teacher
+from tl_edgeprune.whole_cuts import WholeCuts
 
 ABLATIONS = ("counterfactual", "zero")
 TINY = [
@@ -58,7 +60,7 @@ def engines(run: MaskedModel, task: Task, ablation: str, batch_size: int = 2) ->
     teacher = Teacher(run, task, ablation, max_bytes=0)
     lessons = [teacher.lesson(batch) for batch in task.batches(batch_size)]
     loss_of = OBJECTIVES[task.objective]
-    return cuts.WholeCuts(run, lessons, loss_of), cuts.PartCuts(run, lessons, loss_of)
+    return WholeCuts(run, lessons, loss_of), PartCuts(run, lessons, loss_of)
 
 
 def graph_of(model: Any, split_qkv: bool = True) -> EdgeGraph:
@@ -123,7 +125,7 @@ def test_a_partial_run_that_is_wrong_is_not_used(monkeypatch):
         raise TypeError("this block wants more")
 
     for replacement in (wrong, impossible):
-        monkeypatch.setattr(cuts.Blocks, "mlp", replacement)
+        monkeypatch.setattr(part_cuts.Blocks, "mlp", replacement)
         slow = acdc(model, task, threshold=0.05)
         assert not slow.metadata["partial_runs"]
         assert slow == fast
@@ -211,9 +213,9 @@ def test_side_by_side_is_one_at_a_time(monkeypatch):
     model = zoo.load("bridge-llama-gqa")
     task = random_task(model, n=2, lengths=(4, 5), seed=1)
     found = [acdc(model, task, threshold=0.01)]
-    monkeypatch.setattr(cuts.PartCuts, "candidates", lambda self, place: 1)
+    monkeypatch.setattr(PartCuts, "candidates", lambda self, place: 1)
     found.append(acdc(model, task, threshold=0.01, batch_size=1))
-    monkeypatch.setattr(cuts.PartCuts, "candidates", lambda self, place: 5)
+    monkeypatch.setattr(PartCuts, "candidates", lambda self, place: 5)
     found.append(acdc(model, task, threshold=0.01, batch_size=2))
     assert found[0] == found[1] == found[2]
     assert found[0].metadata["objective_at_end"] == pytest.approx(
@@ -246,7 +248,7 @@ def test_metadata_say_where_a_circuit_is_from():
 def stopped_after(monkeypatch, most: float) -> list[int]:
     """Groups of candidates that are tried from here on; the run is interrupted after so many."""
     tried: list[int] = []
-    losses = cuts.PartCuts.losses
+    losses = PartCuts.losses
 
     def counted(self, place, candidates):
         if len(tried) >= most:
@@ -254,7 +256,7 @@ def stopped_after(monkeypatch, most: float) -> list[int]:
         tried.append(place)
         return losses(self, place, candidates)
 
-    monkeypatch.setattr(cuts.PartCuts, "losses", counted)
+    monkeypatch.setattr(PartCuts, "losses", counted)
     return tried
 
 
@@ -293,7 +295,7 @@ SINGLES = st.builds(
 @example(Stage(0.0))  # groups of edges that are guessed to cost nothing
 def test_a_checkpoint_brings_every_stage_back(tmp_path_factory, stage):
     graph, path = SMALL, tmp_path_factory.mktemp("acdc") / "acdc.safetensors"
-    state = Mock(spec=cuts.WholeCuts, mask=torch.arange(graph.n_edges) % 3 > 0, runs=7, value=0.5)
+    state = Mock(spec=WholeCuts, mask=torch.arange(graph.n_edges) % 3 > 0, runs=7, value=0.5)
     saved = Saved(path, {"method": "acdc"})
     saved._last = -math.inf
     acdc_module._reporter(state, tqdm(total=graph.n_edges, disable=True), saved)(4, stage)

@@ -13,13 +13,15 @@ from torch import Tensor
 
 from tl_edgeprune import Circuit, EdgeGraph, EdgeScores, discover, eliminate, evaluate
 from tl_edgeprune.ablation import ABLATIONS
-from tl_edgeprune.cuts import WholeCuts, find_cuts, leading_edges
+from tl_edgeprune.cuts import find_cuts
 from tl_edgeprune.elimination import single_cuts
 from tl_edgeprune.evaluate import evaluate_all
+from tl_edgeprune.leads import leading_edges
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.methods import saved as saved_state
 from tl_edgeprune.objectives import kl
 from tl_edgeprune.teacher import Teacher
+from tl_edgeprune.whole_cuts import WholeCuts
 
 MODELS = ("bridge-gpt2", "bridge-llama-gqa")
 

@@ -42,10 +42,11 @@ from tl_edgeprune import (
     polish,
     stability,
 )
-from tl_edgeprune.cuts import PartCuts, find_cuts
+from tl_edgeprune.cuts import find_cuts
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.methods.registry import METHODS, TRAINED
 from tl_edgeprune.objectives import kl
+from tl_edgeprune.part_cuts import PartCuts
 from tl_edgeprune.teacher import Teacher
 from tl_edgeprune.training import Training
 

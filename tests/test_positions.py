@@ -21,7 +21,6 @@ from tl_edgeprune import (
     EdgePruner,
     EdgeScores,
     Task,
-    cuts,
     discover,
     evaluate,
     masked,
@@ -30,10 +29,12 @@ from tl_edgeprune import (
 )
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.objectives import OBJECTIVES
+from tl_edgeprune.part_cuts import PartCuts
 from tl_edgeprune.positions import task_for
 from tl_edgeprune.residual import BufferPool, Stream
 from tl_edgeprune.span_products import Spans, read_at_spans_naive
 from tl_edgeprune.teacher import Teacher
+from tl_edgeprune.whole_cuts import WholeCuts
 
 NAMES = ("A", "B", "rest")
 QUICK = {"bridge-gpt2", "bridge-olmo2", "native-no-norm"}
@@ -269,7 +270,7 @@ def test_partial_runs_give_what_whole_runs_give(name, seed):
     with MaskedModel.attach(model, EdgeGraph.from_model(model).at(NAMES)) as run:
         teacher = Teacher(run, task, max_bytes=0)
         lessons = [teacher.lesson(batch) for batch in teacher.task.batches(2)]
-        engines = [kind(run, lessons, OBJECTIVES["kl"]) for kind in (cuts.WholeCuts, cuts.PartCuts)]
+        engines = [kind(run, lessons, OBJECTIVES["kl"]) for kind in (WholeCuts, PartCuts)]
         mask = torch.rand(run.graph.n_edges, generator=generator) < 0.4 + 0.6 * (seed % 2)
         places = [int(torch.randint(len(run.graph.reads), (), generator=generator)), -1]
         told = [[] for _ in engines]

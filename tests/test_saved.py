@@ -14,10 +14,10 @@ import torch
 import zoo
 
 from tl_edgeprune import EdgeGraph, EdgePruner, discover
-from tl_edgeprune.cuts import PartCuts
 from tl_edgeprune.masked import check_ablation
 from tl_edgeprune.methods import saved as saved_module
 from tl_edgeprune.methods.registry import GIVE_CIRCUITS, METHODS, TRAINED, settings_of
+from tl_edgeprune.part_cuts import PartCuts
 from tl_edgeprune.teacher import Teacher
 
 SUMS = sorted(set(METHODS) - {"exact", "random", *GIVE_CIRCUITS, *TRAINED})

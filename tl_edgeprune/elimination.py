@@ -30,7 +30,8 @@ from tqdm.auto import tqdm
 
 from tl_edgeprune.circuit import Circuit
 from tl_edgeprune.constants import Ablation
-from tl_edgeprune.cuts import WholeCuts, find_cuts, leading_edges
+from tl_edgeprune.cuts import find_cuts
+from tl_edgeprune.leads import leading_edges
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.methods.bisect import GRADIENT_RUNS
 from tl_edgeprune.methods.gradients import at, origin, path_scores
@@ -41,6 +42,7 @@ from tl_edgeprune.strangers import of_kind
 from tl_edgeprune.sweep import check_origin
 from tl_edgeprune.tasks.task import Task
 from tl_edgeprune.teacher import Teacher, check_vocabulary
+from tl_edgeprune.whole_cuts import WholeCuts
 
 LOOKED_AT, AT_LEAST = 3, 8
 TOLERANCE = 1.5

@@ -35,7 +35,7 @@ from tqdm.auto import tqdm
 
 from tl_edgeprune.circuit import Circuit
 from tl_edgeprune.constants import Ablation
-from tl_edgeprune.cuts import PartCuts, WholeCuts, find_cuts
+from tl_edgeprune.cuts import find_cuts
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.methods.bisect import Stage, in_groups
@@ -44,10 +44,12 @@ from tl_edgeprune.methods.saved import Saved, saving
 from tl_edgeprune.methods.sequence import one_by_one
 from tl_edgeprune.methods.singles import Singles
 from tl_edgeprune.objectives import Objective, find_objective
+from tl_edgeprune.part_cuts import PartCuts
 from tl_edgeprune.positions import graph_at
 from tl_edgeprune.strangers import of_kind
 from tl_edgeprune.tasks.task import Task
 from tl_edgeprune.teacher import Teacher, check_vocabulary
+from tl_edgeprune.whole_cuts import WholeCuts
 
 SEARCHES = ("exact", "bisect")
 FIRST = Stage()

@@ -27,12 +27,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_edgeprune.cuts import WholeCuts
 from tl_edgeprune.methods.gradients import Path, at, path_scores
 from tl_edgeprune.methods.mask_ig import mask_path
 from tl_edgeprune.methods.sequence import to_decide
 from tl_edgeprune.methods.singles import Singles, try_each
 from tl_edgeprune.teacher import Teacher
+from tl_edgeprune.whole_cuts import WholeCuts
 
 ORDER_STEPS = 5
 GRADIENT_RUNS = 3  # what a forward and a backward under masks count as

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_edgeprune.constants import Ablation
-from tl_edgeprune.cuts import WholeCuts, find_cuts
+from tl_edgeprune.cuts import find_cuts
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.methods.gradients import origin
@@ -29,6 +29,7 @@ from tl_edgeprune.strangers import of_kind
 from tl_edgeprune.tasks.task import Task
 from tl_edgeprune.teacher import Teacher, check_vocabulary
 from tl_edgeprune.tensor_files import floats
+from tl_edgeprune.whole_cuts import WholeCuts
 
 
 def exact(

@@ -1,0 +1,161 @@
+"""Candidate cuts by definition: set the mask, run the masked model, take the objective.
+
+`losses` tells, for candidate cuts of edges of one read (the destinations that read together), each
+pair's objective if those edges were removed as well; `commit` makes the current mask one of the
+candidates just told of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tl_edgeprune.leads import lead_to_logits
+from tl_edgeprune.masked import MaskedModel
+from tl_edgeprune.objectives import Objective
+from tl_edgeprune.teacher import Lesson
+
+
+class WholeCuts:
+    """Candidate cuts by definition: whole masked runs, one candidate at a time."""
+
+    def __init__(self, run: MaskedModel, lessons: Sequence[Lesson], loss_of: Objective) -> None:
+        self.run, self.graph, self.loss_of = run, run.graph, loss_of
+        self.lessons = list(lessons)
+        self.device = run.sites.attention[0].output.device
+        self.heads_interact = heads_interact(run, self.lessons[0])
+        self.runs = 0
+        self.mask: Bool[Tensor, " edge"] = torch.ones(self.graph.n_edges, dtype=torch.bool)
+        self.per_pair: Float[Tensor, " pair"] = torch.zeros(0)
+        self._told: tuple[int, Tensor, Tensor] | None = None
+        self._alive: Tensor | None = None  # of the current mask
+
+    @property
+    def value(self) -> float:
+        """The objective of the current mask, mean over the pairs."""
+        return float(self.per_pair.mean())
+
+    @torch.no_grad()
+    def set(self, mask: Bool[Tensor, " edge"]) -> None:
+        """Start from this mask: one whole run."""
+        self.mask, self._told, self._alive = mask.detach().cpu().clone(), None, None
+        self.runs += 1
+        self.per_pair = self._cat([self._start(lesson) for lesson in self.lessons])
+
+    @torch.no_grad()
+    def losses(
+        self, place: int, cuts: Bool[Tensor, "candidate destination source"]
+    ) -> Float[Tensor, "candidate pair"]:
+        """Each pair's objective if a candidate's edges of read `place` were removed (in float64).
+
+        Pairs are in the order of the lessons. Edges that are removed already may be cut again.
+        """
+        cuts = cuts.cpu()
+        self.runs += len(cuts)
+        told = self._losses(place, cuts)
+        self._told = place, cuts, told
+        return told
+
+    def values(self, place: int, cuts: Bool[Tensor, "candidate destination source"]) -> list[float]:
+        """The mean objective of each candidate."""
+        return self.losses(place, cuts).mean(1).tolist()
+
+    @torch.no_grad()
+    def commit(self, candidate: int) -> None:
+        """Remove what this candidate of the last `losses` cuts. Its figures are the current ones
+        now.
+        """
+        if self._told is None:
+            raise RuntimeError("nothing to commit: ask for losses first.")
+        place, cuts, told = self._told
+        self._told = None
+        self._advance(place, cuts, candidate)
+        self._remove(place, cuts[candidate])
+        self.per_pair = told[candidate]
+
+    def drop(self, edges: Int[Tensor, " dropped"]) -> None:
+        """Remove edges that carry nothing to the logits: no run is needed."""
+        self.mask[edges] = False
+        self._alive = None
+
+    def alive(self) -> Bool[Tensor, "source span"]:
+        """Which sources, in which span, lead to the logits by kept edges."""
+        if self._alive is None:
+            self._alive = lead_to_logits(self.graph, self.mask)
+        return self._alive
+
+    def candidates(self, place: int) -> int:
+        """How many candidates of a read to ask for at once."""
+        return 1
+
+    # ---------------------------------------------------------------------------- one mask, one run
+
+    def _start(self, lesson: Lesson) -> Float[Tensor, " pair"]:
+        return self._whole(lesson, self.mask)
+
+    def _losses(self, place: int, cuts: Tensor) -> Float[Tensor, "candidate pair"]:
+        rows = []
+        for cut in cuts:
+            mask = self.mask.clone()
+            mask[self.graph.reads[place].edges] &= ~cut.flatten()
+            rows.append(self._cat([self._whole(lesson, mask) for lesson in self.lessons]))
+        return torch.stack(rows)
+
+    def _advance(self, place: int, cuts: Tensor, candidate: int) -> None:
+        """Nothing is kept between runs here."""
+
+    def _remove(self, place: int, cut: Tensor) -> None:
+        self._alive = None
+        self.mask[self.graph.reads[place].edges] &= ~cut.flatten()
+
+    def _whole(self, lesson: Lesson, mask: Tensor) -> Float[Tensor, " pair"]:
+        batch = lesson.batch
+        logits = _logits(self.run, lesson, mask.to(self.device))
+        return self.loss_of(logits, lesson.full, batch)
+
+    @staticmethod
+    def _cat(parts: list[Tensor]) -> Float[Tensor, "*candidate pair"]:
+        return torch.cat([part.double().cpu() for part in parts], dim=-1)
+
+
+@torch.no_grad()
+def heads_interact(run: MaskedModel, lesson: Lesson) -> bool:
+    """Whether what one head reads changes what another head of its layer writes.
+
+    So it is where a norm follows the sum of the heads (Gemma 2), or where one norm is over all
+    heads' queries or keys (OLMo 2). Then a head that leads nowhere still changes the logits.
+    """
+    graph = run.graph
+    if graph.n_heads == 1:
+        return False
+    if any(site.post is not None for site in run.sites.attention):
+        return True
+    lesson = first_pairs(lesson)
+    mask = torch.ones(graph.n_edges, dtype=torch.bool, device=lesson.full.device)
+    last = graph.reads[-1].edges
+    mask[last].view(graph.n_spans, -1)[:, graph.first_head(0)] = False
+    block = mask[graph.reads[0].edges].view(-1, graph.reads[0].n_sources)
+    for read in graph.reads[1:-1]:  # a0.h0 leads nowhere
+        mask[read.edges].view(-1, read.n_sources)[:, graph.first_head(0) :][:, :1] = False
+    before = _logits(run, lesson, mask)
+    block[: graph.n_spans] = False  # nor does it read anything, with its queries
+    return float((_logits(run, lesson, mask) - before).abs().max()) > 1e-4 * float(
+        before.abs().max()
+    )
+
+
+def first_pairs(lesson: Lesson, pairs: int = 2) -> Lesson:
+    """The first pairs of a lesson."""
+    batch = lesson.batch.first(pairs)
+    rows = torch.arange(len(batch), device=lesson.full.device)
+    fixed = lesson.reference.any_batch
+    reference = lesson.reference if fixed else lesson.reference.select(rows)
+    return Lesson(batch, lesson.full[:pairs], reference)
+
+
+def _logits(run: MaskedModel, lesson: Lesson, mask: Tensor) -> Float[Tensor, "batch read vocab"]:
+    batch = lesson.batch
+    return run(batch.clean, mask, lesson.reference, batch.positions, spans=batch.spans)
