@@ -22,7 +22,7 @@ from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.methods.gradients import at, path_scores
 from tl_edgeprune.methods.totals import each_lesson
 from tl_edgeprune.objectives import Objective, find_objective
-from tl_edgeprune.sweep import check_origin
+from tl_edgeprune.sweep import ablation_of, check_origin
 from tl_edgeprune.tasks.task import Task
 from tl_edgeprune.teacher import Teacher, check_vocabulary
 
@@ -57,7 +57,7 @@ def polish(
     _check(circuit, rounds, swap)
     loss_of = find_objective(objective, task)
     check_vocabulary(task, int(model.cfg.d_vocab))
-    kind = circuit.metadata.get("ablation", "counterfactual") if ablation is None else ablation
+    kind = ablation_of(circuit.metadata) if ablation is None else ablation
     check_origin(model, circuit.graph, circuit.metadata)
     if held_out is not None:
         find_objective(objective or task.objective, held_out)  # its pairs have to suffice for it

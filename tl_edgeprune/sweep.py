@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_edgeprune.chance import ChanceWatch
+from tl_edgeprune.circuit import several
 from tl_edgeprune.constants import Ablation
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.hooks import is_folded
@@ -107,19 +108,29 @@ def check_origin(
         raise ValueError(
             f"the {what} is for another model: its graph is {graph}, this model's is {actual}."
         )
-    folded = metadata.get("folded")
-    kind = ablation_of(metadata)
-    if folded is not None and kind != "counterfactual" and folded != is_folded(model):
+    kinds, folded = several(metadata, "ablation"), several(metadata, "folded")
+    other = [kind for kind in kinds if kind != "counterfactual"]
+    if other and folded and folded != [is_folded(model)]:
+        found_on = " and one with ".join("folded" if each else "unfolded" for each in folded)
         raise ValueError(
-            f"the {what} was found under {kind} ablation on a model with "
-            f"{'folded' if folded else 'unfolded'} norm weights, and this model's are not so: what "
-            "an ablated source leaves differs between the two. Load the model as it was then."
+            f"the {what} was found under {' and '.join(other)} ablation on a model with {found_on} "
+            f"norm weights, and this model's are {'' if is_folded(model) else 'un'}folded: what an "
+            "ablated source leaves differs between the two. Load the model as it was then."
         )
 
 
 def ablation_of(metadata: Mapping[str, Any]) -> str:
-    """The ablation that a circuit or scores were found under; counterfactual where none is told."""
-    return metadata.get("ablation", "counterfactual")
+    """The ablation that a circuit or scores were found under; counterfactual where none is told.
+
+    Raises ValueError for a combination of circuits that were found under different ones.
+    """
+    kinds = several(metadata, "ablation") or ["counterfactual"]
+    if len(kinds) > 1:
+        raise ValueError(
+            "the circuit was combined of ones that were found under different ablations "
+            f"({', '.join(kinds)}), whose figures do not compare: give ablation=…."
+        )
+    return kinds[0]
 
 
 def _lessons(
