@@ -81,7 +81,8 @@ class Task:
         right, wrong: sets of tokens [token], for tasks with many right answers (every year after
             the first one): tokens that are right and tokens that are wrong at the pair's one read
             position. May be empty (as a whole, or per pair), and of any size.
-        objective: name of the loss that fits the task: "kl", "mse", "logit-diff" or "prob-diff".
+        objective: name of the loss that fits the task: "kl", "mse", "logit-diff", "log-prob" or
+            "prob-diff".
         prepend_bos: whether the prompts begin with the tokenizer's BOS token (it is in `clean`).
         groups: a label per pair, such as its template; may be empty.
         span_names: names of the parts of a prompt ("IO", "S1", …), for edges with a mask in each;
