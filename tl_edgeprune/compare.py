@@ -296,7 +296,7 @@ def _comparison(done: list[_Done], plan: _Plan) -> Comparison:
     for run, found, cost, taken, figures in done:
         sizes = [None] if isinstance(found, Circuit) else run.sizes
         for size, circuit, evaluation in zip(sizes, taken, figures, strict=True):
-            row = {"method": run.method, "size": size}
+            row = {"method": run.method, "size": size, "threshold": run.settings.get("threshold")}
             row |= {name: getattr(evaluation, name) for name in FIGURES}
             rows.append(row | {"seconds": cost.seconds, "peak_mb": cost.peak_mb})
             circuits.append(circuit)
