@@ -46,7 +46,7 @@ def discover(
     seed: options.Seed = 0,
     progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
     dry_run: options.DryRun = False,
-    pos: options.Pos = 64,
+    pos: options.Pos = None,
     as_json: options.Json = False,
 ) -> None:
     """Score every edge by a method, and with --n-edges make a circuit of the top ones.

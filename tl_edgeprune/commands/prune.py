@@ -127,7 +127,7 @@ def prune(
     seed: options.Seed = 0,
     progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
     dry_run: options.DryRun = False,
-    pos: options.Pos = 64,
+    pos: options.Pos = None,
     as_json: options.Json = False,
 ) -> None:
     """Find a circuit of exactly --n-edges edges by Edge Pruning.
