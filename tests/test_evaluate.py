@@ -5,6 +5,7 @@ logits.
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from contextlib import nullcontext
 
 import pytest
@@ -33,14 +34,12 @@ def random_task(model, n: int = 5, lengths=(5, 7), seed: int = 0, read: int = 1,
         return torch.randint(model.cfg.d_vocab, (count,), generator=generator)
 
     sizes = [lengths[pair % len(lengths)] for pair in range(n)]
-    return Task(
-        "random",
-        [draw(size) for size in sizes],
-        [draw(size) for size in sizes],
-        [torch.arange(size - read, size) for size in sizes],
-        **{"answers": [draw(read) for _ in sizes], "distractors": [draw(read) for _ in sizes]}
-        | fields,
-    )
+    clean, corrupted = ([draw(size) for size in sizes] for _ in range(2))
+    answers = [draw(read) for _ in sizes]
+    others = [(answer + 1 + draw(read) % 9) % model.cfg.d_vocab for answer in answers]
+    read_at = [torch.arange(size - read, size) for size in sizes]
+    own = {"answers": answers, "distractors": others}
+    return Task("random", clean, corrupted, read_at, **own | fields)
 
 
 def random_circuit(model, share: float = 0.5, seed: int = 0, **metadata) -> Circuit:
@@ -423,6 +422,20 @@ def test_tokens_outside_the_vocabulary_are_refused():
     task = Task("big", [prompt], [prompt], [torch.tensor([2])])
     with pytest.raises(ValueError, match=f"task 'big' has token {zoo.VOCAB}, but the model knows"):
         evaluate(model, random_circuit(model), task)
+
+
+def test_pairs_of_one_prompt_are_told():
+    model = zoo.load("bridge-gpt2")
+    task = random_task(model, n=3)
+    one = dataclasses.replace(task, corrupted=[task.clean[0], *task.corrupted[1:]])
+    same = dataclasses.replace(task, corrupted=task.clean)
+    circuit = random_circuit(model)
+    with pytest.warns(UserWarning, match="'random': in every pair both prompts are the same"):
+        assert evaluate(model, circuit, same).kl == pytest.approx(0, abs=1e-6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert evaluate(model, circuit, one).kl > 0
+        assert evaluate(model, circuit, same, ablation="zero").kl > 0
 
 
 # ------------------------------------------------------------------------------------- what runs

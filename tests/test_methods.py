@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -89,6 +90,27 @@ def test_acdc_in_bfloat16_keeps_much_the_same_edges(search: str) -> None:
     assert abs(found.n_edges - wanted.n_edges) < 0.3 * wanted.n_edges
     assert found.iou(wanted) > 0.4  # chance: 0.05; a removal depends on those before it
     assert found.metadata["objective_at_end"] < 10
+
+
+@pytest.mark.parametrize("method", ["eap", "edge-pruning", "acdc", "ifr"])
+def test_pairs_of_one_prompt_have_no_counterfactual(method: str) -> None:
+    """One pair that differs is enough; zeros differ from any; ifr looks at no corrupted prompt."""
+    model = zoo.load("bridge-gpt2")
+    task = zoo.pairs(model, 3)
+    same = replace(task, corrupted=task.clean)
+    one = replace(task, clean=task.corrupted[:2] + task.clean[2:])
+    quick = {"edge-pruning": {"steps": 2, "progress": False}, "acdc": {"threshold": 0.5}}
+    own = quick.get(method, {})
+    if method == "ifr":
+        assert torch.equal(
+            discover(model, same, method).tensor, discover(model, task, method).tensor
+        )
+        return
+    with pytest.raises(ValueError, match="'random': in every pair both prompts are the same"):
+        discover(model, same, method, **own)
+    if method != "acdc":
+        discover(model, same, method, ablation="zero", **own)
+        discover(model, one, method, **own)
 
 
 def test_an_unknown_method_is_told_the_known_ones() -> None:

@@ -114,7 +114,7 @@ def task(answers: int = 1, distractors: int = 1, objective: str = "kl") -> Task:
         [prompt] * 3,
         [torch.arange(4 - max(1, answers), 4)] * 3,
         [torch.arange(answers)] * 3,
-        [torch.arange(distractors)] * 3,
+        [torch.arange(1, 1 + distractors)] * 3,
         objective=objective,
     )
 

@@ -30,7 +30,7 @@ from tl_edgeprune.locks import held
 from tl_edgeprune.masked import check_ablation
 from tl_edgeprune.methods import registry
 from tl_edgeprune.scores import EdgeScores
-from tl_edgeprune.tasks.task import Batch, Task
+from tl_edgeprune.tasks.task import Batch, Task, prompts_differ
 from tl_edgeprune.teacher import check_vocabulary
 
 METHODS = ("edge-pruning", "eap", "eap-ig", "mask-ig", "random")
@@ -216,7 +216,8 @@ class _Rehearsal(Task):
 
 def _rehearse(model: Any, run: Run, plan: _Plan) -> None:
     """Raise what the method raises before it starts."""
-    first = plan.train[:1]
+    apart = (at for at in range(len(plan.train)) if prompts_differ(plan.train[at : at + 1]))
+    first = plan.train.subset([next(apart, 0)])
     task = _Rehearsal(**{f.name: getattr(first, f.name) for f in fields(first)})
     arguments = _arguments(run, plan, False)
     for name in ("checkpoint", "resume"):  # of the pairs themselves

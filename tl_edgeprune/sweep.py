@@ -7,6 +7,7 @@ prompts, which the reference run gave.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.neurons import Neurons
 from tl_edgeprune.objectives import Objective
 from tl_edgeprune.positions import task_for
-from tl_edgeprune.tasks.task import Task
+from tl_edgeprune.tasks.task import Task, prompts_differ
 from tl_edgeprune.teacher import Lesson, check_vocabulary, full_logits
 
 Figures = Callable[[Tensor, Lesson], Mapping[str, Tensor]]
@@ -139,6 +140,13 @@ def _lessons(
     """Each batch with what to compare with, and the logits of no edges where they are known."""
     device = run.sites.attention[0].output.device
     fixed, watch = None, ChanceWatch(task.name, len(task))
+    if ablation == "counterfactual" and not prompts_differ(task):
+        warnings.warn(
+            f"task {task.name!r}: in every pair both prompts are the same, so under counterfactual "
+            "ablation every circuit is the full model and these figures tell nothing. Give "
+            "corrupted prompts with another answer, or another ablation, such as 'mean'.",
+            stacklevel=5,
+        )
     if ablation != "counterfactual":
         fixed = run.reference(ablation, prompts=task.corrupted)
     for batch in task.batches(batch_size):

@@ -125,7 +125,7 @@ def scored(
         MaskedModel.attach(model, graph) as run,
         saving(checkpoint, about, metadata | {"batch_size": batch_size}, run, task) as saved,
     ):
-        kind = metadata.get("ablation", "counterfactual")
+        kind = metadata.get("ablation", "zero")  # without one, no reference is looked at
         teacher = Teacher(run, task, kind, batch_size=batch_size, targets=targets, visits=0)
         scores = score(run, teacher, saved)
     if not bool(torch.isfinite(scores).all()):
