@@ -21,7 +21,7 @@ from tl_edgeprune.constants import Ablation
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.methods.gradients import at, path_scores
 from tl_edgeprune.methods.totals import each_lesson
-from tl_edgeprune.objectives import Objective, find_objective
+from tl_edgeprune.objectives import Objective, find_objective, losses
 from tl_edgeprune.sweep import ablation_of, check_origin
 from tl_edgeprune.tasks.task import Task
 from tl_edgeprune.teacher import Teacher, check_vocabulary
@@ -128,5 +128,5 @@ def _mean_loss(
     for lesson in each_lesson(teacher, batch_size=batch_size):
         batch = lesson.batch
         logits = run(batch.clean, on_device, lesson.reference, batch.positions, spans=batch.spans)
-        total += float(loss_of(logits, lesson.full, batch).sum())
+        total += float(losses(loss_of, logits, lesson.full, batch).sum())
     return total / len(teacher.task)

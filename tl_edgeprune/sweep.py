@@ -23,7 +23,7 @@ from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.hooks import is_folded
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.neurons import Neurons
-from tl_edgeprune.objectives import Objective
+from tl_edgeprune.objectives import Objective, losses
 from tl_edgeprune.positions import task_for
 from tl_edgeprune.tasks.task import Task, prompts_differ
 from tl_edgeprune.teacher import Lesson, check_vocabulary, full_logits
@@ -86,7 +86,7 @@ def measure_circuits(
     """Minus an objective (so that higher is better) of the full model and of each mask."""
 
     def figures(logits: Tensor, lesson: Lesson) -> dict[str, Tensor]:
-        return {"measure": -objective(logits, lesson.full, lesson.batch)}
+        return {"measure": -losses(objective, logits, lesson.full, lesson.batch)}
 
     full, own = sweep(model, graph, masks, task, figures, **settings)
     rows = [one["measure"] for one in own]

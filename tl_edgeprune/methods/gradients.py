@@ -31,6 +31,7 @@ from tl_edgeprune.objectives import (
     find_objective,
     has_logit_diff,
     kl,
+    losses,
     mean_squared_error,
 )
 from tl_edgeprune.positions import graph_at
@@ -208,7 +209,7 @@ def edge_gradient(
         )
         if watch is not None and whole and (point.held is None or point.held.share == 1):
             watch.see(logits, batch)
-        loss = loss_of(logits, lesson.full, batch).sum()
+        loss = losses(loss_of, logits, lesson.full, batch).sum()
         (grad,) = torch.autograd.grad(loss, mask)
     return grad
 
