@@ -312,6 +312,9 @@ def test_two_runs_do_not_mix(run: Path, llama: str, gifts: str, tmp_path: Path) 
     for arguments in (["prune", *SMALL], ["discover", "--method", "eap"]):
         line = mistake(arguments[0], llama, gifts, *arguments[1:], "--out", run)
         assert "holds another run" in line and "runs do not mix: give a new folder" in line
+    line = mistake("prune", llama, gifts, *SMALL, "--steps", 30, "--out", run)
+    assert "holds this run (" in line and "and it is finished." in line
+    assert f"Open {run / 'circuit.html'}" in line and "tl-edgeprune evaluate" in line
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
     file = tmp_path / "file"
     file.write_text("")
