@@ -27,6 +27,7 @@ from tl_edgeprune.tasks.stream import AnyTask, sample
 from tl_edgeprune.tasks.task import Batch, Task, prompts_differ
 
 MAX_BYTES = 4 * 2**30
+BAR_AFTER = 1.0  # seconds: what is done sooner shows no progress
 
 
 @dataclass
@@ -141,8 +142,14 @@ class Teacher:
 def shown(
     batches: Iterable[Batch], label: str, pairs: int, progress: bool, done: int = 0
 ) -> Iterator[Batch]:
-    """The batches, under a progress bar that counts pairs, from `done` on."""
-    how = {"unit": "pair", "disable": not progress, "leave": False, "initial": done}
+    """The batches, under a progress bar that counts pairs, from `done` on, if they take long."""
+    how = {
+        "delay": BAR_AFTER,
+        "unit": "pair",
+        "disable": not progress,
+        "leave": False,
+        "initial": done,
+    }
     with tqdm(total=pairs, desc=label, **how) as bar:
         for batch in batches:
             yield batch

@@ -62,7 +62,7 @@ def scores_along(
     positions: str | None = None,
     ablation: Ablation = "counterfactual",
     batch_size: int = 8,
-    progress: bool = False,
+    progress: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
     magnitudes: bool = False,
 ) -> EdgeScores:
