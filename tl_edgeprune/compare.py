@@ -29,6 +29,7 @@ from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.locks import held
 from tl_edgeprune.masked import check_ablation
 from tl_edgeprune.methods import registry
+from tl_edgeprune.nearest import did_you_mean
 from tl_edgeprune.scores import EdgeScores
 from tl_edgeprune.tasks.task import Batch, Task, prompts_differ
 from tl_edgeprune.teacher import check_vocabulary
@@ -169,6 +170,7 @@ def _check_names(
     if unknown:
         raise ValueError(
             f"compare: unknown methods {', '.join(map(repr, unknown))}: expected some of {known}."
+            f"{did_you_mean(unknown[0], registry.METHODS)}"
         )
     names = [run.name for run in runs]
     repeated = sorted({name for name in names if names.count(name) > 1})
