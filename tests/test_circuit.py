@@ -179,6 +179,28 @@ def test_only_metadata_that_both_share_remains():
         assert both.metadata == {"task": "ioi"}
 
 
+ZERO = {"ablation": "zero", "folded": False}
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "combined"),
+    [
+        (ZERO, ZERO, ZERO),
+        (ZERO, {}, ZERO),  # edges by name tell nothing
+        ({}, ZERO, ZERO),
+        ({}, {}, {}),
+        (ZERO, {"ablation": "mean"}, {"ablation": ["mean", "zero"], "folded": False}),
+        ({"ablation": ["mean", "zero"]}, {"ablation": "zero"}, {"ablation": ["mean", "zero"]}),
+        (ZERO, {"folded": True}, {"ablation": "zero", "folded": [False, True]}),
+    ],
+)
+def test_a_combination_tells_its_parts_ablations(ours, theirs, combined):
+    a, b = (Circuit(GRAPH, random_circuit(GRAPH, 0.5, 0).mask, m) for m in (ours, theirs))
+    for both in (a & b, a | b, a - b):
+        assert both.metadata == combined
+    assert a.iou(b) == 1
+
+
 def test_circuits_of_two_graphs_do_not_combine():
     a, b = random_circuit(GRAPH, 0.5, 0), random_circuit(GRAPHS["plain"], 0.5, 0)
     for combine in (a.__and__, a.__or__, a.__sub__, a.iou):

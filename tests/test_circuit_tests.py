@@ -17,6 +17,9 @@ from hypothesis import strategies as st
 from tl_edgeprune import evaluate, models, tasks
 from tl_edgeprune.circuit import Circuit
 from tl_edgeprune.circuit_tests import (
+    EquivalenceTest,
+    IndependenceTest,
+    MinimalityTest,
     binomial,
     equivalence_test,
     exceedance_test,
@@ -315,3 +318,17 @@ def test_one_pair_shows_no_independence():
     circuit = Circuit.from_edges(EdgeGraph.from_model(model), ["input->m0"])
     with pytest.raises(ValueError, match="independence_test on 1 pair: give two or more"):
         independence_test(model, circuit, tasks.load("tracr-xproportion", model, 1))
+
+
+def test_results_are_shown_in_a_line():
+    sign = EquivalenceTest(p_value=0.0123, share_better=0.25, epsilon=0.1, n_pairs=40)
+    shown = "EquivalenceTest(p = 0.0123, circuit better on 25.0% of 40 pairs, epsilon 0.1)"
+    assert repr(sign) == str(sign) == shown
+    assert (
+        repr(IndependenceTest(0.5, 0.012, 7)) == "IndependenceTest(p = 0.5, HSIC 0.012 on 7 pairs)"
+    )
+    edges = tuple(f"m{n}->logits" for n in range(300))
+    found = MinimalityTest(edges, (1.0,) * 300, (0.01,) * 2 + (1.0,) * 298, (0.1,) * 50, 0.9)
+    assert repr(found) == (
+        "MinimalityTest(p = 0.01, 2 of 300 edges spare at 0.05, 50 spare effects)"
+    )

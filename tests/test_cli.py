@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
+import readers
 import torch
 from command_line import SMALL, left, mistake, told
 from stopping import stop_at_step
 
 import tl_edgeprune
-from tl_edgeprune import Circuit, EdgePruner, EdgeScores, Neurons
+from tl_edgeprune import Circuit, EdgePruner, EdgeScores, Neurons, tasks
 from tl_edgeprune.checkpoints import load as load_checkpoint
 from tl_edgeprune.methods.registry import METHODS
 
@@ -226,6 +229,33 @@ def test_a_dry_run_runs_nothing(llama: str, gifts: str, tmp_path: Path, monkeypa
     assert json.loads(in_spans)["edges"] is None  # as many as the task has spans
 
 
+def test_a_dry_run_takes_the_prompts_own_length(llama: str, gifts: str, tmp_path: Path) -> None:
+    """13 words; of IOI, whose words are tokens here. Without a tokenizer, 64 and "about"."""
+
+    def plan(model: Any, task: str, *more: Any) -> Any:
+        asked = ["prune", model, task, *SMALL, "--out", tmp_path / "none", "--dry-run", *more]
+        return json.loads(told(*asked, "--json").stdout), told(*asked).stdout
+
+    own, shown = plan(llama, gifts)
+    assert own["tokens_a_prompt"] == own["tokens_of_the_longest"] == 13
+    assert own == plan(llama, gifts, "--tokens", 13)[0] | {"seconds_at_least": ANY}
+    assert "about" not in shown and "assumed" not in shown
+
+    talking = shutil.copytree(llama, tmp_path / "talking")
+    readers.load("digits").tokenizer.save_pretrained(talking)
+    lengths = [len(p) for p in tasks.load("ioi", readers.load("digits"), 256).clean]
+    named, _ = plan(talking, "ioi")
+    assert named["tokens_a_prompt"] == sum(lengths) // 256 < 20
+    assert named["tokens_of_the_longest"] == max(lengths) and "seconds_at_least" in named
+
+    for file in talking.glob("tokenizer*"):
+        file.unlink()
+    unknown, shown = plan(talking, "ioi")
+    assert unknown["tokens_a_prompt"] == 64 and "seconds_at_least" not in unknown
+    assert unknown["seconds_about"] > 0
+    assert "seconds about" in shown and "tokens were assumed: give --tokens" in shown
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -282,6 +312,9 @@ def test_two_runs_do_not_mix(run: Path, llama: str, gifts: str, tmp_path: Path) 
     for arguments in (["prune", *SMALL], ["discover", "--method", "eap"]):
         line = mistake(arguments[0], llama, gifts, *arguments[1:], "--out", run)
         assert "holds another run" in line and "runs do not mix: give a new folder" in line
+    line = mistake("prune", llama, gifts, *SMALL, "--steps", 30, "--out", run)
+    assert "holds this run (" in line and "and it is finished." in line
+    assert f"Open {run / 'circuit.html'}" in line and "tl-edgeprune evaluate" in line
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
     file = tmp_path / "file"
     file.write_text("")

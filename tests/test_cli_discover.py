@@ -110,7 +110,7 @@ def test_a_search_that_was_stopped_goes_on(
     assert (result.exit_code, result.stdout) == (130, "")
     assert f"stopped. Go on with tl-edgeprune resume {out}" in result.stderr
     assert left(out) == {"settings.json", "checkpoint.safetensors"}
-    assert "holds another run" in mistake(*asked, "--out", out)
+    assert "holds this run" in mistake(*asked, "--out", out)
     result = told("resume", out, "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout) == json.loads(expected.stdout) | {"out": str(out)}

@@ -102,7 +102,7 @@ def test_figures_are_those_of_discover_and_evaluate(model, data):
     ):
         assert (row["method"], row["size"]) == (method, size) and circuit == wanted
         figures = evaluate(model, wanted, held_out).to_dict()
-        for name in COLUMNS[2:-2]:
+        for name in COLUMNS[3:-2]:
             assert row[name] == (None if figures[name] is None else pytest.approx(figures[name]))
         assert row["seconds"] > 0 and row["peak_mb"] >= 0
     assert set(found.scores) == {"edge-pruning", "eap-ig", "random"}
@@ -139,6 +139,21 @@ def test_a_method_that_gives_a_circuit_has_one_row_a_threshold(model, data, acdc
     assert [row["n_edges"] for row in found.rows] == [round(t * n_edges) for t in (0.1, 0.5)]
     assert [row["size"] for row in found.rows] == [None, None] and not found.scores
     assert found.rows[0]["kl"] == pytest.approx(evaluate(model, found.circuits[0], data[1]).kl)
+
+
+def test_thresholds_are_told_wherever_their_circuits_are(model, data, acdc, tmp_path):
+    settings = {"acdc": {"threshold": [0.01, 0.5]}}
+    found = run(model, data, ["acdc", "random"], (7,), settings=settings)
+    assert [row["threshold"] for row in found.rows] == [0.01, 0.5, None]
+    assert found.table["threshold"].tolist()[:2] == [0.01, 0.5]
+    words = repr(found).splitlines()[1].split()
+    assert words[:4] == ["method", "size", "threshold", "n_edges"]
+    shown = [line.split() for line in repr(found).splitlines()[2:]]
+    assert [line[1] for line in shown] == ["0.01", "0.5", "7"]
+    found.plot(tmp_path / "figure.svg")
+    text = (tmp_path / "figure.svg").read_text("utf-8")
+    for row in found.rows[:2]:
+        assert f"{row['threshold']}: {row['n_edges']:,} edges" in text
 
 
 def test_edge_pruning_can_run_anew_for_each_size(model, data):

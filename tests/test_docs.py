@@ -104,7 +104,7 @@ def test_every_method_is_told_on_its_page():
     parts = dict(re.findall(r"^### `([\w-]+)`[^\n]*\n(.*?)(?=^##)", page, re.MULTILINE | re.DOTALL))
     assert set(parts) == set(METHODS)
     for name, part in parts.items():
-        for needed in ("```text", "**Cost.**", "**Misleads.**"):
+        for needed in ("```text", "**Cost.**", "**When it misleads.**"):
             assert needed in part, f"{name}: no {needed}"
 
 

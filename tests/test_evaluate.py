@@ -5,6 +5,8 @@ logits.
 from __future__ import annotations
 
 import dataclasses
+import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ import zoo
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tl_edgeprune import EdgePruner, models, tasks
+from tl_edgeprune import EdgePruner, explain, minimality, models, polish, tasks
 from tl_edgeprune.circuit import Circuit
 from tl_edgeprune.evaluate import check_circuit, evaluate, evaluate_all, evaluate_groups
 from tl_edgeprune.graph import EdgeGraph
@@ -32,14 +34,12 @@ def random_task(model, n: int = 5, lengths=(5, 7), seed: int = 0, read: int = 1,
         return torch.randint(model.cfg.d_vocab, (count,), generator=generator)
 
     sizes = [lengths[pair % len(lengths)] for pair in range(n)]
-    return Task(
-        "random",
-        [draw(size) for size in sizes],
-        [draw(size) for size in sizes],
-        [torch.arange(size - read, size) for size in sizes],
-        **{"answers": [draw(read) for _ in sizes], "distractors": [draw(read) for _ in sizes]}
-        | fields,
-    )
+    clean, corrupted = ([draw(size) for size in sizes] for _ in range(2))
+    answers = [draw(read) for _ in sizes]
+    others = [(answer + 1 + draw(read) % 9) % model.cfg.d_vocab for answer in answers]
+    read_at = [torch.arange(size - read, size) for size in sizes]
+    own = {"answers": answers, "distractors": others}
+    return Task("random", clean, corrupted, read_at, **own | fields)
 
 
 def random_circuit(model, share: float = 0.5, seed: int = 0, **metadata) -> Circuit:
@@ -210,6 +210,49 @@ def test_answers_of_several_tokens_have_no_logit_difference():
     assert result.faithfulness == pytest.approx(1 - expected["kl"] / expected["kl_empty"], abs=1e-4)
 
 
+def test_faithfulness_is_by_the_tasks_own_objective():
+    """By hand: the log-probability of the answer, where nothing tells it apart from others."""
+    model = zoo.load("bridge-gpt2")
+    task = random_task(model, distractors=(), objective="log-prob")
+    circuit = random_circuit(model)
+    nothing = Circuit(circuit.graph, circuit.mask & False)
+    means = []
+    for run in (None, circuit, nothing):
+        found = []
+        for clean, corrupted, read, answer in zip(
+            task.clean, task.corrupted, task.positions, task.answers, strict=True
+        ):
+            with nullcontext() if run is None else masked(model, run, corrupted=corrupted[None]):
+                logits = model(clean[None])[0, read]
+            found.append(logits.double().log_softmax(-1)[0, answer].item())
+        means.append(sum(found) / len(found))
+    full, own, empty = means
+    result = evaluate(model, circuit, task)
+    assert result.faithfulness == pytest.approx((own - empty) / (full - empty), abs=1e-4)
+    assert result.faithfulness != pytest.approx(1 - result.kl / result.kl_empty, abs=1e-2)
+
+
+def test_objectives_that_the_answers_do_not_suffice_for_are_refused():
+    model = zoo.load("bridge-gpt2")
+    task = random_task(model, answers=(), distractors=(), objective="log-prob")
+    with pytest.raises(ValueError, match="'log-prob': pair 0 of task 'random' has no answer"):
+        evaluate(model, random_circuit(model), task)
+
+
+def test_an_evaluation_prints_what_its_figures_are_judged_by():
+    model = zoo.load("bridge-gpt2")
+    task, circuit = random_task(model), random_circuit(model)
+    expected = by_hand(model, circuit, task)
+    result = evaluate(model, circuit, task)
+    assert result.kl_empty == pytest.approx(expected["kl_empty"], abs=1e-4)
+    assert result.mse_empty == pytest.approx(expected["mse_empty"], rel=1e-4)
+    shown = str(result).splitlines()
+    assert f"KL              {result.kl:.3f} (no edges {expected['kl_empty']:.3f})" in shown
+    assert f"faithfulness    {result.faithfulness:.3f} (full model 1, no edges 0)" in shown
+    tiny = dataclasses.replace(result, kl=-1e-7, faithfulness=-1e-7, logit_diff=-1e-7)
+    assert "-0.0" not in str(tiny)
+
+
 def test_tasks_without_answers_are_judged_by_their_own_objective():
     model = models.load("tracr-xproportion")
     task = tasks.load("tracr-xproportion", model, 30, seed=1)
@@ -346,12 +389,53 @@ def test_circuits_of_two_ablations_are_not_evaluated_together():
     assert first.kl == second.kl == evaluate(model, circuits[0], task).kl
 
 
+@pytest.mark.parametrize("found", [explain, minimality, evaluate])
+def test_a_combination_is_run_under_its_parts_ablation_or_the_one_that_is_given(found):
+    model, task = zoo.load("bridge-gpt2"), random_task(zoo.load("bridge-gpt2"), n=2)
+    zero, other = (random_circuit(model, 0.02, seed, ablation="zero") for seed in (0, 1))
+    both = zero | other
+    assert evaluate(model, both, task) == evaluate(model, both, task, ablation="zero")
+    mixed = zero | random_circuit(model, 0.02, 1, ablation="counterfactual")
+    with pytest.raises(
+        ValueError, match=r"different ablations \(counterfactual, zero\), .* give ab"
+    ):
+        found(model, mixed, task)
+    with pytest.raises(
+        ValueError, match=r"different ablations \(counterfactual, zero\), .* give ab"
+    ):
+        polish(model, task, mixed)
+    assert evaluate(model, mixed, task, ablation="zero") == evaluate(model, both, task)
+
+
+def test_a_combination_of_circuits_of_folded_and_other_weights_fits_neither():
+    for name in ("bridge-gpt2", "bridge-gpt2-lnpre"):
+        model = zoo.load(name)
+        mixed = random_circuit(model, ablation="zero", folded=True)
+        mixed |= random_circuit(model, ablation="zero", folded=False)
+        with pytest.raises(ValueError, match="with unfolded and one with folded norm weights"):
+            evaluate(model, mixed, random_task(model))
+
+
 def test_tokens_outside_the_vocabulary_are_refused():
     model = zoo.load("bridge-gpt2")
     prompt = torch.tensor([1, 2, zoo.VOCAB])
     task = Task("big", [prompt], [prompt], [torch.tensor([2])])
     with pytest.raises(ValueError, match=f"task 'big' has token {zoo.VOCAB}, but the model knows"):
         evaluate(model, random_circuit(model), task)
+
+
+def test_pairs_of_one_prompt_are_told():
+    model = zoo.load("bridge-gpt2")
+    task = random_task(model, n=3)
+    one = dataclasses.replace(task, corrupted=[task.clean[0], *task.corrupted[1:]])
+    same = dataclasses.replace(task, corrupted=task.clean)
+    circuit = random_circuit(model)
+    with pytest.warns(UserWarning, match="'random': in every pair both prompts are the same"):
+        assert evaluate(model, circuit, same).kl == pytest.approx(0, abs=1e-6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert evaluate(model, circuit, one).kl > 0
+        assert evaluate(model, circuit, same, ablation="zero").kl > 0
 
 
 # ------------------------------------------------------------------------------------- what runs

@@ -277,6 +277,14 @@ def test_it_comes_back_from_disk_and_goes_into_a_picture_as_plain_values(reverse
     found.save(tmp_path / "explained.csv")
     assert pandas.read_csv(tmp_path / "explained.csv").edge.tolist() == list(circuit.edges)
     assert len(found.top(1)) == 1 and found.top(1).rise.iloc[0] == found.table.rise.max()
+    long = replace(
+        found, rows=tuple(row | {"carries": "a token 0.50, " * 20} for row in found.rows)
+    )
+    for shown in (long.top(2), long.top(2)[["edge", "carries"]]):
+        _columns, *lines = repr(shown).split("\n")
+        assert len(lines) == 2 and "…" not in repr(shown) and "..." not in repr(shown)
+        assert all(long.rows[0]["carries"].strip() in line for line in lines)
+        assert shown._repr_html_().count(long.rows[0]["carries"].strip()) == 2
 
 
 # -------------------------------------------------------------------------------------- wrong input

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from test_circuit import GRAPHS, random_circuit, seeds, shares
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 
-from tl_edgeprune import Circuit, EdgeScores, discover
+from tl_edgeprune import Circuit, EdgeScores, discover, mib_faithfulness
 from tl_edgeprune.counts import edge_counts
 from tl_edgeprune.graph import EdgeGraph
 
@@ -105,6 +105,39 @@ def test_scores_come_back(graph, seed, ending):
     torch.testing.assert_close(mean, scores.tensor)
     with pytest.raises(ValueError, match=r"holds scores alone.*from_mib\(path, graph\)\.top\(k\)"):
         Circuit.from_mib(path, graph)
+
+
+@given(seed=seeds, width=st.sampled_from([1e-30, 1e-3, 1.0, 1e4]), ending=endings, data=st.data())
+def test_learned_rankings_have_one_order_by_score_and_by_magnitude(seed, width, ending, data):
+    """Also where a shift in float32 would make scores equal, and where some are equal."""
+    scores = random_scores(GROUPED, seed)
+    values = scores.tensor.sign() + width * scores.tensor if seed % 2 else width * scores.tensor
+    values[data.draw(st.lists(st.integers(0, GROUPED.n_edges - 1)))] = -2.0
+    scores = EdgeScores(GROUPED, values, by_magnitude=False)
+    edges = by_name(write(scores, ending))
+    written = torch.tensor([edges[name][0] for name in mib_edges(GROUPED)])
+    ours = torch.tensor([scores[edge] for edge in mib_edges(GROUPED).values()])
+    for theirs in (written, written.abs()):
+        assert torch.equal(theirs[:, None] < theirs, ours[:, None] < ours)
+    assert EdgeScores.from_mib(write(scores, ending), GROUPED).top(12) == scores.top(12)
+
+
+def test_learned_rankings_above_zero_are_written_as_they_are():
+    scores = EdgeScores(GROUPED, random_scores(GROUPED, 0).tensor.abs(), by_magnitude=False)
+    assert torch.equal(EdgeScores.from_mib(write(scores, ".pt"), GROUPED).tensor, scores.tensor)
+    same = EdgeScores(GROUPED, torch.full((GROUPED.n_edges,), -1.0), by_magnitude=False)
+    assert (EdgeScores.from_mib(write(same, ".pt"), GROUPED).tensor == 1).all()
+
+
+def test_what_is_predicted_of_a_learned_ranking_is_what_its_file_scores(tmp_path):
+    model = zoo.load("bridge-llama-gqa")
+    graph, task = EdgeGraph.from_model(model), zoo.pairs(model, 3)
+    scores = EdgeScores(graph, random_scores(graph, 0).tensor - 0.5, by_magnitude=False)
+    scores.to_mib(tmp_path / "f.pt", d_model=20)
+    settings = {"shares": (0.05, 0.3, 1.0)}
+    predicted = mib_faithfulness(model, scores, task, **settings)
+    found = mib_faithfulness(model, EdgeScores.from_mib(tmp_path / "f.pt", graph), task, **settings)
+    assert found == predicted
 
 
 @given(graph=graphs, seed=seeds)

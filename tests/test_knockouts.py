@@ -9,7 +9,15 @@ from tl_edgeprune import models, tasks
 from tl_edgeprune.circuit import Circuit
 from tl_edgeprune.evaluate import evaluate
 from tl_edgeprune.graph import EdgeGraph
-from tl_edgeprune.knockouts import Minimality, completeness, inner_nodes, knock_out, minimality
+from tl_edgeprune.knockouts import (
+    Completeness,
+    Knockout,
+    Minimality,
+    completeness,
+    inner_nodes,
+    knock_out,
+    minimality,
+)
 
 
 @pytest.fixture(scope="module")
@@ -127,3 +135,19 @@ def test_a_circuit_of_inputs_alone_has_nothing_to_knock_out(setting):
 def test_without_nodes_none_is_the_least():
     with pytest.raises(ValueError, match="no heads and MLPs, so none of them is the least"):
         _ = Minimality({}, 1.0, 1.0).least
+
+
+def test_results_are_shown_in_a_line():
+    many = Minimality({f"m{n}": 0.5 + n for n in range(99)}, circuit=1.25, model=-1e-9)
+    assert repr(many) == (
+        "Minimality(99 scores from 0.5 (m0) to 98.5 (m98), F(circuit) 1.25, F(model) -1e-09)"
+    )
+    assert "no scores" in repr(Minimality({}, 1.0, 1.0))
+    knockouts = (Knockout(("a0.h1", "m1"), 0.5, 3.0), Knockout(("m0",), 1.0, 1.0))
+    found = Completeness(1.0, 2.0, knockouts)
+    assert repr(found) == str(found)
+    assert repr(found) == (
+        "Completeness(2 knockouts of F(circuit) 1 and F(model) 2, worst incompleteness 2.5 "
+        "without a0.h1, m1)"
+    )
+    assert "worst incompleteness 1 without no node" in repr(Completeness(1.0, 2.0, ()))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,11 +11,11 @@ import torch
 import zoo
 from torch import Tensor
 
-from tl_edgeprune import EdgeGraph, Task, discover, evaluate
+from tl_edgeprune import EdgeGraph, Task, compare, discover, evaluate, tasks
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.methods.hisp import node_to_edge_scores
 from tl_edgeprune.methods.ifr import proximity
-from tl_edgeprune.methods.registry import METHODS, settings_of
+from tl_edgeprune.methods.registry import METHODS, parameters_of, settings_of
 from tl_edgeprune.methods.ugs import sample_window
 from tl_edgeprune.objectives import find_objective
 from tl_edgeprune.regularisers import Attachment
@@ -89,6 +91,56 @@ def test_acdc_in_bfloat16_keeps_much_the_same_edges(search: str) -> None:
     assert abs(found.n_edges - wanted.n_edges) < 0.3 * wanted.n_edges
     assert found.iou(wanted) > 0.4  # chance: 0.05; a removal depends on those before it
     assert found.metadata["objective_at_end"] < 10
+
+
+def test_all_methods_show_progress_where_it_takes_long(capsys, monkeypatch) -> None:
+    for method in sorted(set(METHODS) - {"random"}):
+        assert parameters_of(method)["progress"].default is True
+    model, task = zoo.load("native-ln"), zoo.pairs(zoo.load("native-ln"), 1)
+    slow = {"acdc": {"threshold": 0.5, "search": "bisect"}, "exact": {}, "eap": {}}
+    for after in (60.0, 0.0):
+        for module in ("methods.acdc", "methods.exact", "teacher"):
+            home = importlib.import_module(f"tl_edgeprune.{module}")
+            monkeypatch.setattr(home, "BAR_AFTER", after)
+        for method, own in slow.items():
+            discover(model, task, method, **own)
+            assert bool(capsys.readouterr().err) == (after == 0)
+            discover(model, task, method, progress=False, **own)
+            assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrong", ["eap-gi", "edge_pruning", "zzz"])
+def test_an_unknown_name_is_told_the_nearest(wrong: str) -> None:
+    near = {"eap-gi": "eap-ig", "edge_pruning": "edge-pruning"}.get(wrong)
+    model = zoo.load(MODEL)
+    ends = rf"random\.( Did you mean {near}\?)$" if near else r"random\.$"
+    with pytest.raises(ValueError, match=ends):
+        discover(model, zoo.pairs(model, 2), wrong)
+    with pytest.raises(ValueError, match=ends):
+        compare(model, zoo.pairs(model, 2), zoo.pairs(model, 2), [wrong], [5])
+    with pytest.raises(ValueError, match=r"Did you mean greater-than\?$"):
+        tasks.load("greaterthan", model, 3)
+
+
+@pytest.mark.parametrize("method", ["eap", "edge-pruning", "acdc", "ifr"])
+def test_pairs_of_one_prompt_have_no_counterfactual(method: str) -> None:
+    """One pair that differs is enough; zeros differ from any; ifr looks at no corrupted prompt."""
+    model = zoo.load("bridge-gpt2")
+    task = zoo.pairs(model, 3)
+    same = replace(task, corrupted=task.clean)
+    one = replace(task, clean=task.corrupted[:2] + task.clean[2:])
+    quick = {"edge-pruning": {"steps": 2, "progress": False}, "acdc": {"threshold": 0.5}}
+    own = quick.get(method, {})
+    if method == "ifr":
+        assert torch.equal(
+            discover(model, same, method).tensor, discover(model, task, method).tensor
+        )
+        return
+    with pytest.raises(ValueError, match="'random': in every pair both prompts are the same"):
+        discover(model, same, method, **own)
+    if method != "acdc":
+        discover(model, same, method, ablation="zero", **own)
+        discover(model, one, method, **own)
 
 
 def test_an_unknown_method_is_told_the_known_ones() -> None:

@@ -6,10 +6,12 @@ import math
 
 import pytest
 import torch
+import zoo
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tl_edgeprune import EdgePruner, discover, faithfulness_curve
 from tl_edgeprune.objectives import (
     OBJECTIVES,
     find_objective,
@@ -114,7 +116,7 @@ def task(answers: int = 1, distractors: int = 1, objective: str = "kl") -> Task:
         [prompt] * 3,
         [torch.arange(4 - max(1, answers), 4)] * 3,
         [torch.arange(answers)] * 3,
-        [torch.arange(distractors)] * 3,
+        [torch.arange(1, 1 + distractors)] * 3,
         objective=objective,
     )
 
@@ -130,6 +132,57 @@ def test_a_function_is_taken_as_it_is():
         return logits.mean((-1, -2))
 
     assert find_objective(mine, task()) is mine
+
+
+def scalar(logits, full, batch):
+    return (logits - full).square().mean()
+
+
+def each_logit(logits, full, batch):
+    return (logits - full).square()
+
+
+def number(logits, full, batch):
+    return 0.5
+
+
+def without_gradient(logits, full, batch):
+    return (logits.detach() - full).square().mean((-1, -2))
+
+
+RUNS = {
+    "fit": lambda *a, objective: EdgePruner(
+        5, steps=2, init_scores=None, progress=False, objective=objective
+    ).fit(*a),
+    "eap": lambda *a, **own: discover(*a, method="eap", **own),
+    "acdc": lambda *a, **own: discover(*a, method="acdc", threshold=0.5, **own),
+    "curve": lambda model, task, objective: faithfulness_curve(
+        model, discover(model, task, method="random"), task, shares=(1.0,), measure=objective
+    ),
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        (scalar, r"objective scalar: gave a tensor of shape \(\) for 2 pairs .* \[batch\], \(2,\)"),
+        (each_logit, r"each_logit: gave a tensor of shape \(2, 1, \d+\) for 2 pairs"),
+        (number, "number: gave 0.5 for 2 pairs"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_an_objective_gives_one_number_a_pair(run, objective, message):
+    model = zoo.load("bridge-gpt2")
+    with pytest.raises(ValueError, match=message):
+        RUNS[run](model, zoo.pairs(model, 4), objective=objective)
+
+
+@pytest.mark.parametrize("run", ["fit", "eap"])
+def test_an_objective_without_a_gradient_is_refused_where_it_takes_one(run):
+    model = zoo.load("bridge-gpt2")
+    with pytest.raises(ValueError, match="without_gradient: gave .batch. without a gradient"):
+        RUNS[run](model, zoo.pairs(model, 4), objective=without_gradient)
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones():

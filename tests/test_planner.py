@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from tl_edgeprune.planner import (
     memory_table,
     plain_forward,
     recomputed,
+    reference_bytes,
     step_bytes,
 )
 from tl_edgeprune.recompute import RecomputedModel
@@ -116,6 +118,28 @@ def test_plan_tells_batch_and_accumulation(capsys: Any) -> None:
     assert main("plan --model codellama-13b --gpu-memory 80 --pairs 32".split()) == 0
     told = capsys.readouterr().out
     assert "3,877,661 edges" in told and "accumulate=2" in told and "batch_size=16" in told
+
+
+def test_a_plan_does_without_what_need_not_be_kept(capsys: Any) -> None:
+    """GPT-2 in 6 GB: 0.6 GB for a pair, and no room for all 4.3 GB of targets and references."""
+    shape, room = find_shape("gpt2"), 6e9 - 2e9
+    plans = {}
+    for pairs in (1, None):
+        wanted = [] if pairs is None else ["--pairs", str(pairs)]
+        assert main(["plan", "--model", "gpt2", "--gpu-memory", "6", *wanted]) == 0
+        told = capsys.readouterr().out
+        assert main(["plan", "--model", "gpt2", "--gpu-memory", "6", "--json", *wanted]) == 0
+        plan = plans[pairs] = json.loads(capsys.readouterr().out)
+        step = sum(step_bytes(shape, Work(plan["batch_size"], 64, element=2, on_gpu=True)).values())
+        kept = plan["bytes"]["targets, references"]
+        assert kept == int(room) - step and plan["bytes"]["in all"] == 6e9
+        assert f"Beside them {kept / 1e9:.2f} GB are left" in told
+        assert f"at most {plan['pairs_kept']:,} pairs" in told
+        pair = reference_bytes(shape, Work(1, 64, element=2)) + 2 * shape.d_vocab
+        assert plan["pairs_kept"] * pair <= kept < (plan["pairs_kept"] + 1) * pair
+    assert plans[1]["batch_size"] == 1 < plans[None]["batch_size"] == plans[1]["pairs_that_fit"]
+    assert main("plan --model gpt2 --gpu-memory 24".split()) == 0
+    assert "are left" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -350,7 +350,8 @@ def test_the_whole_graph_is_a_circuit():
 def test_the_logit_difference_is_refused_for_answers_of_several_tokens():
     model = zoo.load(MODEL)
     answers = [torch.tensor([1, 2])] * 12
-    task = pairs(model, read=2, answers=answers, distractors=answers)
+    others = [torch.tensor([1, 3])] * 12
+    task = pairs(model, read=2, answers=answers, distractors=others)
     with pytest.raises(ValueError, match="needs one answer token and one distractor token"):
         pruner(objective="logit-diff").fit(model, task)
     assert pruner(objective="log-prob").fit(model, task).circuit.n_edges == 20

@@ -483,7 +483,9 @@ def test_stability_and_faithfulness_are_drawn(tmp_path: Path) -> None:
     }
     plot_faithfulness(curves, tmp_path / "faithfulness.svg")
     text = (tmp_path / "faithfulness.svg").read_text("utf-8")
-    assert f"a_$b$ (CPR {curves['a_$b$'].cpr:.2f}" in text and "Edges kept" in text
+    areas = f"∫f {curves['a_$b$'].cpr:.2f}, ∫|1 − f| {curves['a_$b$'].cmd:.2f}"
+    assert f"a_$b$ ({areas})" in text and "Edges kept" in text
+    assert "CPR" not in text and "CMD" not in text  # MIB's, of one ranking each
     with pytest.raises(ValueError, match="no curves"):
         plot_faithfulness({}, tmp_path / "faithfulness.svg")
 

@@ -400,12 +400,36 @@ def test_separator_characters_inside_a_text_do_not_end_the_line(tmp_path):
             },
             "has 3 tokens and the corrupted one has 1",
         ),
+        (
+            {
+                "clean": "Mary met<predict> Eva</predict>",
+                "corrupted": "Anna met<predict> Eva</predict>",
+            },
+            "both texts mark the answer ' Eva'",
+        ),
     ],
 )
 def test_what_cannot_be_read_names_its_line(tmp_path, line, message):
     good = {"clean": "Mary met<predict> John</predict>", "corrupted": "Anna met"}
     with pytest.raises(ValueError, match=f"line 2: .*({message})"):
         tasks.from_jsonl(write(tmp_path, good, line), Texts())
+
+
+def test_an_empty_file_is_called_empty(tmp_path):
+    path = tmp_path / "none.jsonl"
+    path.write_text("\n \n")
+    with pytest.raises(ValueError, match=r"none.jsonl is empty: expected prompt pairs"):
+        tasks.from_jsonl(path, Texts())
+
+
+def test_an_answer_that_is_its_distractor_is_refused():
+    prompts, last = [torch.tensor([1, 2, 3])] * 2, [torch.tensor([1, 2])] * 2
+    same, other = torch.tensor([4, 5]), torch.tensor([4, 6])
+    with pytest.raises(
+        ValueError, match=r"prompt pair 1: the answer \[4, 5\] is the distractor too"
+    ):
+        tasks.Task("made", prompts, prompts, last, [same] * 2, [other, same])
+    tasks.Task("made", prompts, prompts, last, [same] * 2, [other] * 2)  # they part at the second
 
 
 def test_a_bos_that_the_tokenizer_has_not(tmp_path):

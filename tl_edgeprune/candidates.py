@@ -16,7 +16,7 @@ from torch import Tensor
 from tl_edgeprune.circuit import Circuit
 from tl_edgeprune.distributed import Ranks
 from tl_edgeprune.masked import MaskedModel
-from tl_edgeprune.objectives import Objective
+from tl_edgeprune.objectives import Objective, losses
 from tl_edgeprune.tasks.task import Batch
 from tl_edgeprune.teacher import Teacher
 
@@ -76,7 +76,7 @@ class Candidates:
             logits = self.run(
                 batch.clean, on_device, lesson.reference, batch.positions, spans=batch.spans
             )
-            total += float(self.loss_of(logits, lesson.full, batch).sum())
+            total += float(losses(self.loss_of, logits, lesson.full, batch).sum())
             pairs += len(batch)
         return total / pairs
 

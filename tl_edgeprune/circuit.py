@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,13 +27,17 @@ from tl_edgeprune.strangers import AGAIN, damaged, of_format, of_kind, read_json
 FORMAT = 1
 KIND = "tl_edgeprune circuit"
 HINT = "Expected one written by Circuit.save."
+SCORED_BY = ("ablation", "folded")  # what a circuit's figures depend on
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Circuit:
     """Edges of a graph, as a mask over `graph.edges`, and what is known of their origin.
 
-    metadata: plain JSON values, such as model, task, seed, ablation and settings.
+    metadata: plain JSON values, such as model, task, seed, ablation and settings. `|`, `&` and `-`
+    keep what both circuits agree on, and the ablation and folding that either tells: where two were
+    found under different ablations the list of both, which has to be decided by ablation=… when
+    the combination is run.
     """
 
     graph: EdgeGraph
@@ -158,6 +162,10 @@ class Circuit:
 
     def _combined(self, other: Circuit, mask: Tensor) -> Circuit:
         shared = {k: v for k, v in self.metadata.items() if other.metadata.get(k) == v}
+        for name in SCORED_BY:
+            told = {each for circuit in (self, other) for each in several(circuit.metadata, name)}
+            if told:
+                shared[name] = sorted(told) if len(told) > 1 else told.pop()
         return Circuit(self.graph, mask, shared)
 
     def _same(self, other: Circuit) -> Circuit:
@@ -250,6 +258,14 @@ class Circuit:
         from tl_edgeprune.networks import to_networkx
 
         return to_networkx(self)
+
+
+def several(metadata: Mapping[str, Any], name: str) -> list[Any]:
+    """A value of a circuit's metadata; those of all its parts where it was combined of several."""
+    value = metadata.get(name)
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
 
 
 def check_budget(n_edges: int, graph: EdgeGraph, most: int | None = None) -> None:

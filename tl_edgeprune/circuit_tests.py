@@ -57,7 +57,7 @@ TIE = 1e-4
 """Scores that are no further apart are equal: masked runs in float32 differ by as much."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class EquivalenceTest:
     """p_value of the hypothesis that neither is better on more than 1/2 + epsilon of the pairs.
 
@@ -69,8 +69,14 @@ class EquivalenceTest:
     epsilon: float
     n_pairs: int
 
+    def __repr__(self) -> str:
+        return (
+            f"EquivalenceTest(p = {self.p_value:.3g}, circuit better on {self.share_better:.1%} of "
+            f"{self.n_pairs} pairs, epsilon {self.epsilon:g})"
+        )
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class IndependenceTest:
     """p_value of the hypothesis that the complement's scores are independent of the model's.
 
@@ -81,8 +87,14 @@ class IndependenceTest:
     hsic: float
     n_pairs: int
 
+    def __repr__(self) -> str:
+        return (
+            f"IndependenceTest(p = {self.p_value:.3g}, HSIC {self.hsic:.3g} on {self.n_pairs} "
+            "pairs)"
+        )
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class MinimalityTest:
     """For each edge, the p-value of the hypothesis that it matters more than spare edges do.
 
@@ -105,6 +117,12 @@ class MinimalityTest:
     def spare(self, level: float = 0.05) -> tuple[str, ...]:
         """The edges whose hypothesis is rejected: removing them does no more than a spare's."""
         return tuple(e for e, p in zip(self.edges, self.p_values, strict=True) if p <= level)
+
+    def __repr__(self) -> str:
+        return (
+            f"MinimalityTest(p = {self.p_value:.3g}, {len(self.spare())} of {len(self.edges)} "
+            f"edges spare at 0.05, {len(self.spare_effects)} spare effects)"
+        )
 
 
 # ------------------------------------------------------------------------------- on a model

@@ -29,8 +29,9 @@ from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.locks import held
 from tl_edgeprune.masked import check_ablation
 from tl_edgeprune.methods import registry
+from tl_edgeprune.nearest import did_you_mean
 from tl_edgeprune.scores import EdgeScores
-from tl_edgeprune.tasks.task import Batch, Task
+from tl_edgeprune.tasks.task import Batch, Task, prompts_differ
 from tl_edgeprune.teacher import check_vocabulary
 
 METHODS = ("edge-pruning", "eap", "eap-ig", "mask-ig", "random")
@@ -169,6 +170,7 @@ def _check_names(
     if unknown:
         raise ValueError(
             f"compare: unknown methods {', '.join(map(repr, unknown))}: expected some of {known}."
+            f"{did_you_mean(unknown[0], registry.METHODS)}"
         )
     names = [run.name for run in runs]
     repeated = sorted({name for name in names if names.count(name) > 1})
@@ -216,7 +218,8 @@ class _Rehearsal(Task):
 
 def _rehearse(model: Any, run: Run, plan: _Plan) -> None:
     """Raise what the method raises before it starts."""
-    first = plan.train[:1]
+    apart = (at for at in range(len(plan.train)) if prompts_differ(plan.train[at : at + 1]))
+    first = plan.train.subset([next(apart, 0)])
     task = _Rehearsal(**{f.name: getattr(first, f.name) for f in fields(first)})
     arguments = _arguments(run, plan, False)
     for name in ("checkpoint", "resume"):  # of the pairs themselves
@@ -296,7 +299,7 @@ def _comparison(done: list[_Done], plan: _Plan) -> Comparison:
     for run, found, cost, taken, figures in done:
         sizes = [None] if isinstance(found, Circuit) else run.sizes
         for size, circuit, evaluation in zip(sizes, taken, figures, strict=True):
-            row = {"method": run.method, "size": size}
+            row = {"method": run.method, "size": size, "threshold": run.settings.get("threshold")}
             row |= {name: getattr(evaluation, name) for name in FIGURES}
             rows.append(row | {"seconds": cost.seconds, "peak_mb": cost.peak_mb})
             circuits.append(circuit)

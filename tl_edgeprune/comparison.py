@@ -13,7 +13,7 @@ FIGURES = (
     *("n_edges", "n_alive", "kl", "mse", "logit_diff", "recovered", "faithfulness"),
     *("exact_match", "accuracy"),
 )
-COLUMNS = ("method", "size", *FIGURES, "seconds", "peak_mb")
+COLUMNS = ("method", "size", "threshold", *FIGURES, "seconds", "peak_mb")
 Row = dict[str, Any]
 
 
@@ -36,7 +36,8 @@ class Comparison:
     def table(self) -> Any:
         """A pandas DataFrame, one row for each circuit.
 
-        method; size: edges asked for, missing where the method itself decides (ACDC); n_edges,
+        method; size: edges asked for, missing where the method itself decides (ACDC), by its
+        threshold, which others have none of; n_edges,
         n_alive, kl (nats), mse, logit_diff, recovered, faithfulness, exact_match, accuracy: as in
         `Evaluation`, NaN where the task has none; seconds: wall time of the run that the circuit
         came from, and peak_mb (10^6 bytes): its peak memory, the same in every row of one run.
@@ -69,6 +70,7 @@ def _written(row: Row) -> Row:
 
     shown = {"method": row["method"]}
     shown |= {name: figure(name, ",") for name in ("size", "n_edges", "n_alive")}
+    shown |= {"threshold": figure("threshold", "g")}
     shown |= {name: figure(name, ".3g") for name in ("kl", "mse")}
     shown |= {name: figure(name, ".2f") for name in ("logit_diff", "recovered", "faithfulness")}
     shown |= {name: figure(name, ".1%") for name in ("exact_match", "accuracy")}

@@ -39,7 +39,7 @@ from tl_edgeprune.methods.saved import Saved, saving
 from tl_edgeprune.objectives import Objective, find_objective
 from tl_edgeprune.scores import EdgeScores
 from tl_edgeprune.strangers import of_kind
-from tl_edgeprune.sweep import check_origin
+from tl_edgeprune.sweep import ablation_of, check_origin
 from tl_edgeprune.tasks.task import Task
 from tl_edgeprune.teacher import Teacher, check_vocabulary
 from tl_edgeprune.whole_cuts import WholeCuts
@@ -87,9 +87,14 @@ def eliminate(
     loss_of = find_objective(objective, task)
     check_vocabulary(task, int(model.cfg.d_vocab))
     check_origin(model, scores.graph, scores.metadata, "ranking")
-    kind = scores.metadata.get("ablation", "counterfactual") if ablation is None else ablation
+    kind = ablation_of(scores.metadata) if ablation is None else ablation
     about = origin(model, task, method="elimination", objective=objective, ablation=kind)
-    settings = {"objective": objective, "ablation": kind, "share": share, "stop": stop}
+    settings: dict[str, Any] = {
+        "objective": objective,
+        "ablation": kind,
+        "share": share,
+        "stop": stop,
+    }
     settings |= {"highest": scores.top(start).mask.nonzero().flatten().tolist()}
     with (
         MaskedModel.attach(model, scores.graph) as run,

@@ -26,6 +26,7 @@ class Evaluation:
 
     kl: KL(full model || circuit), nats, mean over read positions; kl_sem: its standard error over
     pairs. js: Jensen-Shannon divergence, nats. mse: mean squared difference of the outputs.
+    kl_empty, mse_empty: of the circuit without edges, what kl and mse are to be judged by.
     exact_match: share of pairs whose top tokens are the full model's at every read position.
     accuracy: share whose answer has a higher logit than the distractor (without one: is the top
     token; with sets alone: whose right tokens have more probability than the wrong ones). n_wrong:
@@ -34,9 +35,10 @@ class Evaluation:
     logit_diff_full, logit_diff_empty: of the full model and of the circuit without edges;
     prob_diff, …: probability of the right tokens less that of the wrong ones, likewise. recovered:
     logit_diff / logit_diff_full. faithfulness: (m(C) - m(empty)) / (m(full) - m(empty)) with m the
-    mean logit difference, else the mean probability difference, else minus the mean objective (then
-    m(full) = 0). n_alive: edges on a path from input to logits. n_neurons, n_neurons_full: neurons
-    kept, and those that there are, of a circuit with neurons.
+    mean logit difference, else the mean probability difference, else minus the mean of the task's
+    own objective (squared error where the output is one number). n_alive: edges on a path from
+    input to logits. n_neurons, n_neurons_full: neurons kept, and those that there are, of a circuit
+    with neurons.
     """
 
     n_pairs: int
@@ -61,6 +63,8 @@ class Evaluation:
     faithfulness: float | None
     n_neurons: int | None = None
     n_neurons_full: int | None = None
+    kl_empty: float | None = None
+    mse_empty: float | None = None
 
     def to_dict(self) -> dict[str, float | int | None]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
@@ -72,17 +76,17 @@ class Evaluation:
         if self.n_neurons is not None:
             lines.append(f"neurons kept    {self.n_neurons:,} of {self.n_neurons_full:,}")
         if self.kl is not None:
-            lines.append(f"KL              {self.kl:.3f}")
+            lines.append(f"KL              {self.kl:z.3f}{_beside('z.3f', no_edges=self.kl_empty)}")
         if self.logit_diff is not None:
-            lines.append(
-                f"logit diff      {self.logit_diff:.2f} (full model {self.logit_diff_full:.2f})"
-            )
+            ends = {"full_model": self.logit_diff_full, "no_edges": self.logit_diff_empty}
+            lines.append(f"logit diff      {self.logit_diff:z.2f}{_beside('z.2f', **ends)}")
         if self.prob_diff is not None:
-            lines.append(
-                f"prob diff       {self.prob_diff:.3f} (full model {self.prob_diff_full:.3f})"
-            )
+            ends = {"full_model": self.prob_diff_full, "no_edges": self.prob_diff_empty}
+            lines.append(f"prob diff       {self.prob_diff:z.3f}{_beside('z.3f', **ends)}")
         if self.logit_diff is None and self.prob_diff is None:
-            lines.append(f"squared error   {self.mse:.3g}")
+            lines.append(f"squared error   {self.mse:.3g}{_beside('.3g', no_edges=self.mse_empty)}")
+        if self.faithfulness is not None:
+            lines.append(f"faithfulness    {self.faithfulness:z.3f} (full model 1, no edges 0)")
         if self.exact_match is not None:
             lines.append(f"exact match     {100 * self.exact_match:.1f} %")
         if self.accuracy is not None:
@@ -194,9 +198,7 @@ def _evaluation(
         {name: float(values.mean()) for name, values in figures.items()}
         for figures in (own, full, empty)
     )
-    measure = {"logit-diff": "logit_diff", "prob-diff": "prob_diff"}.get(task.metric, "kl")
-    if task.metric == "mse" or "kl" not in means:
-        measure = "mse"
+    measure = task.metric.replace("-", "_") if "kl" in means else "mse"
     span = means_full[measure] - means_empty[measure]
     difference, whole = means.get("logit_diff"), means_full.get("logit_diff")
     right = full.get("accuracy")
@@ -221,4 +223,16 @@ def _evaluation(
         prob_diff_empty=means_empty.get("prob_diff"),
         recovered=difference / whole if difference is not None and whole else None,
         faithfulness=(means[measure] - means_empty[measure]) / span if span else None,
+        kl_empty=means_empty.get("kl"),
+        mse_empty=means_empty["mse"],
     )
+
+
+def _beside(form: str, **ends: float | None) -> str:
+    """A figure's values at both ends, in brackets, as far as they are known."""
+    known = [
+        f"{name.replace('_', ' ')} {value:{form}}"
+        for name, value in ends.items()
+        if value is not None
+    ]
+    return f" ({', '.join(known)})" if known else ""

@@ -74,9 +74,12 @@ class Explanation:
         }
 
     def top(self, k: int = 10, by: str = "rise") -> Any:
-        """The rows of the table that are highest by a column's size."""
+        """The rows of the table that are highest by a column's size, shown whole when printed."""
+        from tl_edgeprune.frames import WholeFrame
+
         table = self.table
-        return table.reindex(table[by].abs().sort_values(ascending=False).index[:k])
+        order = table[by].abs().sort_values(ascending=False).index[:k]
+        return WholeFrame(table.reindex(order))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write .json, from which `load` reads all of it, or .csv, the table of the edges alone.

@@ -14,6 +14,10 @@ its group's edge, and warns how many edges a circuit then has over there; readin
 edges back into one, which must agree. So do the q, k and v edges where a graph has one input a head
 (split_qkv=False).
 
+MIB takes circuits of highest scores (for CPR) and of highest magnitudes (for CMD). Scores that rank
+edges as they are (log alphas: the lowest go first) are written shifted to above 0 where any is
+below, so that both are the ranking itself; `mib_faithfulness` predicts the figures of such a file.
+
 A budget of n edges over there can end inside a group: EAP-IG's top n of our scores is exactly n
 edges, with any of the equal ones at the border. Such a circuit cannot be run here.
 `Circuit.from_mib(shared="all")` reads it without the edges that are not whole, which is
@@ -64,13 +68,18 @@ class Table(NamedTuple):
 def write_scores(scores: EdgeScores, path: str | os.PathLike[str], d_model: int | None) -> None:
     """Write scores to a .json or .pt file of EAP-IG's; no edge is marked as in the circuit.
 
+    Effects (EAP and its kin) are written as they are. Scores that rank edges as they are and not by
+    magnitude (`by_magnitude` is False) are shifted to above 0 where any is below: the order of all
+    edges stays, and their magnitudes have it too.
+
     d_model: of the model, which such files record; None takes it from the metadata (every method
     notes it there). Raises ValueError for another ending, a graph that the format cannot hold
     (split embeddings, no MLPs), an unknown d_model.
     """
     graph = scores.graph
     check_graph(graph)
-    table = spread(graph, scores.tensor.detach().cpu().float())
+    values = scores.tensor.detach().cpu()
+    table = spread(graph, values.float() if scores.by_magnitude else positive_ranking(values))
     _write(path, graph, Table(table, torch.zeros_like(table, dtype=torch.bool)), scores, d_model)
 
 
@@ -145,6 +154,20 @@ def read_circuit(path: str | os.PathLike[str], graph: EdgeGraph, shared: str = "
             "EdgeScores.from_mib(path, graph).top(k)."
         )
     return Circuit(graph, mask, origin)
+
+
+def positive_ranking(values: Float[Tensor, " edge"]) -> Float[Tensor, " edge"]:
+    """The values, shifted to above 0 where any is below, in the same order as float32.
+
+    A shift rounds, and might so make equal what was not: such a value goes up by as many of
+    float32's smallest steps as keep it above those below it (bits of positive floats are in order).
+    """
+    levels, place = values.double().unique(return_inverse=True)  # rising
+    if levels[0] < 0:
+        levels = levels - levels[0] + ((levels[-1] - levels[0]) / len(levels) or 1.0)
+    steps = torch.arange(len(levels), dtype=torch.int32)
+    bits = (levels.float().view(torch.int32) - steps).cummax(0).values + steps
+    return bits.view(torch.float32)[place]
 
 
 # ----------------------------------------------------------------------------- one graph, two views

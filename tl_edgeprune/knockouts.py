@@ -46,7 +46,7 @@ class Knockout(NamedTuple):
         return abs(self.circuit - self.model)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Completeness:
     """Knockouts, with F of the whole circuit and of the full model (nothing knocked out)."""
 
@@ -59,8 +59,16 @@ class Completeness:
         """The knockout of highest incompleteness; that of no nodes is among those compared."""
         return _worst([Knockout((), self.circuit, self.model), *self.knockouts])
 
+    def __repr__(self) -> str:
+        worst = self.worst
+        return (
+            f"Completeness({len(self.knockouts)} knockouts of F(circuit) {self.circuit:z.3g} and "
+            f"F(model) {self.model:z.3g}, worst incompleteness {worst.incompleteness:.3g} without "
+            f"{', '.join(worst.nodes) or 'no node'})"
+        )
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Minimality:
     """How much each node (or edge) matters: |F(C without K and v) - F(C without K)|.
 
@@ -89,6 +97,17 @@ class Minimality:
         if not self.scores:
             raise ValueError("the circuit has no heads and MLPs, so none of them is the least.")
         return min(self.scores, key=lambda name: self.scores[name])
+
+    def __repr__(self) -> str:
+        ends = f"F(circuit) {self.circuit:z.3g}, F(model) {self.model:z.3g}"
+        if not self.scores:
+            return f"Minimality(no scores, {ends})"
+        most = max(self.scores, key=lambda name: self.scores[name])
+        (low, high), low_score = (self.least, most), self.scores[self.least]
+        return (
+            f"Minimality({len(self.scores)} scores from {low_score:.3g} ({low}) to "
+            f"{self.scores[high]:.3g} ({high}), {ends})"
+        )
 
 
 def completeness(

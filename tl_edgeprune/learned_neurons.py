@@ -17,7 +17,7 @@ from torch import Tensor
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.masks import ExactBudget, first_log_alpha, open_probability, top_gates
 from tl_edgeprune.methods.totals import each_lesson
-from tl_edgeprune.objectives import Objective
+from tl_edgeprune.objectives import Objective, losses
 from tl_edgeprune.teacher import Lesson, Teacher
 
 if TYPE_CHECKING:
@@ -129,5 +129,5 @@ def _gradient(
             spans=batch.spans,
             neurons=gates,
         )
-        (grad,) = torch.autograd.grad(loss_of(logits, lesson.full, batch).sum(), gates)
+        (grad,) = torch.autograd.grad(losses(loss_of, logits, lesson.full, batch).sum(), gates)
     return grad.cpu()

@@ -21,6 +21,7 @@ from tl_edgeprune.objectives import (
     kl,
     logit_diff,
     mean_squared_error,
+    negative_log_prob,
     prob_diff,
 )
 from tl_edgeprune.sweep import Figures
@@ -56,8 +57,12 @@ def figures_for(task: Task) -> Figures:
 
     mse always; kl, js and exact_match but where the output is one number, of which the circuit's
     would always be the model's; logit_diff with an answer and a distractor; prob_diff with right
-    and wrong tokens; accuracy with any of them.
+    and wrong tokens; accuracy with any of them; log_prob where that is the task's metric.
+
+    Raises ValueError where the task's answers do not suffice for its metric.
     """
+    find_measure(None, task)
+    with_log_prob = task.metric == "log-prob"
     with_distractor, with_sets = has_logit_diff(task), has_prob_diff(task)
     with_answers = all(map(len, task.answers))
 
@@ -73,6 +78,8 @@ def figures_for(task: Task) -> Figures:
             found["logit_diff"] = logit_diff(logits, batch)
         if with_sets:
             found["prob_diff"] = prob_diff(logits, batch)
+        if with_log_prob:
+            found["log_prob"] = -negative_log_prob(logits, full, batch)
         if with_distractor:
             found["accuracy"] = found["logit_diff"] > 0
         elif with_answers:

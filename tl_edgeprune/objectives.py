@@ -78,6 +78,30 @@ def prob_diff(logits: Float[Tensor, "batch read vocab"], batch: Batch) -> Float[
     return _mass(probabilities, batch.right) - _mass(probabilities, batch.wrong)
 
 
+def losses(
+    objective: Objective, logits: Float[Tensor, "batch read vocab"], full: Tensor, batch: Batch
+) -> Float[Tensor, " batch"]:
+    """What the objective gives. Raises ValueError for anything but one number a pair, and for what
+    has no gradient where the logits have one: all objectives are called through here.
+    """
+    found, wanted = objective(logits, full, batch), (len(batch),)
+    name = getattr(objective, "__name__", "the function")
+    if not isinstance(found, Tensor) or found.shape != wanted:
+        given = f"of shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"{found!r:.100}"
+        raise ValueError(
+            f"objective {name}: gave {'a tensor ' if isinstance(found, Tensor) else ''}{given} for "
+            f"{len(batch)} pairs (logits {tuple(logits.shape)}), expected [batch], {wanted}: one "
+            "number a pair, a mean over its read positions."
+        )
+    if logits.requires_grad and not found.requires_grad:
+        raise ValueError(
+            f"objective {name}: gave [batch] without a gradient, and this method differentiates "
+            "it: compute it from the logits by PyTorch alone (no detach, argmax or comparison), or "
+            "take a method that needs no gradient: acdc, exact."
+        )
+    return found
+
+
 OBJECTIVES: dict[str, Callable[..., Tensor]] = {
     "kl": kl,
     "mse": mean_squared_error,

@@ -25,7 +25,7 @@ from tl_edgeprune.constants import Constants
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.learned_constants import LearnedConstants
 from tl_edgeprune.masked import MaskedModel
-from tl_edgeprune.objectives import Objective, find_objective
+from tl_edgeprune.objectives import Objective, find_objective, losses
 from tl_edgeprune.positions import task_for
 from tl_edgeprune.tasks.task import Batch, Task
 from tl_edgeprune.teacher import Teacher, check_vocabulary
@@ -73,7 +73,7 @@ def optimal_constants(
             mask = _kept(circuit, run.graph, generator).to(teacher.device)
             reference = learned.reference()
             logits = run(batch.clean, mask, reference, batch.positions, spans=batch.spans)
-            loss = loss_of(logits, lesson.full, batch).mean()
+            loss = losses(loss_of, logits, lesson.full, batch).mean()
             if not bool(torch.isfinite(loss)):
                 raise ValueError(f"the objective is {loss.item()} at step {step}: try a lower lr.")
             loss.backward()

@@ -29,7 +29,7 @@ from tl_edgeprune.forward import fitting
 from tl_edgeprune.graph import Read
 from tl_edgeprune.hooks import AttentionSite
 from tl_edgeprune.masked import MaskedModel
-from tl_edgeprune.objectives import Objective
+from tl_edgeprune.objectives import Objective, losses
 from tl_edgeprune.sharding import in_turns
 from tl_edgeprune.teacher import Lesson
 from tl_edgeprune.whole_cuts import WholeCuts
@@ -353,13 +353,13 @@ class PartCuts(WholeCuts):
         lesson = change.part.lesson
         pairs, read = lesson.batch.positions.shape
         most = max(1, MAX_LOGITS // (pairs * read * int(self.run.model.cfg.d_vocab)))
-        losses = []
+        found = []
         for some in torch.arange(change.candidates).split(most):
             x = torch.cat([inputs(candidate)[0] for candidate in some.tolist()])
             logits = self.blocks.logits(x.view(-1, read, x.shape[-1]))
             for one in logits.view(len(some), pairs, read, -1):
-                losses.append(self.loss_of(one, lesson.full, lesson.batch))
-        return torch.stack(losses)
+                found.append(losses(self.loss_of, one, lesson.full, lesson.batch))
+        return torch.stack(found)
 
     # ------------------------------------------------------------------------------- bookkeeping
 

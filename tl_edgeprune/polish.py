@@ -21,8 +21,8 @@ from tl_edgeprune.constants import Ablation
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.methods.gradients import at, path_scores
 from tl_edgeprune.methods.totals import each_lesson
-from tl_edgeprune.objectives import Objective, find_objective
-from tl_edgeprune.sweep import check_origin
+from tl_edgeprune.objectives import Objective, find_objective, losses
+from tl_edgeprune.sweep import ablation_of, check_origin
 from tl_edgeprune.tasks.task import Task
 from tl_edgeprune.teacher import Teacher, check_vocabulary
 
@@ -57,7 +57,7 @@ def polish(
     _check(circuit, rounds, swap)
     loss_of = find_objective(objective, task)
     check_vocabulary(task, int(model.cfg.d_vocab))
-    kind = circuit.metadata.get("ablation", "counterfactual") if ablation is None else ablation
+    kind = ablation_of(circuit.metadata) if ablation is None else ablation
     check_origin(model, circuit.graph, circuit.metadata)
     if held_out is not None:
         find_objective(objective or task.objective, held_out)  # its pairs have to suffice for it
@@ -128,5 +128,5 @@ def _mean_loss(
     for lesson in each_lesson(teacher, batch_size=batch_size):
         batch = lesson.batch
         logits = run(batch.clean, on_device, lesson.reference, batch.positions, spans=batch.spans)
-        total += float(loss_of(logits, lesson.full, batch).sum())
+        total += float(losses(loss_of, logits, lesson.full, batch).sum())
     return total / len(teacher.task)

@@ -7,6 +7,7 @@ prompts, which the reference run gave.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,14 +17,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_edgeprune.chance import ChanceWatch
+from tl_edgeprune.circuit import several
 from tl_edgeprune.constants import Ablation
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.hooks import is_folded
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.neurons import Neurons
-from tl_edgeprune.objectives import Objective
+from tl_edgeprune.objectives import Objective, losses
 from tl_edgeprune.positions import task_for
-from tl_edgeprune.tasks.task import Task
+from tl_edgeprune.tasks.task import Task, prompts_differ
 from tl_edgeprune.teacher import Lesson, check_vocabulary, full_logits
 
 Figures = Callable[[Tensor, Lesson], Mapping[str, Tensor]]
@@ -84,7 +86,7 @@ def measure_circuits(
     """Minus an objective (so that higher is better) of the full model and of each mask."""
 
     def figures(logits: Tensor, lesson: Lesson) -> dict[str, Tensor]:
-        return {"measure": -objective(logits, lesson.full, lesson.batch)}
+        return {"measure": -losses(objective, logits, lesson.full, lesson.batch)}
 
     full, own = sweep(model, graph, masks, task, figures, **settings)
     rows = [one["measure"] for one in own]
@@ -107,19 +109,29 @@ def check_origin(
         raise ValueError(
             f"the {what} is for another model: its graph is {graph}, this model's is {actual}."
         )
-    folded = metadata.get("folded")
-    kind = ablation_of(metadata)
-    if folded is not None and kind != "counterfactual" and folded != is_folded(model):
+    kinds, folded = several(metadata, "ablation"), several(metadata, "folded")
+    other = [kind for kind in kinds if kind != "counterfactual"]
+    if other and folded and folded != [is_folded(model)]:
+        found_on = " and one with ".join("folded" if each else "unfolded" for each in folded)
         raise ValueError(
-            f"the {what} was found under {kind} ablation on a model with "
-            f"{'folded' if folded else 'unfolded'} norm weights, and this model's are not so: what "
-            "an ablated source leaves differs between the two. Load the model as it was then."
+            f"the {what} was found under {' and '.join(other)} ablation on a model with {found_on} "
+            f"norm weights, and this model's are {'' if is_folded(model) else 'un'}folded: what an "
+            "ablated source leaves differs between the two. Load the model as it was then."
         )
 
 
 def ablation_of(metadata: Mapping[str, Any]) -> str:
-    """The ablation that a circuit or scores were found under; counterfactual where none is told."""
-    return metadata.get("ablation", "counterfactual")
+    """The ablation that a circuit or scores were found under; counterfactual where none is told.
+
+    Raises ValueError for a combination of circuits that were found under different ones.
+    """
+    kinds = several(metadata, "ablation") or ["counterfactual"]
+    if len(kinds) > 1:
+        raise ValueError(
+            "the circuit was combined of ones that were found under different ablations "
+            f"({', '.join(kinds)}), whose figures do not compare: give ablation=…."
+        )
+    return kinds[0]
 
 
 def _lessons(
@@ -128,6 +140,13 @@ def _lessons(
     """Each batch with what to compare with, and the logits of no edges where they are known."""
     device = run.sites.attention[0].output.device
     fixed, watch = None, ChanceWatch(task.name, len(task))
+    if ablation == "counterfactual" and not prompts_differ(task):
+        warnings.warn(
+            f"task {task.name!r}: in every pair both prompts are the same, so under counterfactual "
+            "ablation every circuit is the full model and these figures tell nothing. Give "
+            "corrupted prompts with another answer, or another ablation, such as 'mean'.",
+            stacklevel=5,
+        )
     if ablation != "counterfactual":
         fixed = run.reference(ablation, prompts=task.corrupted)
     for batch in task.batches(batch_size):

@@ -24,9 +24,10 @@ from tl_edgeprune.constants import Ablation
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.positions import any_task_for
 from tl_edgeprune.tasks.stream import AnyTask, sample
-from tl_edgeprune.tasks.task import Batch, Task
+from tl_edgeprune.tasks.task import Batch, Task, prompts_differ
 
 MAX_BYTES = 4 * 2**30
+BAR_AFTER = 1.0  # seconds: what is done sooner shows no progress
 
 
 @dataclass
@@ -59,8 +60,16 @@ class Teacher:
         """`targets`: whether the full model's answers are wanted at all. `visits`: how many pairs
         will be asked for, repeated ones counted again; None keeps the targets whatever they take.
 
-        Means are taken over the corrupted prompts of the task, or of a stream's first chunk.
+        Means are taken over the corrupted prompts of the task, or of a stream's first chunk. Raises
+        ValueError where nothing is to be found: no pair's prompts differ, under counterfactual
+        ablation.
         """
+        if ablation == "counterfactual" and not prompts_differ(sample(task)):
+            raise ValueError(
+                f"task {task.name!r}: in every pair both prompts are the same, so under "
+                "counterfactual ablation a removed edge carries what it carried, and none matters. "
+                "Give corrupted prompts with another answer, or another ablation, such as 'mean'."
+            )
         self.run, self.task, self.ablation = run, any_task_for(task, run.graph), ablation
         self.device = run.sites.attention[0].output.device
         self._targeted = targets
@@ -133,8 +142,14 @@ class Teacher:
 def shown(
     batches: Iterable[Batch], label: str, pairs: int, progress: bool, done: int = 0
 ) -> Iterator[Batch]:
-    """The batches, under a progress bar that counts pairs, from `done` on."""
-    how = {"unit": "pair", "disable": not progress, "leave": False, "initial": done}
+    """The batches, under a progress bar that counts pairs, from `done` on, if they take long."""
+    how = {
+        "delay": BAR_AFTER,
+        "unit": "pair",
+        "disable": not progress,
+        "leave": False,
+        "initial": done,
+    }
     with tqdm(total=pairs, desc=label, **how) as bar:
         for batch in batches:
             yield batch

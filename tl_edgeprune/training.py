@@ -36,6 +36,7 @@ from tl_edgeprune.masks import (
 from tl_edgeprune.methods.gradients import path_scores
 from tl_edgeprune.methods.mask_ig import mask_path
 from tl_edgeprune.objectives import Objective
+from tl_edgeprune.objectives import losses as losses_of
 from tl_edgeprune.positions import any_task_for
 from tl_edgeprune.scores import EdgeScores
 from tl_edgeprune.strangers import damaged, of_kind
@@ -167,7 +168,7 @@ class Training:
             logits = self.run(
                 batch.clean, mask, reference, batch.positions, spans=batch.spans, neurons=gates
             )
-            loss = self.loss_of(logits, lesson.full, lesson.batch).mean() * share
+            loss = losses_of(self.loss_of, logits, lesson.full, lesson.batch).mean() * share
             ((loss + penalty / self.ranks.size) / self.pruner.accumulate).backward()
             losses.append(float(loss.detach()))
         mean = self.ranks.add_up(self._learned(), sum(losses) / len(losses))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tl_edgeprune.leads import lead_to_logits
 from tl_edgeprune.masked import MaskedModel
-from tl_edgeprune.objectives import Objective
+from tl_edgeprune.objectives import Objective, losses
 from tl_edgeprune.teacher import Lesson
 
 
@@ -114,7 +114,7 @@ class WholeCuts:
     def _whole(self, lesson: Lesson, mask: Tensor) -> Float[Tensor, " pair"]:
         batch = lesson.batch
         logits = _logits(self.run, lesson, mask.to(self.device))
-        return self.loss_of(logits, lesson.full, batch)
+        return losses(self.loss_of, logits, lesson.full, batch)
 
     @staticmethod
     def _cat(parts: list[Tensor]) -> Float[Tensor, "*candidate pair"]:

@@ -58,7 +58,7 @@ def compare(
     seed: options.Seed = 0,
     progress: Annotated[bool, typer.Option(help="Show progress bars.")] = True,
     dry_run: options.DryRun = False,
-    pos: options.Pos = 64,
+    pos: options.Pos = None,
     as_json: options.Json = False,
 ) -> None:
     """Find circuits by several methods, and judge all on the same pairs held out.

@@ -10,12 +10,12 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Collection, Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from tl_edgeprune.nearest import did_you_mean
 from tl_edgeprune.strangers import read_text
 
 NOT_IN_FILES = ("config", "help")
@@ -42,7 +42,7 @@ Config = Annotated[
         "--config",
         callback=take,
         is_eager=True,
-        help="A .yaml or .toml file with any of these options; flags go before it.",
+        help="A .yaml or .toml file with any of these options; flags override the file.",
     ),
 ]
 
@@ -113,8 +113,7 @@ def _values(section: Mapping[str, Any], options: list[Any]) -> dict[str, Any]:
     known = {key: option for key, option in known.items() if key not in NOT_IN_FILES}
     for key in section:
         if key not in known:
-            near = get_close_matches(key, known, 1)
-            hint = f" Did you mean {near[0]}?" if near else ""
+            hint = did_you_mean(key, known)
             raise ValueError(f"unknown setting {key!r}.{hint} Known: {', '.join(known)}.")
     return {
         known[key].name: _as_given(key, value, known[key])

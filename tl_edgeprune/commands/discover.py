@@ -46,7 +46,7 @@ def discover(
     seed: options.Seed = 0,
     progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
     dry_run: options.DryRun = False,
-    pos: options.Pos = 64,
+    pos: options.Pos = None,
     as_json: options.Json = False,
 ) -> None:
     """Score every edge by a method, and with --n-edges make a circuit of the top ones.
@@ -77,14 +77,14 @@ def discover(
     _check_top(method, n_edges, absolute, alive)
     how = {"absolute": absolute, "alive": alive}
     wanted = {"method": method, "n_edges": n_edges, "settings": given, **how}
-    check_free(out)
+    run = Run.new("discover", inputs, wanted)
+    check_free(out, run)
     if dry_run:
         from tl_edgeprune.commands.dry_run import discovering, show_plan
 
         sizes = [] if n_edges is None else [n_edges]
         show_plan(discovering(inputs, {method: given}, sizes, pos) | {"out": str(out)}, as_json)
         return
-    run = Run.new("discover", inputs, wanted)
     search_in(out, run, new=True, as_json=as_json, progress=progress)
 
 

@@ -1,8 +1,10 @@
 """What `--dry-run` says: edges, pairs, steps, memory and time of a run that is not made.
 
-Nothing is loaded. Sizes come from the model's config, bytes and operations from the planner, and
-the machine's speed from a product and a copy that are made for it. Work done at that speed is an
-estimate of the time from below: a run takes longer.
+No weights are loaded. Sizes come from the model's config, the prompts' length from the task's own
+pairs where its tokenizer is on this machine, bytes and operations from the planner, and the
+machine's speed from a product and a copy that are made for it. Work done at that speed is an
+estimate of the time from below: a run takes longer. Where the length had to be assumed it is none,
+and the time is called about so much.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import torch
 
 from tl_edgeprune.circuit import check_budget
 from tl_edgeprune.commands.inputs import Inputs
+from tl_edgeprune.commands.lengths import Lengths, prompt_lengths
 from tl_edgeprune.commands.options import BYTES
 from tl_edgeprune.commands.run_folder import Run
 from tl_edgeprune.commands.shapes import shape_of
@@ -39,25 +42,26 @@ GRADIENTS = {"eap": 1, "eap-graddrop": 1, "relp": 1, "clean-corrupted": 2}  # po
 GRADIENTS |= dict.fromkeys(("eap-ig", "eap-ig-activations", "mask-ig"), 0)  # as many as its steps
 
 
-def pruning(run: Run, pos: int) -> dict[str, Any]:
-    """What a run of Edge Pruning would be."""
+def pruning(run: Run, tokens: int | None) -> dict[str, Any]:
+    """What a run of Edge Pruning would be. tokens: of a prompt; None for those of the task."""
+    lengths = _lengths(run.inputs, tokens)
     settings, shape = run.settings, shape_of(run.inputs.model)
     graph = None if shape is None or settings["positions"] else _graph(shape, settings)
-    _check(graph, pos, [settings["n_edges"]])
-    plan = _common(run.inputs, graph, pos) | {
+    _check(graph, [settings["n_edges"]])
+    plan = _common(run.inputs, graph, lengths) | {
         "n_edges": settings["n_edges"],
         "steps": settings["steps"],
         "pairs_a_step": settings["batch_size"] * settings["accumulate"],
     }
     if shape is None:
-        return plan | {"bytes_with_recompute": None, "seconds_at_least": None}
-    work = _work(run.inputs, settings["batch_size"], pos)
+        return plan | {"bytes_with_recompute": None, _seconds_name(lengths): None}
+    work = _work(run.inputs, settings["batch_size"], lengths.mean)
     floor = _steps(shape, work, settings["steps"] * settings["accumulate"], settings["recompute"])
-    floor += _judging(run.inputs, shape, pos, 1)
-    memory = step_bytes(shape, work)
+    floor += _judging(run.inputs, shape, lengths.mean, 1)
+    memory = step_bytes(shape, _work(run.inputs, settings["batch_size"], lengths.longest))
     return plan | {
         "bytes_with_recompute": {**memory, "in all": sum(memory.values())},
-        "seconds_at_least": _seconds(run.inputs, floor),
+        _seconds_name(lengths): _seconds(run.inputs, floor),
     }
 
 
@@ -65,23 +69,24 @@ def discovering(
     inputs: Inputs,
     methods: Mapping[str, Mapping[str, Any]],
     sizes: Iterable[int],
-    pos: int,
+    tokens: int | None,
 ) -> dict[str, Any]:
-    """What runs of these methods would be, their settings by name."""
+    """What runs of these methods would be, their settings by name. tokens: as of `pruning`."""
+    lengths = _lengths(inputs, tokens)
     sizes, shape = list(sizes), shape_of(inputs.model)
     in_spans = any(own.get("positions") for own in methods.values())  # as many edges as in the task
     graph = None if shape is None or in_spans else shape.graph
-    _check(graph, pos, sizes)
-    plan = _common(inputs, graph, pos) | {"methods": list(methods), "sizes": sizes}
+    _check(graph, sizes)
+    plan = _common(inputs, graph, lengths) | {"methods": list(methods), "sizes": sizes}
     plan["steps"] = {name: _count(name, own, "steps") for name, own in methods.items()}
     if shape is None:
-        return plan | {"seconds_at_least": None}
+        return plan | {_seconds_name(lengths): None}
     seconds = {}
     for name, own in methods.items():
-        floor = _finding(name, own, inputs, shape, pos)
-        judged = _judging(inputs, shape, pos, len(sizes))
+        floor = _finding(name, own, inputs, shape, lengths.mean)
+        judged = _judging(inputs, shape, lengths.mean, len(sizes))
         seconds[name] = None if floor is None else _seconds(inputs, floor + judged)
-    return plan | {"seconds_at_least": seconds}
+    return plan | {_seconds_name(lengths): seconds}
 
 
 def show_plan(plan: Mapping[str, Any], as_json: bool) -> None:
@@ -90,7 +95,10 @@ def show_plan(plan: Mapping[str, Any], as_json: bool) -> None:
         print(json.dumps(plan))
         return
     for name, value in plan.items():
-        if isinstance(value, Mapping):
+        if name == "tokens_are_known":
+            if not value:
+                print("tokens were assumed: give --tokens, or a model whose tokenizer is here")
+        elif isinstance(value, Mapping):
             print(f"{_words(name)}:")
             for part, number in value.items():
                 print(f"  {part:20}{_shown(name, number, 'not known beforehand')}")
@@ -112,15 +120,23 @@ def _graph(shape: Shape, settings: Mapping[str, Any]) -> EdgeGraph:
     )
 
 
-def _check(graph: EdgeGraph | None, pos: int, sizes: Iterable[int | None]) -> None:
-    if pos < 1:
-        raise ValueError(f"--tokens {pos}: expected 1 or more.")
+def _lengths(inputs: Inputs, tokens: int | None) -> Lengths:
+    if tokens is not None and tokens < 1:
+        raise ValueError(f"--tokens {tokens}: expected 1 or more.")
+    return prompt_lengths(inputs, tokens)
+
+
+def _seconds_name(lengths: Lengths) -> str:
+    return "seconds_at_least" if lengths.known else "seconds_about"
+
+
+def _check(graph: EdgeGraph | None, sizes: Iterable[int | None]) -> None:
     for size in sizes:
         if graph is not None and size is not None:
             check_budget(size, graph)
 
 
-def _common(inputs: Inputs, graph: EdgeGraph | None, pos: int) -> dict[str, Any]:
+def _common(inputs: Inputs, graph: EdgeGraph | None, lengths: Lengths) -> dict[str, Any]:
     pairs = inputs.n_pairs()
     held_out = round(pairs * inputs.held_out)
     return {
@@ -131,7 +147,9 @@ def _common(inputs: Inputs, graph: EdgeGraph | None, pos: int) -> dict[str, Any]
         "edges": None if graph is None else graph.n_edges,
         "pairs_found_on": pairs - held_out,
         "pairs_judged_on": held_out,
-        "tokens_a_prompt": pos,
+        "tokens_a_prompt": lengths.mean,
+        "tokens_of_the_longest": lengths.longest,
+        "tokens_are_known": lengths.known,
     }
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tl_edgeprune.commands.named import checked
+from tl_edgeprune.nearest import did_you_mean
 from tl_edgeprune.strangers import of_kind
 
 PAIRS, HELD_OUT = 256, 0.25
@@ -147,7 +148,7 @@ def checked_task(name: str) -> str:
     if name not in tasks.list():
         raise ValueError(
             f"unknown task {name!r}: expected one of {', '.join(tasks.list())}, or a .jsonl file "
-            "of prompt pairs."
+            f"of prompt pairs.{did_you_mean(name, tasks.list())}"
         )
     return name
 

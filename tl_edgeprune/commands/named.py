@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
+
+from tl_edgeprune.nearest import did_you_mean
 
 
 def parsed(option: str, texts: Iterable[str]) -> dict[str, Any]:
@@ -33,10 +34,8 @@ def known_name(option: str, name: str, known: Iterable[str]) -> str:
     known = list(known)
     if name in known:
         return name
-    near = get_close_matches(name, known, 1)
-    hint = f" Did you mean {near[0]}?" if near else ""
     expected = f"expected one of {', '.join(known)}" if known else "it has no settings"
-    raise ValueError(f"{option}: unknown name {name!r}, {expected}.{hint}")
+    raise ValueError(f"{option}: unknown name {name!r}, {expected}.{did_you_mean(name, known)}")
 
 
 def checked(option: str, values: Mapping[str, Any], hints: Mapping[str, Any]) -> dict[str, Any]:

@@ -65,6 +65,7 @@ DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Say what would run and what it takes, and run nothing.")
 ]
 Pos = Annotated[
-    int, typer.Option("--tokens", help="Tokens of a prompt, for the plan of --dry-run.")
+    int | None,
+    typer.Option("--tokens", help="Tokens of a prompt, for --dry-run; else those of the task."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]

@@ -28,9 +28,20 @@ def plan(
 ) -> None:
     """Say which batch fits a GPU with blocks recomputed, and what a step takes.
 
+    A run also keeps the targets and references of its pairs, up to 4.3 GB of them. Where that does
+    not fit beside a forward, the plan does without, and says for how many pairs there is room.
+
     Example: tl-edgeprune plan --model gpt2 --gpu-memory 24
     """
-    from tl_edgeprune.planner import PASSES, Work, find_shape, fitting_pairs, step_bytes, step_floor
+    from tl_edgeprune.planner import (
+        PASSES,
+        Work,
+        find_shape,
+        fitting_pairs,
+        reference_bytes,
+        step_bytes,
+        step_floor,
+    )
     from tl_edgeprune.teacher import MAX_BYTES
 
     shape, element = find_shape(model), BYTES[dtype]
@@ -38,11 +49,13 @@ def plan(
         raise ValueError(f"--tokens {pos}, --pairs {pairs}: expected 1 or more.")
     if not math.isfinite(gpu_memory):
         raise ValueError(f"--gpu-memory {gpu_memory}: expected a number of GB.")
-    room = int(gpu_memory * 1e9 - RESERVED - MAX_BYTES)
-    most = fitting_pairs(shape, pos, room, element=element, on_gpu=True)
+    room = int(gpu_memory * 1e9 - RESERVED)
+    rooms = (room - MAX_BYTES, room)  # with all that a run may keep beside it, and without
+    fitting = (fitting_pairs(shape, pos, each, element=element, on_gpu=True) for each in rooms)
+    most = next((pairs for pairs in fitting if pairs), 0)
     least = Work(1, pos, element=element, on_gpu=True)
     if not most:
-        need = (sum(step_bytes(shape, least).values()) + RESERVED + MAX_BYTES) / 1e9
+        need = (sum(step_bytes(shape, least).values()) + RESERVED) / 1e9
         half = "bfloat16, " if dtype == "float32" else ""
         raise ValueError(
             f"{model} in {dtype} does not fit: one pair of {pos} tokens a forward takes {need:.1f} "
@@ -51,8 +64,10 @@ def plan(
     wanted = pairs or most
     forwards = -(-wanted // most)
     work = Work(-(-wanted // forwards), pos, element=element, on_gpu=True)
-    kept = {"targets, references": MAX_BYTES, "reserved": int(RESERVED)}
-    memory = step_bytes(shape, work) | kept
+    memory = step_bytes(shape, work)
+    cache = min(MAX_BYTES, room - sum(memory.values()))
+    memory |= {"targets, references": cache, "reserved": int(RESERVED)}
+    a_pair = reference_bytes(shape, least) + least.reads * shape.d_vocab * element
     floors = {name: passed(shape, work) for name, passed in PASSES.items()}
     floors |= {"one training step": step_floor(shape, work)}
     planned = {
@@ -63,6 +78,7 @@ def plan(
         "pairs_that_fit": most,
         "batch_size": work.pairs,
         "accumulate": forwards,
+        "pairs_kept": cache // a_pair,
         "bytes": {**memory, "in all": sum(memory.values())},
         "passes": {name: floor._asdict() for name, floor in floors.items()},
     }
@@ -70,6 +86,8 @@ def plan(
 
 
 def _text(planned: Mapping[str, Any], gpu_memory: float, pairs: int | None) -> str:
+    from tl_edgeprune.teacher import MAX_BYTES
+
     lines = [
         f"{planned['model']}: {planned['edges']:,} edges, {planned['dtype']}, prompts of "
         f"{planned['tokens_a_prompt']} tokens",
@@ -79,6 +97,14 @@ def _text(planned: Mapping[str, Any], gpu_memory: float, pairs: int | None) -> s
     if pairs is not None:
         batch, accumulate = planned["batch_size"], planned["accumulate"]
         lines += [f"For {pairs} pairs a step: batch_size={batch}, accumulate={accumulate}."]
+    kept, pairs_kept = planned["bytes"]["targets, references"] / 1e9, planned["pairs_kept"]
+    if planned["bytes"]["targets, references"] < MAX_BYTES:
+        lines += [
+            f"Beside them {kept:.2f} GB are left, of the {MAX_BYTES / 1e9:.1f} GB of targets and "
+            f"references that a run may keep: train on at most {pairs_kept:,} pairs, or on more "
+            "than the run visits (steps × pairs a step), of which it keeps none; or take fewer a "
+            "forward (--pairs)."
+        ]
     lines += [f"\nMemory of {planned['batch_size']} pairs a forward, GB:"]
     lines += [f"  {name:20}{size / 1e9:10.2f}" for name, size in planned["bytes"].items()]
     lines += ["\nThe least that each pass of a forward's pairs does:   TFLOP    GB moved"]

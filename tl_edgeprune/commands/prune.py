@@ -127,7 +127,7 @@ def prune(
     seed: options.Seed = 0,
     progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
     dry_run: options.DryRun = False,
-    pos: options.Pos = 64,
+    pos: options.Pos = None,
     as_json: options.Json = False,
 ) -> None:
     """Find a circuit of exactly --n-edges edges by Edge Pruning.
@@ -177,7 +177,7 @@ def prune(
     task_options = parsed("--task-set", task_set or [])
     inputs = Inputs(model, task, pairs, held_out, seed, dtype, device, cls, task_options).resolved()
     run = _run(inputs, given, paper)
-    check_free(out)
+    check_free(out, run)
     if dry_run:
         from tl_edgeprune.commands.dry_run import pruning, show_plan
 

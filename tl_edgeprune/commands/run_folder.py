@@ -91,7 +91,7 @@ class Run:
         folder is free for the next try.
         """
         if new:
-            check_free(folder)
+            check_free(folder, self)
         path = folder / SETTINGS
         before = path.read_bytes() if path.is_file() else None
         write_json(path, self.to_dict())
@@ -105,21 +105,43 @@ class Run:
             raise
 
 
-def check_free(folder: Path) -> None:
-    """Raise FileExistsError where the folder holds another run's files, or is none."""
+def check_free(folder: Path, run: Run | None = None) -> None:
+    """Raise FileExistsError where the folder holds a run's files, or is none. run: what is asked
+    for, to tell its own folder by.
+    """
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"--out {folder} is a file: give a folder.")
     found = [name for name in FILES if (folder / name).exists()]
     if found:
         unfinished = SETTINGS in found and not {CIRCUIT, SCORES} & {*found}
-        further = (
-            f"go on with it by tl-edgeprune resume {folder}, or"
-            if unfinished
-            else "runs do not mix:"
-        )
-        raise FileExistsError(
-            f"--out {folder} holds another run ({', '.join(found)}): {further} give a new folder."
-        )
+        own = run is not None and _is_of(folder, run)
+        if unfinished:
+            further = f": go on with it by tl-edgeprune resume {folder}, or give a new folder."
+        elif own:
+            further = f", and it is finished. {_look_at(folder)} For another run give a new folder."
+        else:
+            further = ": runs do not mix: give a new folder."
+        which = "this run" if own else "another run"
+        raise FileExistsError(f"--out {folder} holds {which} ({', '.join(found)}){further}")
+
+
+def _is_of(folder: Path, run: Run) -> bool:
+    """Whether the folder's run is the one asked for: the same command, inputs and settings."""
+    try:
+        there = Run.read(folder)
+    except MISTAKES:
+        return False
+    asked = [run.command, run.inputs.to_dict(), run.settings]
+    return json.loads(json.dumps(asked)) == [there.command, there.inputs.to_dict(), there.settings]
+
+
+def _look_at(folder: Path) -> str:
+    """What to do with a finished run."""
+    if not (folder / CIRCUIT).is_file():
+        return f"Its scores are in {folder / SCORES} (EdgeScores.load)."
+    page = f"Open {folder / PAGE}" if (folder / PAGE).is_file() else "Look at it"
+    again = "" if (folder / PAGE).is_file() else f" with tl-edgeprune show {folder / CIRCUIT}"
+    return f"{page}{again}, or judge it on other pairs with tl-edgeprune evaluate."
 
 
 def write_json(path: Path, document: Any) -> None:

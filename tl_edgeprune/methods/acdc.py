@@ -48,7 +48,7 @@ from tl_edgeprune.part_cuts import PartCuts
 from tl_edgeprune.positions import graph_at
 from tl_edgeprune.strangers import of_kind
 from tl_edgeprune.tasks.task import Task
-from tl_edgeprune.teacher import Teacher, check_vocabulary
+from tl_edgeprune.teacher import BAR_AFTER, Teacher, check_vocabulary
 from tl_edgeprune.whole_cuts import WholeCuts
 
 SEARCHES = ("exact", "bisect")
@@ -66,7 +66,7 @@ def acdc(
     positions: str | None = None,
     ablation: Ablation = "counterfactual",
     batch_size: int = 8,
-    progress: bool = False,
+    progress: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> Circuit:
     """The edges whose removal raises the objective by at least `threshold`, found from the logits
@@ -109,7 +109,10 @@ def acdc(
         mask, start, runs, stage = _before(saved, run.graph)
         teacher = Teacher(run, task, ablation, batch_size=batch_size, max_bytes=0)
         cuts = find_cuts(run, teacher, loss_of, batch_size=batch_size)
-        with tqdm(total=run.graph.n_edges, desc="acdc", unit="edge", disable=not progress) as bar:
+        bar = tqdm(
+            total=run.graph.n_edges, desc="acdc", unit="edge", disable=not progress, delay=BAR_AFTER
+        )
+        with bar:
             report = _reporter(cuts, bar, saved)
             cuts.set(mask)
             cuts.runs += runs
@@ -157,8 +160,9 @@ def _reporter(cuts: WholeCuts, bar: Any, saved: Saved) -> Callable[..., None]:
     """Tell the bar and the checkpoint that the edges from `edge` on are decided."""
 
     def report(edge: int, stage: Stage = FIRST) -> None:
+        kept = int(cuts.mask[edge:].sum())
+        bar.set_postfix(objective=f"{cuts.value:.4g}", kept=kept, refresh=False)
         bar.update(max(0, bar.total - edge - bar.n))
-        bar.set_postfix(objective=f"{cuts.value:.4g}", kept=int(cuts.mask[edge:].sum()))
         singles = None if stage.singles is None else asdict(stage.singles)
         tensors = {"kept": cuts.mask}
         if singles is not None:

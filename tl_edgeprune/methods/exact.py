@@ -27,7 +27,7 @@ from tl_edgeprune.positions import graph_at
 from tl_edgeprune.scores import EdgeScores
 from tl_edgeprune.strangers import of_kind
 from tl_edgeprune.tasks.task import Task
-from tl_edgeprune.teacher import Teacher, check_vocabulary
+from tl_edgeprune.teacher import BAR_AFTER, Teacher, check_vocabulary
 from tl_edgeprune.tensor_files import floats
 from tl_edgeprune.whole_cuts import WholeCuts
 
@@ -42,7 +42,7 @@ def exact(
     ablation: Ablation = "counterfactual",
     batch_size: int = 8,
     edges: Iterable[str] | None = None,
-    progress: bool = False,
+    progress: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> EdgeScores:
     """The rise of the objective when each edge alone is removed from the full model.
@@ -73,7 +73,10 @@ def exact(
         cuts = find_cuts(run, teacher, loss_of, batch_size=batch_size)
         cuts.set(torch.ones(run.graph.n_edges, dtype=torch.bool))
         cuts.runs += runs
-        with tqdm(total=len(wanted), desc="patching", unit="edge", disable=not progress) as bar:
+        bar = tqdm(
+            total=len(wanted), desc="patching", unit="edge", disable=not progress, delay=BAR_AFTER
+        )
+        with bar:
             bar.update(done)
             for some, rises in each_rise(cuts, wanted[done:]):
                 scores[some] = rises

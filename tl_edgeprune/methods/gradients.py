@@ -31,6 +31,7 @@ from tl_edgeprune.objectives import (
     find_objective,
     has_logit_diff,
     kl,
+    losses,
     mean_squared_error,
 )
 from tl_edgeprune.positions import graph_at
@@ -61,7 +62,7 @@ def scores_along(
     positions: str | None = None,
     ablation: Ablation = "counterfactual",
     batch_size: int = 8,
-    progress: bool = False,
+    progress: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
     magnitudes: bool = False,
 ) -> EdgeScores:
@@ -125,7 +126,7 @@ def scored(
         MaskedModel.attach(model, graph) as run,
         saving(checkpoint, about, metadata | {"batch_size": batch_size}, run, task) as saved,
     ):
-        kind = metadata.get("ablation", "counterfactual")
+        kind = metadata.get("ablation", "zero")  # without one, no reference is looked at
         teacher = Teacher(run, task, kind, batch_size=batch_size, targets=targets, visits=0)
         scores = score(run, teacher, saved)
     if not bool(torch.isfinite(scores).all()):
@@ -208,7 +209,7 @@ def edge_gradient(
         )
         if watch is not None and whole and (point.held is None or point.held.share == 1):
             watch.see(logits, batch)
-        loss = loss_of(logits, lesson.full, batch).sum()
+        loss = losses(loss_of, logits, lesson.full, batch).sum()
         (grad,) = torch.autograd.grad(loss, mask)
     return grad
 

@@ -41,7 +41,7 @@ def hisp(
     objective: str | Objective | None = None,
     graph: EdgeGraph | None = None,
     ablation: Ablation = "counterfactual",
-    progress: bool = False,
+    progress: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> EdgeScores:
     """Edge scores >= 0 from nodes' importance; one gradient a pair. objective: as for EAP;

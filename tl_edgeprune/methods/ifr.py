@@ -32,7 +32,7 @@ def ifr(
     *,
     graph: EdgeGraph | None = None,
     batch_size: int = 8,
-    progress: bool = False,
+    progress: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> EdgeScores:
     """Shares of every destination's input, 0 to 1; those of one destination add up to 1.

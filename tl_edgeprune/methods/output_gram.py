@@ -33,7 +33,7 @@ def scores_of_gram(
     graph: EdgeGraph | None = None,
     ablation: Ablation = "counterfactual",
     batch_size: int = 8,
-    progress: bool = False,
+    progress: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
     by_magnitude: bool = True,
 ) -> EdgeScores:

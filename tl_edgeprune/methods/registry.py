@@ -27,6 +27,7 @@ from tl_edgeprune.methods.relp import relp
 from tl_edgeprune.methods.subnetwork_probing import subnetwork_probing
 from tl_edgeprune.methods.subspace_nodes import subspace_nodes
 from tl_edgeprune.methods.ugs import ugs
+from tl_edgeprune.nearest import did_you_mean
 from tl_edgeprune.pruner import EdgePruner
 from tl_edgeprune.scores import EdgeScores
 from tl_edgeprune.tasks.stream import AnyTask, TaskStream
@@ -115,7 +116,10 @@ def parameters_of(method: str) -> dict[str, inspect.Parameter]:
     Raises ValueError for an unknown method.
     """
     if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}: expected one of {', '.join(METHODS)}.")
+        raise ValueError(
+            f"unknown method {method!r}: expected one of {', '.join(METHODS)}."
+            f"{did_you_mean(method, METHODS)}"
+        )
     own = inspect.signature(METHODS[method], eval_str=True).parameters
     found = {name: p for name, p in own.items() if p.kind is not p.VAR_KEYWORD}
     if len(found) < len(own):  # the rest are those of what it calls

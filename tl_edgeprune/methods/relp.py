@@ -45,7 +45,7 @@ def relp(
     positions: str | None = None,
     ablation: Ablation = "counterfactual",
     batch_size: int = 8,
-    progress: bool = False,
+    progress: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> EdgeScores:
     """Signed scores, one backward pass. objective: as for EAP; positions: "span" or "position" for

@@ -30,7 +30,8 @@ def plot_comparison(
     """Draw a comparison's table in four panels, and write it to `path` (.png, .svg or .pdf).
 
     The distance from the model, the faithfulness and the exact match against the circuits' edges,
-    and the distance against the seconds of the run. A line joins a method's sizes. Distances are
+    and the distance against the seconds of the run. A line joins a method's sizes; a circuit whose
+    size the method chose has its threshold and its edges beside it. Distances are
     on a logarithmic axis; those a million times below the largest are drawn at its bottom, "0".
 
     Args:
@@ -80,6 +81,7 @@ def _plot(axes: Axes, table: Any, x: str, y: str) -> None:
         rows = rows.sort_values("n_edges")
         values = [max(value, floor) for value in rows[y].tolist()]
         style = series_style(place)
+        _name_thresholds(axes, rows, x, values, style["color"])
         if x == "n_edges":
             axes.plot(rows[x].tolist(), values, label=str(method), **style)
             continue
@@ -96,6 +98,23 @@ def _plot(axes: Axes, table: Any, x: str, y: str) -> None:
         axes.set_ylim(-0.04, 1.04)
     if y == "faithfulness":
         axes.axhline(1, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+
+
+def _name_thresholds(axes: Axes, rows: Any, x: str, values: list[float], color: str) -> None:
+    """A threshold and its circuit's edges beside each mark that has one."""
+    if "threshold" not in rows:
+        return
+    spots = zip(rows[x].tolist(), values, rows["threshold"], rows["n_edges"], strict=True)
+    for at, value, threshold, n_edges in spots:
+        if not math.isnan(threshold) and math.isfinite(value):
+            axes.annotate(
+                f"{threshold:g}: {n_edges:,} edges",
+                (at, value),
+                xytext=(5, 4),
+                textcoords="offset points",
+                color=color,
+                fontsize=7,
+            )
 
 
 def _columns(table: Any) -> int:

@@ -22,7 +22,9 @@ def plot_faithfulness(
     """Draw faithfulness against the edges kept, a line for each curve, and write it to `path`.
 
     Edges are on a logarithmic axis; circuits of no edges are left out. The dashed line is the full
-    model's 1; the legend tells each curve's CPR and CMD (areas, see `FaithfulnessCurve`).
+    model's 1; the legend tells the areas under each curve's f and |1 - f|. These are MIB's CPR and
+    CMD for the curves of `mib_faithfulness` alone: CPR the signed one's first area, CMD the
+    absolute one's second.
 
     Args:
         curves: by the names of the methods.
@@ -41,13 +43,13 @@ def plot_faithfulness(
         for place, (name, curve) in enumerate(curves.items()):
             points = [(n, f) for n, f in zip(curve.n_edges, curve.faithfulness, strict=True) if n]
             sizes += [float(n) for n, _ in points]
-            label = f"{name} (CPR {curve.cpr:.2f}, CMD {curve.cmd:.2f})"
+            label = f"{name} (∫f {curve.cpr:.2f}, ∫|1 − f| {curve.cmd:.2f})"
             xs, ys = [n for n, _ in points], [f for _, f in points]
             axes.plot(xs, ys, label=label, **series_style(place))
         axes.axhline(1, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
         log_axis(axes, "x", sizes)
         axes.set_xlabel("Edges kept, dead ones left out")
-        axes.set_ylabel("Faithfulness (full model 1, no edges 0)")
+        axes.set_ylabel("Faithfulness f (full model 1, no edges 0)")
         legend_below(figure, axes, columns=2)
         if title:
             figure.suptitle(title, x=0.02, ha="left", fontsize=13, fontweight="bold")

@@ -12,7 +12,7 @@ from tl_edgeprune.circuit import Circuit
 Lines = dict[str, str]
 _SKIPPED = {  # told elsewhere, or beside another figure
     *("kl_sem", "logit_diff_full", "logit_diff_empty", "prob_diff_full", "prob_diff_empty"),
-    *("n_edges", "n_alive", "n_edges_full", "n_wrong", "n_neurons_full"),
+    *("n_edges", "n_alive", "n_edges_full", "n_wrong", "n_neurons_full", "kl_empty", "mse_empty"),
 }
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from tl_edgeprune.nearest import did_you_mean
 from tl_edgeprune.tasks import (  # noqa: F401  (they register themselves)
     arithmetic,
     boolean_expressions,
@@ -93,7 +94,10 @@ def load(
             without the tokenizer or the vocabulary that the task needs.
     """
     if name not in BUILDERS:
-        raise ValueError(f"tasks.load({name!r}): no such task; there are {', '.join(list())}.")
+        raise ValueError(
+            f"tasks.load({name!r}): no such task; there are {', '.join(list())}."
+            f"{did_you_mean(name, BUILDERS)}"
+        )
     if n < 1:
         raise ValueError(f"tasks.load({name!r}, n={n}): a task needs at least one pair.")
     check_options(f"tasks.load({name!r})", BUILDERS[name], options)
@@ -116,7 +120,10 @@ def stream(
     """
     if name not in STREAMS:
         known = ", ".join(sorted(STREAMS))
-        raise ValueError(f"tasks.stream({name!r}): no such stream; there are {known}.")
+        raise ValueError(
+            f"tasks.stream({name!r}): no such stream; there are {known}."
+            f"{did_you_mean(name, STREAMS)}"
+        )
     if n < 1:
         raise ValueError(f"tasks.stream({name!r}, n={n}): a stream needs at least one pair.")
     check_options(f"tasks.stream({name!r})", STREAMS[name], options)

@@ -68,9 +68,9 @@ def from_jsonl(
 
     Raises:
         ValueError: with the file and the line: no JSON object, a missing key, no answer or more
-            than one, an answer that merges with the prompt, texts of two lengths, sets of right
-            and wrong texts that are not of one token each, repeat or overlap, or spans outside the
-            prompt or over one another.
+            than one, an answer that merges with the prompt or that the corrupted text marks too,
+            texts of two lengths, sets of right and wrong texts that are not of one token each,
+            repeat or overlap, or spans outside the prompt or over one another.
     """
     path = Path(path)
     lines = enumerate(read_text(path, "file of prompt pairs").split("\n"), start=1)
@@ -108,6 +108,10 @@ def read_pairs(
                 pairs.append(encode_pair(record, tokenizer, prepend_bos))
         except ValueError as error:
             raise ValueError(f"{source}, {place}: {error}") from error
+    if not splits:
+        raise ValueError(
+            f'{source} is empty: expected prompt pairs, each a record of "clean" and "corrupted".'
+        )
     if not pairs:
         found = ", ".join(sorted(map(str, splits))) or "none"
         raise ValueError(f"{source}: no prompt pairs for split={split!r}; splits found: {found}.")
@@ -168,6 +172,11 @@ def encode_pair(
     forced = max(0, len(clean.answer) - 1)
     positions = torch.arange(len(clean.prompt) - 1, len(clean.prompt) + forced)
     same_count = len(corrupted.answer) == len(clean.answer)
+    if clean.answer and clean.answer == corrupted.answer:
+        raise ValueError(
+            f"both texts mark the answer {text.answer!r}, so nothing tells it from its distractor: "
+            'mark another one in "corrupted", or none.'
+        )
     tokens = clean.prompt + clean.answer[:forced]
     return {
         "clean": torch.tensor(tokens),

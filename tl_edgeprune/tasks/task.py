@@ -81,7 +81,8 @@ class Task:
         right, wrong: sets of tokens [token], for tasks with many right answers (every year after
             the first one): tokens that are right and tokens that are wrong at the pair's one read
             position. May be empty (as a whole, or per pair), and of any size.
-        objective: name of the loss that fits the task: "kl", "mse", "logit-diff" or "prob-diff".
+        objective: name of the loss that fits the task: "kl", "mse", "logit-diff", "log-prob" or
+            "prob-diff".
         prepend_bos: whether the prompts begin with the tokenizer's BOS token (it is in `clean`).
         groups: a label per pair, such as its template; may be empty.
         span_names: names of the parts of a prompt ("IO", "S1", …), for edges with a mask in each;
@@ -90,8 +91,9 @@ class Task:
 
     Raises:
         ValueError: no pairs; two lengths in a pair; positions out of range or not rising;
-            answers, distractors, groups or spans that are not aligned; sets of tokens that repeat
-            or share a token, or for several read positions; spans without a name.
+            answers, distractors, groups or spans that are not aligned; a distractor that is the
+            answer itself; sets of tokens that repeat or share a token, or for several read
+            positions; spans without a name.
     """
 
     name: str
@@ -303,6 +305,18 @@ def _check_pair(task: Task, pair: int) -> None:
                 f"prompt pair {pair}: {count} {field} for {len(positions)} read positions. Give "
                 "one at each read position, or none."
             )
+    answer, distractor = task.answers[pair], task.distractors[pair]
+    if len(answer) and torch.equal(answer, distractor):
+        raise ValueError(
+            f"prompt pair {pair}: the answer {_short(answer.tolist())} is the distractor too, so "
+            "nothing tells them apart: give another distractor, or drop the pair."
+        )
+
+
+def prompts_differ(task: Task) -> bool:
+    """Whether any pair's two do: if none, counterfactual ablation replaces each run by itself."""
+    pairs = zip(task.clean, task.corrupted, strict=True)
+    return not all(torch.equal(clean, corrupted) for clean, corrupted in pairs)
 
 
 def _check_sets(task: Task, pair: int) -> None:
