@@ -292,6 +292,14 @@ def test_hooks_that_would_be_lost(name: str) -> None:
             model(zoo.tokens(model))
 
 
+def test_a_hook_before_a_norm_after_attention() -> None:
+    """The masked run has that norm's output from the heads."""
+    model = zoo.load("bridge-gemma2")
+    point = "blocks.0.attn.hook_out"
+    with masked(model, ones(model), ablation="zero"), refused(f"hooks of your own on {point}"):
+        model.run_with_hooks(zoo.tokens(model), fwd_hooks=[(point, lambda x, hook: x + 1)])
+
+
 @each_class
 def test_one_context_inside_another(name: str) -> None:
     model = zoo.load(name)

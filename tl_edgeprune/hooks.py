@@ -31,7 +31,7 @@ LOST = (
     *("hook_attn_in", "hook_q_input", "hook_k_input", "hook_v_input", "hook_attn_out"),
     *("ln1.hook_in", "ln1.hook_scale", "ln1.hook_normalized", "ln1.hook_out", "hook_mlp_in"),
     *("attn.hook_in", "attn.q.hook_in", "attn.k.hook_in", "attn.v.hook_in"),
-    *("attn.hook_result", "attn.o.hook_out", "attn.hook_hidden_states"),
+    *("attn.hook_result", "attn.o.hook_out", "attn.hook_out", "attn.hook_hidden_states"),
     *("ln1_post.hook_in", "ln1_post.hook_scale", "ln1_post.hook_normalized", "ln1_post.hook_out"),
 )
 LIBRARIES = ("transformer_lens", "tl_edgeprune")

@@ -41,7 +41,7 @@ from tl_edgeprune.hooks import (
     refuse_conflicts,
     refuse_hooks,
 )
-from tl_edgeprune.idle import idle_work, resting
+from tl_edgeprune.idle import StandIn, idle_work, resting
 from tl_edgeprune.neurons import MLP, Neurons, check_constants, check_gates, kind_of
 from tl_edgeprune.norms import identity
 from tl_edgeprune.residual import BufferPool
@@ -373,7 +373,7 @@ class MaskedModel:
     @contextmanager
     def shadowed(self) -> Iterator[None]:
         """The model's own `forward` runs masked, and its generators refuse, inside this context."""
-        shadows: dict[str, Any] = {"forward": self._run}
+        shadows: dict[str, Any] = {"forward": self._seen_run}
         shadows |= {name: _refuse_generation for name in GENERATORS if hasattr(self.model, name)}
         own = self.model.__dict__
         before = {name: own[name] for name in shadows if name in own}
@@ -405,8 +405,21 @@ class MaskedModel:
         finally:
             self._inputs = before
 
-    def _run(self, *args: Any, keep: list[Tensor] | None = None, **kwargs: Any) -> Any:
-        """The model's forward, checked before and after; `keep` takes a copy of the differences."""
+    def _seen_run(self, *args: Any, **kwargs: Any) -> Any:
+        """The user's own call: caches and hooks look on, so that nothing rests."""
+        return self._run(*args, idle=(), **kwargs)
+
+    def _run(
+        self,
+        *args: Any,
+        keep: list[Tensor] | None = None,
+        idle: Sequence[StandIn] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The model's forward, checked before and after; `keep` takes a copy of the differences.
+
+        `idle`: what rests meanwhile; by default all that is computed for nothing.
+        """
         inputs = self._inputs
         if inputs is None:
             return self.model_forward(*args, **kwargs)
@@ -416,7 +429,7 @@ class MaskedModel:
         self.gates_of(inputs.neurons)
         self._forward = Forward(self, inputs, tokens)
         try:
-            with resting(self._idle):
+            with resting(self._idle if idle is None else idle):
                 output = self.model_forward(*args, **kwargs)
             self._forward.finish(output, keep)
             return output
