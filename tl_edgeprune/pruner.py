@@ -31,6 +31,7 @@ from tl_edgeprune.ablation import ZERO_WITH_BIASES
 from tl_edgeprune.circuit import Circuit, check_budget
 from tl_edgeprune.constants import OPTIMAL, Ablation, Constants
 from tl_edgeprune.distributed import Ranks
+from tl_edgeprune.grad_mode import needs_gradients
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.hooks import find_sites, model_kind
 from tl_edgeprune.identities import digest, of_setting, of_weights
@@ -293,6 +294,7 @@ class EdgePruner:
 
     # --------------------------------------------------------------------------------------- fit
 
+    @needs_gradients("EdgePruner.fit")
     def fit(self, model: Any, task: AnyTask, *, resume: str | Path | None = None) -> PruneResult:
         """Train the masks on the pairs of a Task or a TaskStream.
 

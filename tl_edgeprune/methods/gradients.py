@@ -20,6 +20,7 @@ from torch import Tensor
 from tl_edgeprune.chance import ChanceWatch
 from tl_edgeprune.constants import Ablation
 from tl_edgeprune.forward import Held
+from tl_edgeprune.grad_mode import with_gradients
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.hooks import is_folded
 from tl_edgeprune.masked import MaskedModel
@@ -195,7 +196,7 @@ def edge_gradient(
     batch = lesson.batch
     whole = bool((point.mask == 1).all())
     mask = point.mask.to(batch.clean.device).requires_grad_()
-    with torch.enable_grad():
+    with with_gradients("this method"):
         logits = run(
             batch.clean,
             mask,
