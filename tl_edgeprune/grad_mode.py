@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import ParamSpec, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
-P, R = ParamSpec("P"), TypeVar("R")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 @contextmanager
@@ -27,15 +27,15 @@ def with_gradients(what: str) -> Iterator[None]:
         yield
 
 
-def needs_gradients(what: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def needs_gradients(what: str) -> Callable[[F], F]:
     """The function, always run `with_gradients(what)`."""
 
-    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+    def decorate(function: F) -> F:
         @functools.wraps(function)
-        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        def call(*args: Any, **kwargs: Any) -> Any:
             with with_gradients(what):
                 return function(*args, **kwargs)
 
-        return call
+        return cast(F, call)
 
     return decorate

@@ -190,7 +190,8 @@ class EdgePruner:
         dtype, device: the run's; None for the model's own. The weights are put back after it, and
             meanwhile both are in memory.
         seed: same seed, same machine, same bits.
-        checkpoint: a file to write the run's state to every `checkpoint_every` steps, atomically.
+        checkpoint: a file to write the run's state to every `checkpoint_every` steps, atomically;
+            if it is there, the run goes on.
         progress: show a progress bar.
 
     Raises ValueError for settings that cannot work and TypeError for those of another kind, before
@@ -298,10 +299,12 @@ class EdgePruner:
     def fit(self, model: Any, task: AnyTask, *, resume: str | Path | None = None) -> PruneResult:
         """Train the masks on the pairs of a Task or a TaskStream.
 
-        Ctrl-C ends the run with what it has found so far (`finished` is then False). `resume`
-        continues from a checkpoint, to the same bits (on a CPU) as a run that was never stopped;
-        its settings, task and graph must be those of the checkpoint (ValueError). A second run that
-        writes the same `checkpoint` at the same time is refused (BlockingIOError).
+        Ctrl-C ends the run with what it has found so far (`finished` is then False); during the
+        warm start, before the steps, it is a KeyboardInterrupt as anywhere. A run goes on from its
+        `checkpoint` where that is there, or from `resume`, to the same bits (on a CPU) as one that
+        was never stopped. A checkpoint of other settings, another task, graph or model is neither
+        gone on from nor written over (ValueError). A second run that writes the same `checkpoint`
+        at the same time is refused (BlockingIOError).
 
         Inside a process group (distributed.py) the processes share out each batch's pairs, and all
         get the same result; LostProcess where one of them ends or hangs.
@@ -345,7 +348,7 @@ class EdgePruner:
         self, model: Any, task: AnyTask, method: str, *, resume: str | Path | None = None
     ) -> EdgeScores:
         """`fit`, as scores by that method's name. Goes on from `resume`, by default from the
-        pruner's checkpoint where that is there, as every method does.
+        pruner's checkpoint where that is there, as `fit` and every method do.
 
         Those of a run that Ctrl-C ended early say so in their metadata ("finished": False). Raises
         ValueError for ablation="optimal", whose constants scores cannot hold, and for neurons.
@@ -357,8 +360,7 @@ class EdgePruner:
                 "EdgePruner(…).fit(model, task), which gives both (result.circuit, "
                 "result.neurons)."
             )
-        left = self.checkpoint if self.checkpoint and Path(self.checkpoint).exists() else None
-        result = self.fit(model, task, resume=left if resume is None else resume)
+        result = self.fit(model, task, resume=resume)
         early = {} if result.finished else {"finished": False}
         scores = result.scores
         return replace(scores, metadata=scores.metadata | {"method": method} | early)
