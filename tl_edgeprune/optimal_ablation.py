@@ -28,8 +28,9 @@ from tl_edgeprune.learned_constants import LearnedConstants
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.objectives import Objective, find_objective
 from tl_edgeprune.positions import task_for
+from tl_edgeprune.prompts import check_tokens
 from tl_edgeprune.tasks.task import Batch, Task
-from tl_edgeprune.teacher import Teacher, check_vocabulary
+from tl_edgeprune.teacher import Teacher
 
 
 @needs_gradients("optimal_constants")
@@ -62,7 +63,7 @@ def optimal_constants(
     if steps < 1:
         raise ValueError(f"steps={steps}: expected 1 or more.")
     loss_of = find_objective(objective, task)
-    check_vocabulary(task, int(model.cfg.d_vocab))
+    check_tokens(task, model)
     generator = torch.Generator().manual_seed(seed)
     with MaskedModel.attach(model, graph if circuit is None else circuit.graph) as run:
         teacher = Teacher(run, task, "mean", batch_size=batch_size, max_bytes=0)

@@ -49,12 +49,12 @@ from tl_edgeprune.neurons import check_budget as check_neuron_budget
 from tl_edgeprune.objectives import Objective, find_objective
 from tl_edgeprune.placement import placed
 from tl_edgeprune.positions import check_positions, graph_at
+from tl_edgeprune.prompts import check_tokens
 from tl_edgeprune.recompute import RecomputedModel
 from tl_edgeprune.regularisers import Attachment
 from tl_edgeprune.scores import EdgeScores
 from tl_edgeprune.tasks.stream import AnyTask, checked, sample
 from tl_edgeprune.tasks.task import Task
-from tl_edgeprune.teacher import check_vocabulary
 from tl_edgeprune.training import History, Training
 
 Sampler = Callable[[Tensor, torch.Generator], Tensor]
@@ -310,7 +310,7 @@ class EdgePruner:
         get the same result; LostProcess where one of them ends or hangs.
         """
         model_kind(model)
-        task = checked(task, self._check_pairs(int(model.cfg.d_vocab)))
+        task = checked(task, self._check_pairs(model))
         loss_of = find_objective(self.objective, sample(task))
         graph = EdgeGraph.from_model(
             model, split_qkv=self.split_qkv, split_embeddings=self._has_two_embeddings(model)
@@ -428,10 +428,10 @@ class EdgePruner:
             )
         check_constants(self.neurons, self.ablation)
 
-    def _check_pairs(self, vocab: int) -> Callable[[Task], None]:
+    def _check_pairs(self, model: Any) -> Callable[[Task], None]:
         def check(pairs: Task) -> None:
             find_objective(self.objective, pairs)
-            check_vocabulary(pairs, vocab)
+            check_tokens(pairs, model)
 
         return check
 

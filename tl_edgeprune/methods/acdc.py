@@ -45,9 +45,10 @@ from tl_edgeprune.methods.sequence import one_by_one
 from tl_edgeprune.methods.singles import Singles
 from tl_edgeprune.objectives import Objective, find_objective
 from tl_edgeprune.positions import graph_at
+from tl_edgeprune.prompts import check_tokens
 from tl_edgeprune.strangers import of_kind
 from tl_edgeprune.tasks.task import Task
-from tl_edgeprune.teacher import Teacher, check_vocabulary
+from tl_edgeprune.teacher import Teacher
 
 SEARCHES = ("exact", "bisect")
 FIRST = Stage()
@@ -88,7 +89,7 @@ def acdc(
     """
     _check(threshold, search)
     loss_of = find_objective(objective, task)
-    check_vocabulary(task, int(model.cfg.d_vocab))
+    check_tokens(task, model)
     graph = graph_at(model, graph, task, positions)
     about = origin(
         model,

@@ -35,9 +35,10 @@ from tl_edgeprune.objectives import (
     mean_squared_error,
 )
 from tl_edgeprune.positions import graph_at
+from tl_edgeprune.prompts import check_tokens
 from tl_edgeprune.scores import EdgeScores
 from tl_edgeprune.tasks.task import Task
-from tl_edgeprune.teacher import Lesson, Teacher, check_vocabulary
+from tl_edgeprune.teacher import Lesson, Teacher
 
 
 class Point(NamedTuple):
@@ -119,7 +120,7 @@ def scored(
     metadata: method, ablation, objective and what else belongs to the scores. targets: whether
     the full model's answers are looked at.
     """
-    check_vocabulary(task, int(model.cfg.d_vocab))
+    check_tokens(task, model)
     graph = graph_at(model, graph, task, positions)
     about = origin(model, task, **metadata)
     with (
