@@ -210,6 +210,18 @@ def test_a_random_mask_is_brute_force(
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["bridge-llama-gqa", "native-ln"])
+def test_masks_beyond_0_and_1_go_on_along_the_line(name: str) -> None:
+    model = zoo.load(name, torch.float64)
+    graph, clean = EdgeGraph.from_model(model), zoo.tokens(model)
+    mask = 3 * random_mask(model, graph, 5) - 1
+    replaced = replacement(model, "counterfactual")
+    expected = bf.masked_logits(model, clean, by_name(graph, mask), replaced)
+    with masked(model, mask, **options(model, "counterfactual")):
+        assert_equal(model(clean), expected, name)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("name", [case.id for case in FINEST if not case.marks])
 def test_masks_in_between_interpolate_linearly(name: str) -> None:
     """At the input of the last MLP and of the logits, in the edges that lead there."""

@@ -420,6 +420,48 @@ def test_run_with_hooks_and_run_with_cache_are_masked(name: str) -> None:
 
 
 @each_model
+@torch.no_grad()
+def test_a_cache_with_every_edge_kept_is_the_models_own(name: str) -> None:
+    """At every point: what the package's own runs leave out is computed where a user looks on."""
+    model = zoo.load(name)
+    clean, corrupted = zoo.tokens(model), zoo.tokens(model, seed=1)
+    _, plain = model.run_with_cache(clean)
+    with masked(model, torch.ones(EdgeGraph.from_model(model).n_edges), corrupted=corrupted):
+        _, cache = model.run_with_cache(clean)
+    assert set(plain) <= set(cache)
+    for point, expected in plain.items():
+        assert_close = torch.testing.assert_close
+        assert_close(cache[point], expected, atol=1e-4, rtol=1e-4, msg=lambda m, p=point: p + m)
+
+
+@each_model
+@torch.no_grad()
+def test_a_masked_cache_holds_the_models_own_stream(name: str) -> None:
+    """What the masked heads and MLPs gave, summed; but for the last point, which the logits
+    read.
+    """
+    model = zoo.load(name, torch.float64)
+    clean, corrupted = zoo.tokens(model), zoo.tokens(model, seed=1)
+    mask = random_mask(model)
+    with masked(model, mask, corrupted=corrupted):
+        _, cache = model.run_with_cache(clean)
+    stream = cache["blocks.0.hook_resid_pre"]
+    for layer, site in enumerate(find_sites(model).attention):
+        block = f"blocks.{layer}."
+        torch.testing.assert_close(cache[f"{block}hook_resid_pre"], stream, atol=1e-5, rtol=1e-5)
+        written = torch.einsum("bphd,hdm->bpm", cache[site.z], site.output)
+        if site.output_bias is not None:
+            written = written + site.output_bias
+        if site.post is not None:
+            size = (written.square().mean(-1, keepdim=True) + site.post.eps).sqrt()
+            written = written / size * site.post.gain
+        actual = cache[f"{block}hook_attn_out"]
+        torch.testing.assert_close(actual, written, atol=1e-5, rtol=1e-5)
+        mlp = f"{block}hook_mlp_out"
+        stream = stream + actual + cache.cache_dict.get(mlp, 0)
+
+
+@each_model
 def test_a_hooks_own_parameters_are_trained_through_the_mask(name: str) -> None:
     """A user's steering vector on an allowed point gets its gradient, with a constant mask."""
     model = zoo.load(name, torch.float64)

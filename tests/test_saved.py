@@ -82,6 +82,8 @@ def test_another_searchs_state_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
         next(iter(other.parameters())).mul_(1.01)
     with pytest.raises(ValueError, match="is of another run .weights differ."):
         discover(other, zoo.pairs(model, 4), "eap-ig", checkpoint=path)
+    with pytest.raises(ValueError, match="is of another run .settings.batch_size differ."):
+        discover(model, zoo.pairs(model, 4), "eap-ig", checkpoint=path, batch_size=1)
     for method, pairs, settings in [
         ("eap-ig", 4, {"steps": 3}),
         ("eap-ig", 4, {"ablation": "zero"}),

@@ -196,6 +196,42 @@ def test_checkpoints_of_other_runs_and_damaged_ones_are_refused(tmp_path: Path) 
         pruner().fit(model, task, resume=tmp_path / "none")
 
 
+def test_a_run_goes_on_by_itself_and_writes_over_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, path = zoo.load(MODEL), tmp_path / "run.safetensors"
+    task = zoo.pairs(model)
+    whole = pruner().fit(model, task)
+    stop = StopAfter(5)
+    assert not pruner(checkpoint=path, objective=stop).fit(model, task).finished
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"another run: its settings.n_edges is 20, this run's 21"):
+        pruner(21, checkpoint=path, objective=stop).fit(model, task)
+    other = tmp_path / "other.safetensors"
+    pruner(21, checkpoint=other).fit(model, task)
+    with pytest.raises(ValueError, match="another run: its settings.n_edges is 20"):  # of the two
+        pruner(21, checkpoint=path).fit(model, task, resume=other)
+    assert path.read_bytes() == before
+    stop.left, made, step = 10**9, [], Training._step
+    monkeypatch.setattr(Training, "_step", lambda self, n: (made.append(n), step(self, n)))
+    for _ in range(2):  # the second time nothing is left to do
+        rest = pruner(checkpoint=path, objective=stop).fit(model, task)
+        assert rest.finished and rest.log_alpha.equal(whole.log_alpha)
+        assert made == list(range(5, len(whole.history)))
+
+
+def test_of_a_checkpoint_of_other_settings_what_differs_is_told(tmp_path: Path) -> None:
+    model, path = zoo.load(MODEL), tmp_path / "run.safetensors"
+    task = zoo.pairs(model)
+    pruner(checkpoint=path, steps=1).fit(model, task)
+    with pytest.raises(ValueError, match="of another run") as told:
+        pruner(checkpoint=path, steps=2).fit(model, task)
+    assert str(told.value) == (
+        f"checkpoint {path} is of another run: its settings.steps is 1, this run's 2. Give another "
+        "file, or remove this one to start anew."
+    )
+
+
 def test_a_model_with_nan_weights_is_refused() -> None:
     model = zoo.build(MODEL)
     task = zoo.pairs(model)

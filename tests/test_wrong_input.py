@@ -11,9 +11,10 @@ import transformers
 import zoo
 from torch import Tensor, nn
 
-from tl_edgeprune import Circuit, EdgeGraph, masked, refusals
+from tl_edgeprune import Circuit, EdgeGraph, EdgePruner, Task, discover, evaluate, masked, refusals
 from tl_edgeprune.evaluate import check_circuit
-from tl_edgeprune.hooks import dropouts
+from tl_edgeprune.hooks import dropouts, longest_prompt
+from tl_edgeprune.prompts import check_tokens
 
 NAMES = [name for name in ("bridge-gpt2", "hooked-gpt2-ln") if name in zoo.ARCHITECTURES]
 each_class = pytest.mark.parametrize("name", NAMES)
@@ -105,6 +106,48 @@ def test_prompts_of_another_shape_than_the_corrupted(
     with masked(model, ones(model), corrupted=zoo.tokens(model, *corrupted)):
         with refused(f"the tokens have shape {clean}, the corrupted prompts {corrupted}"):
             model(zoo.tokens(model, *clean))
+
+
+@each_class
+@pytest.mark.parametrize("token", [-1, zoo.VOCAB])
+def test_tokens_that_the_model_does_not_know(name: str, token: int) -> None:
+    model = zoo.load(name)
+    wrong = zoo.tokens(model)
+    wrong[1, 3] = token
+    known = f"has token {token}, but the model knows 0 to {zoo.VOCAB - 1}."
+    with refused(f"corrupted {known}"):
+        enter(model, ones(model), corrupted=wrong)
+    with refused(f"prompts {known}"):
+        enter(model, ones(model), ablation="mean", prompts=[*wrong])
+    with masked(model, ones(model), ablation="zero"), refused(f"the batch {known}"):
+        model(wrong)
+    clean, read = zoo.tokens(model), [torch.tensor([6])] * 2
+    with refused(f"task 'wrong' {known}"):
+        discover(model, Task("wrong", [*clean], [*wrong], read), "mask-ig")
+    with refused(f"task 'wrong' {known}"):
+        EdgePruner(9, progress=False).fit(model, Task("wrong", [*wrong], [*clean], read))
+
+
+@pytest.mark.parametrize("name", zoo.ARCHITECTURES)
+def test_prompts_past_the_last_position(name: str) -> None:
+    """Refused where the model itself cannot run them."""
+    model = zoo.load(name)
+    long, limit = zoo.tokens(model, pos=zoo.N_CTX + 1), longest_prompt(model)
+    if limit is None:
+        if not name.endswith(("gptj", "native-rms-rotary-gqa")):  # which refuse them themselves
+            model(long)
+        return
+    assert limit == zoo.N_CTX
+    model(long[:, 1:])
+    with pytest.raises((IndexError, RuntimeError, ValueError)):
+        model(long)
+    too_long = f"has a prompt of {limit + 1} tokens, but the model has positions for {limit}"
+    with refused(f"corrupted {too_long}"):
+        enter(model, ones(model), corrupted=long)
+    with masked(model, ones(model), ablation="zero"), refused(f"the batch {too_long}"):
+        model(long)
+    with refused(f"task 'long' {too_long}"):
+        check_tokens(Task("long", [*long], [*long], [torch.tensor([0])] * 2), model)
 
 
 def test_ablations_without_what_they_need() -> None:
@@ -262,6 +305,26 @@ def test_active_dropout(name: str) -> None:
         model(zoo.tokens(model))
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("how", ["fit", "evaluate", "masked", "means"])
+def test_active_dropout_is_refused_before_any_run(how: str, monkeypatch: Any) -> None:
+    model = zoo.build("bridge-gpt2").train()
+    task, graph = zoo.pairs(model, 30), EdgeGraph.from_model(model)
+    calls = {
+        "fit": lambda: EdgePruner(9, progress=False).fit(model, task),
+        "evaluate": lambda: evaluate(model, Circuit.top(graph, ones(model), 9), task),
+        "masked": lambda: enter(model, ones(model), corrupted=zoo.tokens(model)),
+        "means": lambda: enter(model, ones(model), ablation="mean", prompts=zoo.tokens(model)),
+    }
+
+    def run(*_: Any, **__: Any) -> None:
+        pytest.fail("a run with dropout")
+
+    monkeypatch.setattr(model, "forward", run)
+    with refused("dropout is active…training mode…Call model.eval() first"):
+        calls[how]()
+
+
 @each_class
 def test_training_mode_without_dropout(name: str) -> None:
     model = zoo.build(name)
@@ -287,9 +350,18 @@ def test_hooks_that_would_be_lost(name: str) -> None:
                 enter(model, ones(model), ablation="zero")
             model.reset_hooks(including_permanent=True)
         with masked(model, ones(model), ablation="zero"):
-            with refused(f"hooks of your own on…{point}…would be lost. Remove them first"):
+            with refused(f"hooks of your own on…{point}…would be lost. Remove them first") as told:
                 model.run_with_hooks(zoo.tokens(model), fwd_hooks=[(point, hook)])
+            assert "after leaving masked: reset_hooks inside" in str(told.value)
             model(zoo.tokens(model))
+
+
+def test_a_hook_before_a_norm_after_attention() -> None:
+    """The masked run has that norm's output from the heads."""
+    model = zoo.load("bridge-gemma2")
+    point = "blocks.0.attn.hook_out"
+    with masked(model, ones(model), ablation="zero"), refused(f"hooks of your own on {point}"):
+        model.run_with_hooks(zoo.tokens(model), fwd_hooks=[(point, lambda x, hook: x + 1)])
 
 
 @each_class
@@ -374,6 +446,15 @@ def test_a_stream_that_is_no_sum(training: bool) -> None:
         ):
             enter(model, torch.ones(graph.n_edges), ablation="zero")
     model(zoo.tokens(model))
+
+
+@each_class
+def test_a_fresh_model_that_gives_nan(name: str) -> None:
+    model = zoo.build(name)
+    with torch.no_grad():
+        next(iter(model.parameters())).fill_(float("nan"))
+    with refused("gives NaN or infinite logits on any tokens: check its weights and dtype"):
+        enter(model, ones(model), ablation="zero")
 
 
 def test_heads_whose_keys_come_from_elsewhere() -> None:

@@ -254,10 +254,11 @@ import sys
 sys.path[:0] = {paths!r}
 import torch
 import zoo
-from tl_edgeprune import EdgePruner, Task
+from tl_edgeprune import EdgeGraph, EdgePruner, Task, masked
 
 model = zoo.load({model!r})
 task = zoo.pairs(model, 2)
+mask = torch.ones(EdgeGraph.from_model(model).n_edges)
 two, flat, halves = torch.ones(1, 3).long(), torch.ones(2).long(), torch.ones(2) / 2
 calls = [
     lambda: EdgePruner(5).fit(model, "ioi"),
@@ -265,6 +266,10 @@ calls = [
     lambda: task[0],
     lambda: Task("bad", [flat, two], [flat, two], [flat[:1]] * 2),
     lambda: Task("bad", [halves], [halves], [flat[:1]]),
+    *[
+        lambda wrong=wrong: masked(model, mask, corrupted=wrong).__enter__()
+        for wrong in ([[1, 2]], flat, two / 2)
+    ],
 ]
 for call in calls:
     try:
@@ -287,4 +292,9 @@ def test_what_is_of_another_kind_is_told_without_annotations_being_checked() -> 
         "integers.",
         "ValueError clean[0] has shape (2,) and type torch.float32: expected one dimension of "
         "integers.",
+        "TypeError corrupted is a list, expected a tensor of tokens [batch, pos]: use "
+        "model.to_tokens or torch.tensor first.",
+        "ValueError corrupted has shape (2,) and type torch.int64, expected tokens [batch, pos].",
+        "ValueError corrupted has shape (1, 3) and type torch.float32, expected tokens [batch, "
+        "pos].",
     ]

@@ -30,9 +30,9 @@ from tl_edgeprune.locks import held
 from tl_edgeprune.masked import check_ablation
 from tl_edgeprune.methods import registry
 from tl_edgeprune.nearest import did_you_mean
+from tl_edgeprune.prompts import check_tokens
 from tl_edgeprune.scores import EdgeScores
 from tl_edgeprune.tasks.task import Batch, Task, prompts_differ
-from tl_edgeprune.teacher import check_vocabulary
 
 METHODS = ("edge-pruning", "eap", "eap-ig", "mask-ig", "random")
 EDGE_PRUNING = "edge-pruning"
@@ -155,7 +155,7 @@ def _check(
             "circuits of: give compare(…, sizes=[…])."
         )
     for task in (plan.train, plan.held_out):
-        check_vocabulary(task, int(model.cfg.d_vocab))
+        check_tokens(task, model)
     for run in runs:
         _rehearse(model, run, plan)
 

@@ -37,11 +37,12 @@ from tl_edgeprune.methods.bisect import GRADIENT_RUNS
 from tl_edgeprune.methods.gradients import at, origin, path_scores
 from tl_edgeprune.methods.saved import Saved, saving
 from tl_edgeprune.objectives import Objective, find_objective
+from tl_edgeprune.prompts import check_tokens
 from tl_edgeprune.scores import EdgeScores
 from tl_edgeprune.strangers import of_kind
 from tl_edgeprune.sweep import ablation_of, check_origin
 from tl_edgeprune.tasks.task import Task
-from tl_edgeprune.teacher import Teacher, check_vocabulary
+from tl_edgeprune.teacher import Teacher
 from tl_edgeprune.whole_cuts import WholeCuts
 
 LOOKED_AT, AT_LEAST = 3, 8
@@ -85,7 +86,7 @@ def eliminate(
     """
     _check(scores, start, stop, share)
     loss_of = find_objective(objective, task)
-    check_vocabulary(task, int(model.cfg.d_vocab))
+    check_tokens(task, model)
     check_origin(model, scores.graph, scores.metadata, "ranking")
     kind = ablation_of(scores.metadata) if ablation is None else ablation
     about = origin(model, task, method="elimination", objective=objective, ablation=kind)

@@ -31,11 +31,12 @@ from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.methods.exact import each_rise
 from tl_edgeprune.methods.gradients import origin
 from tl_edgeprune.objectives import Objective, find_objective
+from tl_edgeprune.prompts import check_tokens
 from tl_edgeprune.report.names import kind_of
 from tl_edgeprune.slots import Layout, Slots
 from tl_edgeprune.sweep import ablation_of, check_origin
 from tl_edgeprune.tasks.task import Task
-from tl_edgeprune.teacher import Lesson, Teacher, check_vocabulary
+from tl_edgeprune.teacher import Lesson, Teacher
 
 MOST_EDGES = 500
 NAMED = 3  # positions named in a text
@@ -76,7 +77,7 @@ def explain(
     wanted = _wanted(circuit, edges)
     loss_of, score = find_objective(objective, task), answer_score(task)
     check_origin(model, circuit.graph, circuit.metadata)
-    check_vocabulary(task, int(model.cfg.d_vocab))
+    check_tokens(task, model)
     kind = ablation_of(circuit.metadata) if ablation is None else ablation
     with MaskedModel.attach(model, circuit.graph) as run:
         teacher = Teacher(run, task, kind, batch_size=batch_size, max_bytes=0)

@@ -18,7 +18,8 @@ _checked: weakref.WeakKeyDictionary[Any, set[torch.dtype]] = weakref.WeakKeyDict
 
 
 def check_once(run: MaskedModel) -> None:
-    """Raise NotImplementedError if the model's own run is not what the masks leave of it.
+    """Raise NotImplementedError if the model's own run is not what the masks leave of it, and
+    ValueError if it gives NaN.
 
     With every edge kept the logits must be the model's own. With the edges from heads and MLPs to
     the logits alone, every head and MLP must read the reference run, and so give its logits.
@@ -29,6 +30,12 @@ def check_once(run: MaskedModel) -> None:
     tokens = probe_tokens(run)
     with torch.no_grad():
         plain = run.model_forward(tokens)
+        plain = getattr(plain, "logits", plain)
+        if not bool(torch.isfinite(plain).all()):
+            raise ValueError(
+                f"{_name(run)} gives NaN or infinite logits on any tokens: check its weights and "
+                "dtype before looking for a circuit in it."
+            )
         reference, other = run.record(tokens.flip(0))
         kept = torch.ones(run.graph.n_edges, device=tokens.device)
         cut = torch.zeros_like(kept)
@@ -37,7 +44,7 @@ def check_once(run: MaskedModel) -> None:
         spans = torch.zeros_like(tokens)
         errors = [relative(run(tokens, kept, reference, spans=spans), plain)]
         errors.append(relative(run(tokens, cut, reference, spans=spans), other))
-    name = getattr(run.model.cfg, "model_name", "this model")
+    name = _name(run)
     if not errors[0] <= tolerance(dtype):
         raise NotImplementedError(
             f"{name}: its residual stream is not the sum of its input, heads and MLPs (with every "
@@ -80,13 +87,17 @@ def check_neurons_once(run: MaskedModel) -> None:
         without_neurons = run(tokens, kept, reference, spans=spans, neurons=gates)
     error = relative(without_neurons, without_edges)
     if not error <= tolerance(dtype):
-        name = getattr(run.model.cfg, "model_name", "this model")
+        name = _name(run)
         raise NotImplementedError(
             f"{name}: its MLPs do more than their output weights' input shows (with every hidden "
             f"neuron removed the logits are off by {error:.2g} of their size), so neurons='mlp' is "
             "not supported. Use neurons='dimensions'."
         )
     _neurons_checked.setdefault(run.model, set()).add(dtype)
+
+
+def _name(run: MaskedModel) -> str:
+    return str(getattr(run.model.cfg, "model_name", "this model"))
 
 
 def tolerance(dtype: torch.dtype) -> float:

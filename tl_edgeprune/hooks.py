@@ -31,7 +31,7 @@ LOST = (
     *("hook_attn_in", "hook_q_input", "hook_k_input", "hook_v_input", "hook_attn_out"),
     *("ln1.hook_in", "ln1.hook_scale", "ln1.hook_normalized", "ln1.hook_out", "hook_mlp_in"),
     *("attn.hook_in", "attn.q.hook_in", "attn.k.hook_in", "attn.v.hook_in"),
-    *("attn.hook_result", "attn.o.hook_out", "attn.hook_hidden_states"),
+    *("attn.hook_result", "attn.o.hook_out", "attn.hook_out", "attn.hook_hidden_states"),
     *("ln1_post.hook_in", "ln1_post.hook_scale", "ln1_post.hook_normalized", "ln1_post.hook_out"),
 )
 LIBRARIES = ("transformer_lens", "tl_edgeprune")
@@ -216,6 +216,18 @@ def model_kind(model: Any) -> str:
     )
 
 
+def longest_prompt(model: Any) -> int | None:
+    """How many positions the model has, learned ones or a HookedTransformer's; None where the
+    configuration's number is no hard limit.
+    """
+    kind = getattr(model.cfg, "positional_embedding_type", None)
+    learned = kind == "standard" and hasattr(model, "pos_embed")
+    if not (learned or (model_kind(model) == "hooked" and kind != "alibi")):
+        return None
+    n_ctx = getattr(model.cfg, "n_ctx", None)
+    return None if n_ctx is None else int(n_ctx)
+
+
 def is_folded(model: Any) -> bool:
     """Whether norms' weights were folded into the model's own: zero and mean ablation then
     differ.
@@ -367,18 +379,24 @@ def refuse_conflicts(model: Any, sites: Sites) -> None:
     refuse_hooks(points)
 
 
-def refuse_hooks(points: Mapping[str, Any]) -> None:
-    """Raise ValueError where one of these points, by name, has a hook of the user's own."""
+def refuse_hooks(points: Mapping[str, Any], *, inside: bool = False) -> None:
+    """Raise ValueError where one of these points, by name, has a hook of the user's own.
+
+    `inside`: the mask's own hooks are there too.
+    """
     taken = [
         name
         for name, point in points.items()
         if not all(origin.startswith(LIBRARIES) for origin in _origins(point))
     ]
     if taken:
+        how = "(model.reset_hooks(including_permanent=True) removes all)."
+        if inside:
+            how = "after leaving masked: reset_hooks inside removes the mask's own hooks too."
         raise ValueError(
             f"hooks of your own on {', '.join(taken[:4])}{' …' if len(taken) > 4 else ''}: edge "
             "masks overwrite what flows there, so those hooks would be lost. Remove them first "
-            "(model.reset_hooks(including_permanent=True) removes all)."
+            f"{how} To read there, use model.run_with_cache inside masked."
         )
 
 

@@ -25,6 +25,22 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
+def differences(theirs: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What of a run's own identity another's note has otherwise, by name: theirs and the own.
+
+    Of settings and other mappings, those entries alone that differ ("settings.steps").
+    """
+    found: dict[str, tuple[Any, Any]] = {}
+    for name, value in own.items():
+        other = theirs.get(name)
+        if isinstance(value, Mapping) and isinstance(other, Mapping):
+            whole = {**dict.fromkeys(other), **value}
+            found |= {f"{name}.{k}": pair for k, pair in differences(other, whole).items()}
+        elif other != value:
+            found[name] = other, value
+    return found
+
+
 def of_task(task: AnyTask) -> str:
     """Equal for equal pairs in equal order, which are read and judged alike."""
     how = [task.objective, task.prepend_bos]

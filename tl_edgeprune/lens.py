@@ -23,6 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_edgeprune.blocks import unembedded
+from tl_edgeprune.grad_mode import with_gradients
 from tl_edgeprune.norms import identity, norm_function
 from tl_edgeprune.objectives import has_logit_diff, has_prob_diff, logit_diff
 from tl_edgeprune.tasks.task import NO_TOKEN, Batch, Task
@@ -50,7 +51,7 @@ def answer_direction(
     norm = identity if module is None else norm_function(module)
     held = getattr(norm, "frozen", norm)
     x = x.detach().requires_grad_()
-    with torch.enable_grad():
+    with with_gradients("explain"):
         scores = score(unembedded(model, held(x)), batch)
         (direction,) = torch.autograd.grad(scores.sum(), x)
     return scores.detach(), direction

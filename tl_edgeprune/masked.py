@@ -37,6 +37,7 @@ from tl_edgeprune.hooks import (
     dropouts,
     find_sites,
     hidden_points,
+    model_kind,
     prepared,
     refuse_conflicts,
     refuse_hooks,
@@ -44,6 +45,7 @@ from tl_edgeprune.hooks import (
 from tl_edgeprune.idle import idle_work, resting
 from tl_edgeprune.neurons import MLP, Neurons, check_constants, check_gates, kind_of
 from tl_edgeprune.norms import identity
+from tl_edgeprune.prompts import check_corrupted, check_prompts
 from tl_edgeprune.residual import BufferPool
 
 GENERATORS = ("generate", "generate_stream", "hf_generate", "diffusion_generate")
@@ -75,8 +77,9 @@ def masked(
     """The model itself, its edges masked for as long as the context lasts.
 
     Args:
-        circuit_or_mask: a Circuit, or a mask [n_edges] of floats in [0, 1] (1 keeps an edge; may
-            require gradients, and may change in place between forwards) or of bools.
+        circuit_or_mask: a Circuit, or a mask [n_edges] of bools or floats (1 keeps an edge, 0
+            removes it, and any other number lies on the line through the two, also beyond; may
+            require gradients, and may change in place between forwards).
         corrupted: the prompts whose activations replace removed edges, position by position.
         ablation: "counterfactual" (needs `corrupted`; the default with it), "zero",
             "zero-with-biases" (heads' shares of the output biases go with them), "mean" or
@@ -91,14 +94,18 @@ def masked(
 
     Yields the model. Weights are frozen inside; hooks, flags, gradients and mode are on leaving as
     they were. Raises ValueError for a mask of another length or kind, for tokens of another shape
-    than `corrupted`, for KV caches, padding masks, active dropout, `generate`, and for hooks of
-    your own where the mask would overrule them; NotImplementedError for a model that does not
-    split.
+    than `corrupted`, outside the vocabulary or past the last position, for KV caches, padding
+    masks, active dropout, `generate`, and for hooks of your own where the mask would overrule them;
+    NotImplementedError for a model that does not split.
 
     Bhaskar et al. 2024, equations 1 to 3; x_i = r_i + sum_j z_ij (y_j - ref_j).
     """
     mask = _mask_of(circuit_or_mask)
     kind = _ablation_kind(ablation, corrupted, prompts)
+    model_kind(model)
+    if corrupted is not None:
+        check_corrupted(model, corrupted)
+    check_prompts(model, () if prompts is None else prompts, "prompts")
     with MaskedModel.attach(model, _wanted_graph(circuit_or_mask, graph), neurons) as run:
         check_mask(mask, run.graph)
         gates = run.gates_of(neurons)
@@ -331,6 +338,7 @@ class MaskedModel:
                     return zero
                 n_layers, width = self.neuron_shape
                 return replace(zero, hidden=like.new_zeros(n_layers, 1, 1, width))
+            self._refuse_dropout()
             return ablations.mean_reference(
                 self.model, self.sites, self.graph, prompts, positional=kind == "mean-positional"
             )
@@ -365,15 +373,16 @@ class MaskedModel:
     ) -> tuple[Reference, Float[Tensor, "batch read d_vocab"]]:
         """The unmasked model on `tokens`: its activations as a Reference, and its logits.
 
-        Logits at `positions`, or everywhere.
+        Logits at `positions`, or everywhere. Raises ValueError where dropout is active.
         """
+        self._refuse_dropout()
         with self._plain():
             return ablations.record(self.model, self.sites, self.graph, tokens, positions)
 
     @contextmanager
     def shadowed(self) -> Iterator[None]:
         """The model's own `forward` runs masked, and its generators refuse, inside this context."""
-        shadows: dict[str, Any] = {"forward": self._run}
+        shadows: dict[str, Any] = {"forward": self._seen_run}
         shadows |= {name: _refuse_generation for name in GENERATORS if hasattr(self.model, name)}
         own = self.model.__dict__
         before = {name: own[name] for name in shadows if name in own}
@@ -405,18 +414,33 @@ class MaskedModel:
         finally:
             self._inputs = before
 
-    def _run(self, *args: Any, keep: list[Tensor] | None = None, **kwargs: Any) -> Any:
-        """The model's forward, checked before and after; `keep` takes a copy of the differences."""
+    def _seen_run(self, *args: Any, **kwargs: Any) -> Any:
+        """The user's own call: caches and hooks look on, so that nothing rests."""
+        return self._run(*args, seen=True, **kwargs)
+
+    def _run(
+        self,
+        *args: Any,
+        keep: list[Tensor] | None = None,
+        seen: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """The model's forward, checked before and after; `keep` takes a copy of the differences.
+
+        `seen`: by the user, so that the tokens are looked at, and nothing rests.
+        """
         inputs = self._inputs
         if inputs is None:
             return self.model_forward(*args, **kwargs)
         given = args[0] if args else kwargs.get("input", kwargs.get("input_ids"))
         tokens = self._checked_call(given, dict(zip(self._names, args, strict=False)) | kwargs)
+        if seen:
+            check_prompts(self.model, [tokens], "the batch")
         check_mask(inputs.mask, self.graph)
         self.gates_of(inputs.neurons)
         self._forward = Forward(self, inputs, tokens)
         try:
-            with resting(self._idle):
+            with resting(() if seen else self._idle):
                 output = self.model_forward(*args, **kwargs)
             self._forward.finish(output, keep)
             return output
@@ -452,14 +476,17 @@ class MaskedModel:
                 "a loss needs the logits at every position, but positions=… asks for some: take "
                 "the logits, or leave positions out."
             )
-        refuse_hooks(self._points)
+        refuse_hooks(self._points, inside=True)
+        self._refuse_dropout()
+        return tokens
+
+    def _refuse_dropout(self) -> None:
         active = self.active_dropout()
         if active:
             raise ValueError(
                 f"dropout is active ({active[0]}, training mode): masked runs would differ from "
                 "one another. Call model.eval() first."
             )
-        return tokens
 
     def _check_padding(self, tokens: Tensor) -> None:
         # HookedTransformer masks left padding by itself, where its tokenizer pads on the left.

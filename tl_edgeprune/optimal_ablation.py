@@ -22,15 +22,18 @@ from tqdm.auto import tqdm
 
 from tl_edgeprune.circuit import Circuit
 from tl_edgeprune.constants import Constants
+from tl_edgeprune.grad_mode import needs_gradients
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.learned_constants import LearnedConstants
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.objectives import Objective, find_objective, losses
 from tl_edgeprune.positions import task_for
+from tl_edgeprune.prompts import check_tokens
 from tl_edgeprune.tasks.task import Batch, Task
-from tl_edgeprune.teacher import Teacher, check_vocabulary
+from tl_edgeprune.teacher import Teacher
 
 
+@needs_gradients("optimal_constants")
 def optimal_constants(
     model: Any,
     task: Task,
@@ -60,7 +63,7 @@ def optimal_constants(
     if steps < 1:
         raise ValueError(f"steps={steps}: expected 1 or more.")
     loss_of = find_objective(objective, task)
-    check_vocabulary(task, int(model.cfg.d_vocab))
+    check_tokens(task, model)
     generator = torch.Generator().manual_seed(seed)
     with MaskedModel.attach(model, graph if circuit is None else circuit.graph) as run:
         teacher = Teacher(run, task, "mean", batch_size=batch_size, max_bytes=0)

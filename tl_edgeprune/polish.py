@@ -22,9 +22,10 @@ from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.methods.gradients import at, path_scores
 from tl_edgeprune.methods.totals import each_lesson
 from tl_edgeprune.objectives import Objective, find_objective, losses
+from tl_edgeprune.prompts import check_tokens
 from tl_edgeprune.sweep import ablation_of, check_origin
 from tl_edgeprune.tasks.task import Task
-from tl_edgeprune.teacher import Teacher, check_vocabulary
+from tl_edgeprune.teacher import Teacher
 
 
 def polish(
@@ -56,12 +57,12 @@ def polish(
     """
     _check(circuit, rounds, swap)
     loss_of = find_objective(objective, task)
-    check_vocabulary(task, int(model.cfg.d_vocab))
+    check_tokens(task, model)
     kind = ablation_of(circuit.metadata) if ablation is None else ablation
     check_origin(model, circuit.graph, circuit.metadata)
     if held_out is not None:
         find_objective(objective or task.objective, held_out)  # its pairs have to suffice for it
-        check_vocabulary(held_out, int(model.cfg.d_vocab))
+        check_tokens(held_out, model)
     with MaskedModel.attach(model, circuit.graph) as run:
         teacher = judge = Teacher(run, task, kind, batch_size=batch_size)
         if held_out is not None:

@@ -31,6 +31,7 @@ from tl_edgeprune.ablation import ZERO_WITH_BIASES
 from tl_edgeprune.circuit import Circuit, check_budget
 from tl_edgeprune.constants import OPTIMAL, Ablation, Constants
 from tl_edgeprune.distributed import Ranks
+from tl_edgeprune.grad_mode import needs_gradients
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.hooks import find_sites, model_kind
 from tl_edgeprune.identities import digest, of_setting, of_weights
@@ -48,12 +49,12 @@ from tl_edgeprune.neurons import check_budget as check_neuron_budget
 from tl_edgeprune.objectives import Objective, find_objective
 from tl_edgeprune.placement import placed
 from tl_edgeprune.positions import check_positions, graph_at
+from tl_edgeprune.prompts import check_tokens
 from tl_edgeprune.recompute import RecomputedModel
 from tl_edgeprune.regularisers import Attachment
 from tl_edgeprune.scores import EdgeScores
 from tl_edgeprune.tasks.stream import AnyTask, checked, sample
 from tl_edgeprune.tasks.task import Task
-from tl_edgeprune.teacher import check_vocabulary
 from tl_edgeprune.training import History, Training
 
 Sampler = Callable[[Tensor, torch.Generator], Tensor]
@@ -189,7 +190,8 @@ class EdgePruner:
         dtype, device: the run's; None for the model's own. The weights are put back after it, and
             meanwhile both are in memory.
         seed: same seed, same machine, same bits.
-        checkpoint: a file to write the run's state to every `checkpoint_every` steps, atomically.
+        checkpoint: a file to write the run's state to every `checkpoint_every` steps, atomically;
+            if it is there, the run goes on.
         progress: show a progress bar.
 
     Raises ValueError for settings that cannot work and TypeError for those of another kind, before
@@ -293,19 +295,22 @@ class EdgePruner:
 
     # --------------------------------------------------------------------------------------- fit
 
+    @needs_gradients("EdgePruner.fit")
     def fit(self, model: Any, task: AnyTask, *, resume: str | Path | None = None) -> PruneResult:
         """Train the masks on the pairs of a Task or a TaskStream.
 
-        Ctrl-C ends the run with what it has found so far (`finished` is then False). `resume`
-        continues from a checkpoint, to the same bits (on a CPU) as a run that was never stopped;
-        its settings, task and graph must be those of the checkpoint (ValueError). A second run that
-        writes the same `checkpoint` at the same time is refused (BlockingIOError).
+        Ctrl-C ends the run with what it has found so far (`finished` is then False); during the
+        warm start, before the steps, it is a KeyboardInterrupt as anywhere. A run goes on from its
+        `checkpoint` where that is there, or from `resume`, to the same bits (on a CPU) as one that
+        was never stopped. A checkpoint of other settings, another task, graph or model is neither
+        gone on from nor written over (ValueError). A second run that writes the same `checkpoint`
+        at the same time is refused (BlockingIOError).
 
         Inside a process group (distributed.py) the processes share out each batch's pairs, and all
         get the same result; LostProcess where one of them ends or hangs.
         """
         model_kind(model)
-        task = checked(task, self._check_pairs(int(model.cfg.d_vocab)))
+        task = checked(task, self._check_pairs(model))
         loss_of = find_objective(self.objective, sample(task))
         graph = EdgeGraph.from_model(
             model, split_qkv=self.split_qkv, split_embeddings=self._has_two_embeddings(model)
@@ -343,7 +348,7 @@ class EdgePruner:
         self, model: Any, task: AnyTask, method: str, *, resume: str | Path | None = None
     ) -> EdgeScores:
         """`fit`, as scores by that method's name. Goes on from `resume`, by default from the
-        pruner's checkpoint where that is there, as every method does.
+        pruner's checkpoint where that is there, as `fit` and every method do.
 
         Those of a run that Ctrl-C ended early say so in their metadata ("finished": False). Raises
         ValueError for ablation="optimal", whose constants scores cannot hold, and for neurons.
@@ -355,8 +360,7 @@ class EdgePruner:
                 "EdgePruner(…).fit(model, task), which gives both (result.circuit, "
                 "result.neurons)."
             )
-        left = self.checkpoint if self.checkpoint and Path(self.checkpoint).exists() else None
-        result = self.fit(model, task, resume=left if resume is None else resume)
+        result = self.fit(model, task, resume=resume)
         early = {} if result.finished else {"finished": False}
         scores = result.scores
         return replace(scores, metadata=scores.metadata | {"method": method} | early)
@@ -424,10 +428,10 @@ class EdgePruner:
             )
         check_constants(self.neurons, self.ablation)
 
-    def _check_pairs(self, vocab: int) -> Callable[[Task], None]:
+    def _check_pairs(self, model: Any) -> Callable[[Task], None]:
         def check(pairs: Task) -> None:
             find_objective(self.objective, pairs)
-            check_vocabulary(pairs, vocab)
+            check_tokens(pairs, model)
 
         return check
 

@@ -25,8 +25,9 @@ from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.neurons import Neurons
 from tl_edgeprune.objectives import Objective, losses
 from tl_edgeprune.positions import task_for
+from tl_edgeprune.prompts import check_tokens
 from tl_edgeprune.tasks.task import Task, prompts_differ
-from tl_edgeprune.teacher import Lesson, check_vocabulary, full_logits
+from tl_edgeprune.teacher import Lesson, full_logits
 
 Figures = Callable[[Tensor, Lesson], Mapping[str, Tensor]]
 """(logits [batch, read, vocab], lesson) -> figures by name, each [batch]."""
@@ -59,7 +60,7 @@ def sweep(
 
     Raises ValueError for tokens outside the vocabulary, and where the full model gives NaN.
     """
-    check_vocabulary(task, int(model.cfg.d_vocab))
+    check_tokens(task, model)
     task = task_for(task, graph)
     full, own = _Collected(), [_Collected() for _ in masks]
     with torch.no_grad(), MaskedModel.attach(model, graph, neurons) as run:

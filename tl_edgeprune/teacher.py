@@ -24,7 +24,7 @@ from tl_edgeprune.constants import Ablation
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.positions import any_task_for
 from tl_edgeprune.tasks.stream import AnyTask, sample
-from tl_edgeprune.tasks.task import Batch, Task, prompts_differ
+from tl_edgeprune.tasks.task import Batch, prompts_differ
 
 MAX_BYTES = 4 * 2**30
 BAR_AFTER = 1.0  # seconds: what is done sooner shows no progress
@@ -180,13 +180,3 @@ def full_logits(run: MaskedModel, task: AnyTask, batch: Batch) -> Float[Tensor, 
             "its weights and dtype before looking for a circuit in it."
         )
     return full
-
-
-def check_vocabulary(task: Task, vocab: int) -> None:
-    """Raise ValueError where a task's tokens are not in the model's vocabulary."""
-    fields = (task.clean, task.corrupted, task.answers, task.distractors, task.right, task.wrong)
-    largest = max(int(tokens.max()) for field in fields for tokens in field if len(tokens))
-    if largest >= vocab:
-        raise ValueError(
-            f"task {task.name!r} has token {largest}, but the model knows 0 to {vocab - 1}."
-        )

@@ -22,7 +22,7 @@ from tl_edgeprune.distributed import LostProcess, Ranks
 from tl_edgeprune.ends import edge_ends
 from tl_edgeprune.feed import Feed
 from tl_edgeprune.hooks import is_folded
-from tl_edgeprune.identities import digest, of_setting, of_task
+from tl_edgeprune.identities import differences, digest, of_setting, of_task
 from tl_edgeprune.learned_constants import LearnedConstants
 from tl_edgeprune.learned_neurons import LearnedNeurons, gate_scores
 from tl_edgeprune.masked import MaskedModel
@@ -75,14 +75,15 @@ class Training:
         resume: str | Path | None = None,
     ) -> None:
         """weights: what tells the model's own from another's in checkpoints. resume: the checkpoint
-        to go on from, which is looked at before any run of the model.
+        to go on from; None for the pruner's own, where that is there. They are looked at before any
+        run of the model.
         """
         self.weights = weights
         self.ranks = Ranks.current()
         self.pruner, self.run = self.ranks.own(pruner), run
         self.loss_of = loss_of
         self.graph, self.task = run.graph, any_task_for(task, run.graph)
-        left = None if resume is None else self.left_by(resume)
+        left = self._left(resume)
         self.started = time.monotonic()
         self.history: History = []
         self.seconds_before = 0.0
@@ -426,6 +427,14 @@ class Training:
         self.save(path)
         return f"The run ends after {step} steps; it goes on by fit(…, resume={str(path)!r})."
 
+    def _left(self, resume: str | Path | None) -> Left | None:
+        """What there is to go on from. A file that this run would write over must be of it too."""
+        own, given = self.pruner.checkpoint, None if resume is None else self.left_by(resume)
+        if own is None or not Path(own).exists():
+            return given
+        left = self.left_by(own)
+        return left if given is None else given
+
     def left_by(self, path: str | Path) -> Left:
         """What a checkpoint holds. Raises FileNotFoundError, and ValueError for a damaged one and
         one of another run.
@@ -437,12 +446,16 @@ class Training:
         expected = self.identity
         if None not in (self.weights, note.get("weights")):  # else no process had all of them
             expected = expected | {"weights": self.weights}
-        for key, value in expected.items():
-            if note.get(key) != value:
-                raise ValueError(
-                    f"checkpoint {path} is of another run: its {key} is "
-                    f"{note.get(key)!s:.1000}, this run's {value}."
-                )
+        different = differences(note, expected)
+        if different:
+            told = "; its ".join(
+                f"{name} is {theirs!s:.100}, this run's {own!s:.100}"
+                for name, (theirs, own) in different.items()
+            )
+            raise ValueError(
+                f"checkpoint {path} is of another run: its {told}. Give another file, or remove "
+                "this one to start anew."
+            )
         return left
 
     def go_on(self, left: Left) -> None:

@@ -46,9 +46,10 @@ from tl_edgeprune.methods.singles import Singles
 from tl_edgeprune.objectives import Objective, find_objective
 from tl_edgeprune.part_cuts import PartCuts
 from tl_edgeprune.positions import graph_at
+from tl_edgeprune.prompts import check_tokens
 from tl_edgeprune.strangers import of_kind
 from tl_edgeprune.tasks.task import Task
-from tl_edgeprune.teacher import BAR_AFTER, Teacher, check_vocabulary
+from tl_edgeprune.teacher import BAR_AFTER, Teacher
 from tl_edgeprune.whole_cuts import WholeCuts
 
 SEARCHES = ("exact", "bisect")
@@ -90,7 +91,7 @@ def acdc(
     """
     _check(threshold, search)
     loss_of = find_objective(objective, task)
-    check_vocabulary(task, int(model.cfg.d_vocab))
+    check_tokens(task, model)
     graph = graph_at(model, graph, task, positions)
     about = origin(
         model,

@@ -24,10 +24,11 @@ from tl_edgeprune.methods.gradients import origin
 from tl_edgeprune.methods.saved import Saved, saving
 from tl_edgeprune.objectives import Objective, find_objective
 from tl_edgeprune.positions import graph_at
+from tl_edgeprune.prompts import check_tokens
 from tl_edgeprune.scores import EdgeScores
 from tl_edgeprune.strangers import of_kind
 from tl_edgeprune.tasks.task import Task
-from tl_edgeprune.teacher import BAR_AFTER, Teacher, check_vocabulary
+from tl_edgeprune.teacher import BAR_AFTER, Teacher
 from tl_edgeprune.tensor_files import floats
 from tl_edgeprune.whole_cuts import WholeCuts
 
@@ -56,7 +57,7 @@ def exact(
     if isinstance(edges, str):
         raise ValueError(f"edges={edges!r}: expected a list of names, such as [{edges!r}].")
     loss_of = find_objective(objective, task)
-    check_vocabulary(task, int(model.cfg.d_vocab))
+    check_tokens(task, model)
     graph = graph_at(model, graph, task, positions)
     about = origin(model, task, method="exact", objective=objective, ablation=ablation)
     names = None if edges is None else sorted(edges)

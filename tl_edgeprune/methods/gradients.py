@@ -20,6 +20,7 @@ from torch import Tensor
 from tl_edgeprune.chance import ChanceWatch
 from tl_edgeprune.constants import Ablation
 from tl_edgeprune.forward import Held
+from tl_edgeprune.grad_mode import with_gradients
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.hooks import is_folded
 from tl_edgeprune.masked import MaskedModel
@@ -35,9 +36,10 @@ from tl_edgeprune.objectives import (
     mean_squared_error,
 )
 from tl_edgeprune.positions import graph_at
+from tl_edgeprune.prompts import check_tokens
 from tl_edgeprune.scores import EdgeScores
 from tl_edgeprune.tasks.task import Task
-from tl_edgeprune.teacher import Lesson, Teacher, check_vocabulary
+from tl_edgeprune.teacher import Lesson, Teacher
 
 
 class Point(NamedTuple):
@@ -119,7 +121,7 @@ def scored(
     metadata: method, ablation, objective and what else belongs to the scores. targets: whether
     the full model's answers are looked at.
     """
-    check_vocabulary(task, int(model.cfg.d_vocab))
+    check_tokens(task, model)
     graph = graph_at(model, graph, task, positions)
     about = origin(model, task, **metadata)
     with (
@@ -196,7 +198,7 @@ def edge_gradient(
     batch = lesson.batch
     whole = bool((point.mask == 1).all())
     mask = point.mask.to(batch.clean.device).requires_grad_()
-    with torch.enable_grad():
+    with with_gradients("this method"):
         logits = run(
             batch.clean,
             mask,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tl_edgeprune import checkpoints
 from tl_edgeprune.distributed import Ranks
-from tl_edgeprune.identities import of_setting, of_task, of_weights
+from tl_edgeprune.identities import differences, of_setting, of_task, of_weights
 from tl_edgeprune.locks import held_file
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.sharding import is_sharded
@@ -54,7 +54,7 @@ class Saved:
             about = of_kind(note["about"], dict, "about")
             state = of_kind(note["state"], dict, "state")
         if about != self._about:
-            different = sorted(k for k in self._about if about.get(k) != self._about[k])
+            different = sorted(differences(about, self._about))
             raise ValueError(
                 f"checkpoint {self._path} is of another run ({', '.join(different)} differ): give "
                 "another path, or remove it to start anew."

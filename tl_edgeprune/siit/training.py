@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
+from tl_edgeprune.grad_mode import needs_gradients
 from tl_edgeprune.siit.causal import CausalModel
 from tl_edgeprune.siit.network import State, fresh_weights, run
 
@@ -94,6 +95,7 @@ def sizes(causal: CausalModel, d_model: int = 32) -> dict[str, int]:
     }
 
 
+@needs_gradients("training a semi-synthetic model")
 def train(
     causal: CausalModel,
     *,

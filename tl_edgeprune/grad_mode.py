@@ -1,0 +1,41 @@
+"""Gradients where they are needed, whatever mode the caller is in."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar, cast
+
+import torch
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@contextmanager
+def with_gradients(what: str) -> Iterator[None]:
+    """Gradients are on in this context, also under torch.no_grad and set_grad_enabled(False).
+
+    Raises ValueError inside torch.inference_mode, which gives none whatever is asked.
+    """
+    if torch.is_inference_mode_enabled():
+        raise ValueError(
+            f"{what} needs gradients, and torch.inference_mode gives none: call it outside of that "
+            "(torch.no_grad and torch.set_grad_enabled(False) do no harm)."
+        )
+    with torch.enable_grad():
+        yield
+
+
+def needs_gradients(what: str) -> Callable[[F], F]:
+    """The function, always run `with_gradients(what)`."""
+
+    def decorate(function: F) -> F:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with with_gradients(what):
+                return function(*args, **kwargs)
+
+        return cast(F, call)
+
+    return decorate

@@ -1,0 +1,65 @@
+"""Whether prompts are such as a model takes: tokens that it knows, no longer than it can place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tl_edgeprune.hooks import longest_prompt
+from tl_edgeprune.tasks.task import Task
+
+
+def check_tokens(task: Task, model: Any) -> None:
+    """Raise ValueError where a task's tokens are not in the model's vocabulary, or its prompts are
+    longer than the model has positions for.
+    """
+    prompts = (*task.clean, *task.corrupted)
+    rest = (task.answers, task.distractors, task.right, task.wrong)
+    _check_vocabulary(model, [*prompts, *(t for field in rest for t in field)], _name(task))
+    _check_length(model, max(map(len, prompts), default=0), _name(task))
+
+
+def check_corrupted(model: Any, corrupted: Any) -> None:
+    """Raise TypeError or ValueError unless these are prompts [batch, pos] that the model takes."""
+    if not isinstance(corrupted, Tensor):
+        raise TypeError(
+            f"corrupted is a {type(corrupted).__name__}, expected a tensor of tokens [batch, pos]: "
+            "use model.to_tokens or torch.tensor first."
+        )
+    if corrupted.dim() != 2 or corrupted.is_floating_point() or corrupted.dtype == torch.bool:
+        raise ValueError(
+            f"corrupted has shape {tuple(corrupted.shape)} and type {corrupted.dtype}, expected "
+            "tokens [batch, pos]."
+        )
+    check_prompts(model, [corrupted], "corrupted")
+
+
+def check_prompts(model: Any, prompts: Sequence[Tensor] | Tensor, what: str) -> None:
+    """Raise ValueError where tokens [..., pos] are none of the model's, or too many for it."""
+    prompts = [torch.as_tensor(tokens) for tokens in prompts]
+    _check_vocabulary(model, prompts, what)
+    _check_length(model, max((t.shape[-1] for t in prompts if t.dim()), default=0), what)
+
+
+def _name(task: Task) -> str:
+    return f"task {task.name!r}"
+
+
+def _check_vocabulary(model: Any, tokens: Sequence[Tensor], what: str) -> None:
+    vocab = int(model.cfg.d_vocab)
+    ends = [torch.stack(each.aminmax()).tolist() for each in tokens if each.numel()]
+    for token in (max((e[1] for e in ends), default=0), min((e[0] for e in ends), default=0)):
+        if not 0 <= token < vocab:
+            raise ValueError(f"{what} has token {token}, but the model knows 0 to {vocab - 1}.")
+
+
+def _check_length(model: Any, length: int, what: str) -> None:
+    longest = longest_prompt(model)
+    if longest is not None and length > longest:
+        raise ValueError(
+            f"{what} has a prompt of {length} tokens, but the model has positions for {longest} "
+            "(n_ctx): give shorter ones."
+        )
