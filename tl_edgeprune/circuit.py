@@ -105,7 +105,12 @@ class Circuit:
         return tuple(name for name in self.graph.sources if name in found)
 
     def without_dead_edges(self) -> Circuit:
-        """The edges on some path of kept edges from the input to the logits."""
+        """The edges on some path of kept edges from the input to the logits.
+
+        Under counterfactual ablation the others do nothing. Under zero, means and constants a
+        source that nothing reaches still writes other than what removed edges carry: there, the
+        circuit without its dead edges is another one, to be evaluated by itself.
+        """
         graph, spans, flows = self.graph, self.graph.n_spans, self.graph.flows_into
         kept = [graph.pairs[index] for index in self.mask.nonzero().flatten().tolist()]
         reached = set(range(graph.n_inputs * spans))
