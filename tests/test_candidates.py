@@ -64,7 +64,7 @@ def test_as_many_pairs_judge_however_they_are_batched_and_shared_out(n, batch_si
         teacher = Teacher(run, task, visits=0)
         for ranks in (Ranks(), Ranks(0, 2), Ranks(1, 2), Ranks(4, 5)):
             judges = Candidates(run, teacher, kl, 20, batch_size, ranks)._pairs()
-            assert max(map(len, judges)) <= ranks.most(batch_size)
+            assert max(map(len, judges)) <= ranks.most_rows(batch_size)
             found.append(sorted(place for batch in judges for place in batch.indices.tolist()))
     assert len(set(found[0])) == len(found[0]) == min(JUDGES, n)
     assert all(places == found[0] for places in found)

@@ -113,12 +113,13 @@ def test_one_process_keeps_its_weights_whole():
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 def test_every_pair_goes_to_one_process(size):
     batch = next(zoo.pairs(zoo.load("bridge-gpt2")).batches(4))
-    parts = [Ranks(rank, size).part(batch) for rank in range(size)]
+    rows = [Ranks(rank, size).rows(len(batch)) for rank in range(size)]
+    parts = [(batch.select(mine), share) for mine, share in rows]
     dealt = [place for part, share in parts if share for place in part.indices.tolist()]
     assert sorted(dealt) == sorted(batch.indices.tolist())
     assert sum(share for _, share in parts) == pytest.approx(1)
     for part, share in parts:
-        assert len(part) == max(1, round(share * 4)) <= Ranks(0, size).most(4)
+        assert len(part) == max(1, round(share * 4)) <= Ranks(0, size).most_rows(4)
         for place, tokens in zip(part.indices, part.clean, strict=True):
             assert batch.clean[batch.indices.tolist().index(int(place))].equal(tokens)
 

@@ -27,7 +27,6 @@ from tl_edgeprune import (
     Neurons,
     Penalty,
     evaluate,
-    interchange,
     learned_neurons,
     masked,
 )
@@ -436,7 +435,7 @@ def test_mlps_without_one_layer_of_neurons_are_refused() -> None:
 
 def test_files_of_eap_ig_with_neurons_say_why_they_are_not_read(tmp_path: Path) -> None:
     graph, path = EdgeGraph(n_layers=1, n_heads=2, n_kv_heads=2), tmp_path / "c.json"
-    interchange.write_circuit(Circuit.from_edges(graph, ["input->m0"]), path, d_model=4)
+    Circuit.from_edges(graph, ["input->m0"]).to_mib(path, d_model=4)
     document = json.loads(path.read_text())
     document["nodes"]["m0"]["neurons"] = [True, False, True, True]
     path.write_text(json.dumps(document))

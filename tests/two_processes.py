@@ -22,7 +22,8 @@ from tl_edgeprune import EdgePruner, ExactBudget, Lagrangian, discover, evaluate
 from tl_edgeprune.distributed import LostProcess, Ranks
 from tl_edgeprune.methods import saved as saved_state
 from tl_edgeprune.objectives import kl
-from tl_edgeprune.sharding import is_sharded, sharded
+from tl_edgeprune.sharding import sharded
+from tl_edgeprune.shards import is_sharded
 
 MODEL = "bridge-gpt2"
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -88,7 +88,7 @@ class Candidates:
             left = JUDGES
             for batch in self.teacher.task.batches(self.batch_size, True, 0):
                 batch = batch.first(left)
-                self._judges += [part for part, _ in self.ranks.parts(batch)]
+                self._judges += [batch.select(rows) for rows in self.ranks.rows_of_all(len(batch))]
                 left -= len(batch)
                 if not left:
                     break

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from tl_edgeprune.circuit import versions
 from tl_edgeprune.files import write_whole
 from tl_edgeprune.strangers import damaged, of_kind
 from tl_edgeprune.tensor_files import floats, read_tensors
+from tl_edgeprune.versions import versions
 
 FORMAT = 1
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what Adam and AdamW keep of a parameter

@@ -11,7 +11,6 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,21 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_edgeprune import __version__
 from tl_edgeprune.files import write_whole
 from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.interchange import read_circuit, write_circuit
+from tl_edgeprune.lazy import late
+from tl_edgeprune.networks import to_networkx
 from tl_edgeprune.strangers import AGAIN, damaged, of_format, of_kind, read_json
+from tl_edgeprune.versions import versions
 
 FORMAT = 1
 KIND = "tl_edgeprune circuit"
 HINT = "Expected one written by Circuit.save."
+_write_html = late("tl_edgeprune.report", "write_html")
+_draw_circuit = late("tl_edgeprune.report", "draw_circuit")
+_to_dot = late("tl_edgeprune.report", "to_dot")
+_html_of_cell = late("tl_edgeprune.report.circuit_html", "html_of_cell")
 SCORED_BY = ("ablation", "folded")  # what a circuit's figures depend on
 
 
@@ -220,49 +226,35 @@ class Circuit:
         """Write an interactive page of HTML that opens from disk: see `report.write_html` for what
         it can show (scores=, other=, circuits=, result=, measures=, explanation=, …).
         """
-        from tl_edgeprune.report import write_html
-
-        write_html(self, path, **shown)
+        _write_html(self, path, **shown)
 
     def draw(self, path: str | os.PathLike[str], **shown: Any) -> None:
         """Draw the circuit as .svg, .png or .pdf: see `report.draw_circuit`."""
-        from tl_edgeprune.report import draw_circuit
-
-        draw_circuit(self, path, **shown)
+        _draw_circuit(self, path, **shown)
 
     def to_dot(self) -> str:
         """The circuit as text for Graphviz: see `report.dot`."""
-        from tl_edgeprune.report import to_dot
-
-        return to_dot(self)
+        return _to_dot(self)
 
     def _repr_html_(self) -> str:
-        from tl_edgeprune.report.circuit_html import html_of_cell
-
-        return html_of_cell(self)
+        return _html_of_cell(self)
 
     # ---------------------------------------------------------------------------- others' formats
 
     def to_mib(self, path: str | os.PathLike[str], *, d_model: int | None = None) -> None:
         """Write the circuit as EAP-IG and the MIB benchmark read it: see `interchange`."""
-        from tl_edgeprune import interchange
-
-        interchange.write_circuit(self, path, d_model)
+        write_circuit(path, self.graph, self.mask, self.metadata, d_model)
 
     @classmethod
     def from_mib(
         cls, path: str | os.PathLike[str], graph: EdgeGraph, *, shared: str = "same"
     ) -> Circuit:
         """Read the circuit of a file of EAP-IG or MIB: see `interchange`."""
-        from tl_edgeprune import interchange
-
-        return interchange.read_circuit(path, graph, shared)
+        return cls(graph, *read_circuit(path, graph, shared))
 
     def to_networkx(self) -> Any:
         """The circuit as a networkx DiGraph: see `networks`."""
-        from tl_edgeprune.networks import to_networkx
-
-        return to_networkx(self)
+        return to_networkx(self.graph, self.edges)
 
 
 def several(metadata: Mapping[str, Any], name: str) -> list[Any]:
@@ -296,14 +288,3 @@ def check_scores(scores: Tensor, graph: EdgeGraph) -> None:
             f"{graph.edges[bad[0]]}: {float(scores[bad[0]])}), which cannot be ranked. Look for "
             "NaN in the model's logits and gradients, and score the edges anew."
         )
-
-
-def versions() -> dict[str, str]:
-    """Versions of the libraries that a result depends on."""
-    found = {"tl_edgeprune": __version__}
-    for name in ("transformer-lens", "transformers", "torch"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "unknown"
-    return found

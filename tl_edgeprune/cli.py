@@ -15,7 +15,6 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from tl_edgeprune import __version__
 from tl_edgeprune.commands.compare import compare
 from tl_edgeprune.commands.demo import demo
 from tl_edgeprune.commands.discover import discover
@@ -27,6 +26,7 @@ from tl_edgeprune.commands.resume import resume
 from tl_edgeprune.commands.run_folder import COMMAND_LINE
 from tl_edgeprune.commands.show import show
 from tl_edgeprune.commands.told import error_json
+from tl_edgeprune.versions import __version__
 
 NAME = "tl-edgeprune"
 COMMANDS = (prune, resume, evaluate, discover, compare, show, tasks, models, methods, plan, demo)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tl_edgeprune.circuit import Circuit
+from tl_edgeprune.lazy import late
 from tl_edgeprune.scores import EdgeScores
 
 FIGURES = (
@@ -15,6 +16,7 @@ FIGURES = (
 )
 COLUMNS = ("method", "size", "threshold", *FIGURES, "seconds", "peak_mb")
 Row = dict[str, Any]
+_plot_comparison = late("tl_edgeprune.report", "plot_comparison")
 
 
 @dataclass(frozen=True, repr=False)
@@ -52,10 +54,8 @@ class Comparison:
         self, path: str | os.PathLike[str], *, title: str | None = None, dpi: int = 200
     ) -> None:
         """Draw the figures against size and time: see `report.plot_comparison`."""
-        from tl_edgeprune.report import plot_comparison
-
         title = title or self.title or None
-        plot_comparison(self.table, path, measure=self.measure, title=title, dpi=dpi)
+        _plot_comparison(self.table, path, measure=self.measure, title=title, dpi=dpi)
 
     def __repr__(self) -> str:
         head = f"Comparison({self.title})" if self.title else "Comparison"

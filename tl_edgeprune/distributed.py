@@ -13,22 +13,16 @@ torchrun --nproc-per-node 4 run.py, where run.py does its work inside `with star
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-from tl_edgeprune.tasks.task import Batch
-
-if TYPE_CHECKING:
-    from tl_edgeprune.pruner import EdgePruner
 
 TIMEOUT = 300.0  # seconds
 
@@ -55,35 +49,22 @@ class Ranks:
     def first(self) -> bool:
         return self.rank == 0
 
-    def own(self, pruner: EdgePruner) -> EdgePruner:
-        """The pruner as this process runs it: only the first shows progress."""
-        if self.first:
-            return pruner
-        pruner = copy.copy(pruner)
-        pruner.progress = False
-        return pruner
+    def most_rows(self, n: int) -> int:
+        """The largest number of a batch's `n` pairs that one process receives."""
+        return -(-n // self.size)
 
-    def most(self, pairs: int) -> int:
-        """The most pairs of so many that one process gets."""
-        return -(-pairs // self.size)
+    def rows(self, n: int) -> tuple[list[int], float]:
+        """Which of a batch's `n` pairs this process runs, and their share of the batch.
 
-    def part(self, batch: Batch) -> tuple[Batch, float]:
-        """This process's pairs of a batch, and their share of its pairs.
-
-        With fewer pairs than processes some get a pair with share 0: all run the same forwards.
+        With fewer pairs than processes some run the first pair with share 0, since all processes
+        must run the same number of forwards.
         """
-        if self.size == 1:
-            return batch, 1.0
-        rows = list(range(self.rank, len(batch), self.size))
-        mine: dict[str, Any] = {
-            name: None if tensor is None else tensor[rows or [0]]
-            for name, tensor in vars(batch).items()
-        }
-        return Batch(**mine), len(rows) / len(batch)
+        rows = list(range(self.rank, n, self.size))
+        return rows or [0], len(rows) / n
 
-    def parts(self, batch: Batch) -> list[tuple[Batch, float]]:
-        """The pairs of each process that gets any."""
-        return [Ranks(rank, self.size).part(batch) for rank in range(min(self.size, len(batch)))]
+    def rows_of_all(self, n: int) -> list[list[int]]:
+        """The rows of each process that receives any."""
+        return [Ranks(rank, self.size).rows(n)[0] for rank in range(min(self.size, n))]
 
     def add_up(self, parameters: Sequence[Tensor], loss: float) -> float:
         """Sum the parameters' gradients over all processes, in place; returns the summed loss.

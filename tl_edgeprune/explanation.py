@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tl_edgeprune.files import write_whole
+from tl_edgeprune.lazy import late
 from tl_edgeprune.strangers import damaged, of_format, of_kind, read_json
 
 FORMAT = 1
@@ -19,6 +20,7 @@ COLUMNS: tuple[str, ...] = ("edge", "source", "destination", "kind", "rise", "di
 COLUMNS += ("carries", "attends", "source_attends")
 PATTERN_COLUMNS = ("head", "length", "n_pairs", "read", "position", "token", "weight")
 Row = dict[str, Any]
+_whole_frame = late("tl_edgeprune.frames", "WholeFrame")
 
 
 @dataclass(frozen=True, repr=False)
@@ -75,11 +77,9 @@ class Explanation:
 
     def top(self, k: int = 10, by: str = "rise") -> Any:
         """The rows of the table that are highest by a column's size, shown whole when printed."""
-        from tl_edgeprune.frames import WholeFrame
-
         table = self.table
         order = table[by].abs().sort_values(ascending=False).index[:k]
-        return WholeFrame(table.reindex(order))
+        return _whole_frame(table.reindex(order))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write .json, from which `load` reads all of it, or .csv, the table of the edges alone.

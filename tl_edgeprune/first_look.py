@@ -3,21 +3,49 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from tl_edgeprune.ablation import Reference
 from tl_edgeprune.ends import edge_ends
+from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.hooks import Sites
 
-if TYPE_CHECKING:
-    from tl_edgeprune.masked import MaskedModel
+
+@runtime_checkable
+class MaskedRun(Protocol):
+    """What the check needs of a masked model."""
+
+    model: Any
+    model_forward: Any
+    sites: Sites
+    graph: EdgeGraph
+    neuron_shape: tuple[int, int]
+
+    def __call__(
+        self,
+        tokens: Tensor,
+        mask: Tensor,
+        reference: Reference,
+        *,
+        spans: Tensor | None = None,
+        neurons: Tensor | None = None,
+    ) -> Tensor:
+        """Logits under a mask."""
+
+    def record(self, tokens: Tensor, positions: Tensor | None = None) -> tuple[Reference, Tensor]:
+        """The unmasked model's activations and logits."""
+
+    def active_dropout(self) -> list[str]:
+        """Types of the modules that would drop activations."""
 
 
 _checked: weakref.WeakKeyDictionary[Any, set[torch.dtype]] = weakref.WeakKeyDictionary()
 
 
-def check_once(run: MaskedModel) -> None:
+def check_once(run: MaskedRun) -> None:
     """Raise NotImplementedError if the model's own run is not what the masks leave of it, and
     ValueError if it gives NaN.
 
@@ -60,7 +88,7 @@ def check_once(run: MaskedModel) -> None:
     _checked.setdefault(run.model, set()).add(dtype)
 
 
-def hidden_shape(run: MaskedModel) -> tuple[int, int]:
+def hidden_shape(run: MaskedRun) -> tuple[int, int]:
     """MLPs, and the hidden neurons of each."""
     tokens = probe_tokens(run)
     reference, _ = run.record(tokens, tokens.new_empty((len(tokens), 0)))
@@ -71,7 +99,7 @@ def hidden_shape(run: MaskedModel) -> tuple[int, int]:
 _neurons_checked: weakref.WeakKeyDictionary[Any, set[torch.dtype]] = weakref.WeakKeyDictionary()
 
 
-def check_neurons_once(run: MaskedModel) -> None:
+def check_neurons_once(run: MaskedRun) -> None:
     """Raise NotImplementedError unless MLPs without their neurons are MLPs without their edges."""
     dtype = run.sites.attention[0].output.dtype
     if dtype in _neurons_checked.get(run.model, ()) or run.active_dropout():
@@ -96,7 +124,7 @@ def check_neurons_once(run: MaskedModel) -> None:
     _neurons_checked.setdefault(run.model, set()).add(dtype)
 
 
-def _name(run: MaskedModel) -> str:
+def _name(run: MaskedRun) -> str:
     return str(getattr(run.model.cfg, "model_name", "this model"))
 
 
@@ -110,7 +138,7 @@ def relative(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).float().norm() / expected.float().norm().clamp(min=1e-6))
 
 
-def probe_tokens(run: MaskedModel) -> Tensor:
+def probe_tokens(run: MaskedRun) -> Tensor:
     cfg = run.model.cfg
     length = min(6, int(getattr(cfg, "n_ctx", 6) or 6))
     device = run.sites.attention[0].output.device

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -12,13 +12,11 @@ from torch import Tensor
 from tl_edgeprune import ablation as ablations
 from tl_edgeprune.ablation import Reference
 from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.hooks import Sites
 from tl_edgeprune.neuron_gates import NeuronGates
 from tl_edgeprune.projections import project
-from tl_edgeprune.residual import Stream, WholeStream
+from tl_edgeprune.residual import BufferPool, Stream, WholeStream
 from tl_edgeprune.span_products import Spans
-
-if TYPE_CHECKING:
-    from tl_edgeprune.masked import MaskedModel
 
 # Reads that share one pass over the buffer: those of four blocks with an MLP. More would save
 # little (few passes are left) and cost memory (their mixes wait until they are read).
@@ -54,8 +52,16 @@ class Inputs:
 class Forward:
     """One masked forward: the stream, and what each hook does with it."""
 
-    def __init__(self, run: MaskedModel, inputs: Inputs, tokens: Tensor) -> None:
-        self.graph, self.sites, self.pool = run.graph, run.sites, run.pool
+    def __init__(
+        self,
+        graph: EdgeGraph,
+        sites: Sites,
+        pool: BufferPool,
+        neuron_kind: str | None,
+        inputs: Inputs,
+        tokens: Tensor,
+    ) -> None:
+        self.graph, self.sites, self.pool = graph, sites, pool
         self.batch, self.pos = tokens.shape
         self.reference = fitting(inputs.reference, tokens)
         weight = self.sites.attention[0].output  # mask and positions may come from another device
@@ -65,8 +71,8 @@ class Forward:
         if self.contract is not None and self.spans is not None:
             self.contract = self.contract.index_select(1, self.spans.order)
         self.gates: NeuronGates | None = None
-        if inputs.neurons is not None and run.neurons is not None:
-            self.gates = NeuronGates(run.neurons, inputs.neurons, weight)
+        if inputs.neurons is not None and neuron_kind is not None:
+            self.gates = NeuronGates(neuron_kind, inputs.neurons, weight)
         # In a parallel block the MLP reads after the heads wrote, but not what they wrote.
         self.whole = inputs.whole and not self.graph.parallel
         self.blocks = [

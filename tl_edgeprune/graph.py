@@ -21,9 +21,14 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
+from tl_edgeprune.lazy import late
+
 MOST_EDGES, MOST_DESTINATIONS = 2**26, 2**20
 """Of a graph that a file describes. A Llama of 70 B parameters has 2**24 edges."""
 MOST_LETTERS, MOST_NAMES = 200, 20_000  # of what nearest names are looked for, and among
+
+
+_graph_of = late("tl_edgeprune.hooks", "graph_of")
 
 
 class Read(NamedTuple):
@@ -89,9 +94,7 @@ class EdgeGraph:
         Raises NotImplementedError, naming the part, where the model's residual stream cannot be
         split into these sources and destinations.
         """
-        from tl_edgeprune.hooks import find_sites
-
-        return find_sites(model).graph(split_qkv=split_qkv, split_embeddings=split_embeddings)
+        return _graph_of(model, split_qkv=split_qkv, split_embeddings=split_embeddings)
 
     def at(self, spans: Iterable[str]) -> EdgeGraph:
         """This graph with edges of their own in each of these spans (none: the same everywhere)."""

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_edgeprune import sharding
+from tl_edgeprune import shards
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.norms import Norm, identity, inverse_rms, norm_function, weight_is_offset
 from tl_edgeprune.refusals import refuse_class, refuse_unsupported
@@ -148,6 +148,11 @@ class Sites:
 # ------------------------------------------------------------------------------- finding the sites
 
 
+def graph_of(model: Any, *, split_qkv: bool = True, split_embeddings: bool = False) -> EdgeGraph:
+    """The edge graph of a HookedTransformer or TransformerBridge: `EdgeGraph.from_model`."""
+    return find_sites(model).graph(split_qkv=split_qkv, split_embeddings=split_embeddings)
+
+
 def find_sites(model: Any) -> Sites:
     """The sites of a HookedTransformer or a TransformerBridge.
 
@@ -163,7 +168,7 @@ def find_sites(model: Any) -> Sites:
     if with_mlp and len(with_mlp) != len(blocks):
         raise NotImplementedError("some blocks have an MLP and some have none: not supported.")
     layers = range(len(blocks))
-    attention = tuple(sharding.found(model, layer, find_attention) for layer in layers)
+    attention = tuple(shards.found(model, layer, find_attention) for layer in layers)
     names = tuple(f"blocks.{layer}" for layer in range(len(blocks)))
     sites = Sites(
         blocks=names,

@@ -15,7 +15,7 @@ from tl_edgeprune.constants import Constants
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.hooks import all_parameters
 from tl_edgeprune.scores import EdgeScores
-from tl_edgeprune.sharding import is_sharded
+from tl_edgeprune.shards import is_sharded
 from tl_edgeprune.tasks.stream import AnyTask, TaskStream
 from tl_edgeprune.tasks.task import PAIR_FIELDS, SET_FIELDS
 

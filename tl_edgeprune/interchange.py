@@ -33,7 +33,7 @@ import json
 import os
 import warnings
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,11 +42,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_edgeprune.circuit import Circuit
 from tl_edgeprune.files import write_whole
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.positions import refuse_spans
-from tl_edgeprune.scores import EdgeScores
 from tl_edgeprune.strangers import check_file, damaged, first_line, read_json
 
 SHARED = ("same", "sum", "mean")
@@ -65,7 +63,14 @@ class Table(NamedTuple):
 # -------------------------------------------------------------------------------------- the surface
 
 
-def write_scores(scores: EdgeScores, path: str | os.PathLike[str], d_model: int | None) -> None:
+def write_scores(
+    path: str | os.PathLike[str],
+    graph: EdgeGraph,
+    scores: Float[Tensor, " edge"],
+    by_magnitude: bool,
+    metadata: Mapping[str, Any],
+    d_model: int | None,
+) -> None:
     """Write scores to a .json or .pt file of EAP-IG's; no edge is marked as in the circuit.
 
     Effects (EAP and its kin) are written as they are. Scores that rank edges as they are and not by
@@ -76,33 +81,40 @@ def write_scores(scores: EdgeScores, path: str | os.PathLike[str], d_model: int 
     notes it there). Raises ValueError for another ending, a graph that the format cannot hold
     (split embeddings, no MLPs), an unknown d_model.
     """
-    graph = scores.graph
     check_graph(graph)
-    values = scores.tensor.detach().cpu()
-    table = spread(graph, values.float() if scores.by_magnitude else positive_ranking(values))
-    _write(path, graph, Table(table, torch.zeros_like(table, dtype=torch.bool)), scores, d_model)
+    values = scores.detach().cpu()
+    table = spread(graph, values.float() if by_magnitude else positive_ranking(values))
+    _write(path, graph, Table(table, torch.zeros_like(table, dtype=torch.bool)), metadata, d_model)
 
 
-def write_circuit(circuit: Circuit, path: str | os.PathLike[str], d_model: int | None) -> None:
+def write_circuit(
+    path: str | os.PathLike[str],
+    graph: EdgeGraph,
+    mask: Bool[Tensor, " edge"],
+    metadata: Mapping[str, Any],
+    d_model: int | None,
+) -> None:
     """Write a circuit as `write_scores` does scores: its edges in the graph, with score 1, others
     with 0. Warns where EAP-IG counts more of them, with its number.
     """
-    check_graph(circuit.graph)
-    table = spread(circuit.graph, circuit.mask.float())
-    _write(path, circuit.graph, Table(table, table > 0), circuit, d_model)
-    theirs = int((table > 0).sum())
-    if theirs != circuit.n_edges:
+    check_graph(graph)
+    table = spread(graph, mask.float())
+    _write(path, graph, Table(table, table > 0), metadata, d_model)
+    theirs, n_edges = int((table > 0).sum()), int(mask.sum())
+    if theirs != n_edges:
         warnings.warn(
-            f"{path}: the circuit's {circuit.n_edges:,} edges are {theirs:,} in EAP-IG's and MIB's "
+            f"{path}: the circuit's {n_edges:,} edges are {theirs:,} in EAP-IG's and MIB's "
             "count, which has one for every query head where heads share an input. For a circuit "
-            f"of at most {circuit.n_edges:,} there, take scores.top({circuit.n_edges}, "
+            f"of at most {n_edges:,} there, take scores.top({n_edges}, "
             "convention='mib').",
             stacklevel=3,
         )
 
 
-def read_scores(path: str | os.PathLike[str], graph: EdgeGraph, shared: str = "same") -> EdgeScores:
-    """The scores in a .json or .pt file of EAP-IG's, as those of `graph`.
+def read_scores(
+    path: str | os.PathLike[str], graph: EdgeGraph, shared: str = "same"
+) -> tuple[Float[Tensor, " edge"], dict[str, Any]]:
+    """The scores in a .json or .pt file of EAP-IG's, as those of `graph`, and their metadata.
 
     shared: the score of an edge that the file has several times, for each head of a group: "same"
     refuses different ones; "sum" adds them, which is what attribution gives for the removal of all
@@ -121,11 +133,14 @@ def read_scores(path: str | os.PathLike[str], graph: EdgeGraph, shared: str = "s
         raise ValueError(
             f"{path}: the score of {name} is NaN or infinite. Score the edges anew, in float32."
         )
-    return EdgeScores(graph, fold_scores(graph, table.scores, shared), origin)
+    return fold_scores(graph, table.scores, shared), origin
 
 
-def read_circuit(path: str | os.PathLike[str], graph: EdgeGraph, shared: str = "same") -> Circuit:
-    """The edges that are in the graph of a .json or .pt file of EAP-IG's, as a circuit of `graph`.
+def read_circuit(
+    path: str | os.PathLike[str], graph: EdgeGraph, shared: str = "same"
+) -> tuple[Bool[Tensor, " edge"], dict[str, Any]]:
+    """The edges that are in the graph of a .json or .pt file of EAP-IG's, as a mask over `graph`,
+    and their metadata.
 
     shared: an edge that the file has several times, for each head of a group, and keeps for some of
     them alone: "same" refuses it; "all" leaves it out, "any" keeps it, and both warn how many edges
@@ -153,7 +168,7 @@ def read_circuit(path: str | os.PathLike[str], graph: EdgeGraph, shared: str = "
             f"{path} has no edge in the graph: it holds scores alone. Use "
             "EdgeScores.from_mib(path, graph).top(k)."
         )
-    return Circuit(graph, mask, origin)
+    return mask, origin
 
 
 def positive_ranking(values: Float[Tensor, " edge"]) -> Float[Tensor, " edge"]:
@@ -284,11 +299,11 @@ def _write(
     path: str | os.PathLike[str],
     graph: EdgeGraph,
     table: Table,
-    what: EdgeScores | Circuit,
+    metadata: Mapping[str, Any],
     d_model: int | None,
 ) -> None:
     suffix = _suffix(path)
-    width = d_model if d_model is not None else what.metadata.get("d_model")
+    width = d_model if d_model is not None else metadata.get("d_model")
     if width is None:
         raise ValueError(
             "EAP-IG's files record the model's width, which is not in the metadata here: give "

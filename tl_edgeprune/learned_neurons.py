@@ -8,7 +8,6 @@ averaged over a path on which all gates rise from 0 to 1 together.
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -18,10 +17,8 @@ from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.masks import ExactBudget, first_log_alpha, open_probability, top_gates
 from tl_edgeprune.methods.totals import each_lesson
 from tl_edgeprune.objectives import Objective, losses
+from tl_edgeprune.settings import PrunerSettings
 from tl_edgeprune.teacher import Lesson, Teacher
-
-if TYPE_CHECKING:
-    from tl_edgeprune.pruner import EdgePruner
 
 
 class LearnedNeurons:
@@ -29,7 +26,7 @@ class LearnedNeurons:
 
     def __init__(
         self,
-        pruner: EdgePruner,
+        pruner: PrunerSettings,
         run: MaskedModel,
         scores: Float[Tensor, "place unit"] | None,
         generator: torch.Generator,

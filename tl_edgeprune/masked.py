@@ -438,7 +438,7 @@ class MaskedModel:
             check_prompts(self.model, [tokens], "the batch")
         check_mask(inputs.mask, self.graph)
         self.gates_of(inputs.neurons)
-        self._forward = Forward(self, inputs, tokens)
+        self._forward = Forward(self.graph, self.sites, self.pool, self.neurons, inputs, tokens)
         try:
             with resting(() if seen else self._idle):
                 output = self.model_forward(*args, **kwargs)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
-from tl_edgeprune.circuit import Circuit
+from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.positions import refuse_spans
 
 
-def to_networkx(circuit: Circuit) -> Any:
-    """The circuit as a networkx DiGraph, whose paths are those of the model.
+def to_networkx(graph: EdgeGraph, edges: Iterable[str]) -> Any:
+    """The circuit of these edges as a networkx DiGraph, whose paths are those of the model.
 
     Nodes are sources and destinations by name, with `kind` ("input", "head", "mlp", "logits",
     "query", "key", "value", "head-input") and `layer`. The circuit's edges have kind="edge"; links
@@ -24,13 +25,13 @@ def to_networkx(circuit: Circuit) -> Any:
         raise ImportError(
             "Circuit.to_networkx needs networkx: install it with pip install networkx."
         ) from None
-    refuse_spans(circuit.graph, "Circuit.to_networkx")
-    graph, found = circuit.graph, networkx.DiGraph()
+    refuse_spans(graph, "Circuit.to_networkx")
+    found = networkx.DiGraph()
     for name in ("input", "tok", "pos"):
         if name in graph.sources:
             found.add_node(name, kind="input", layer=-1)
     found.add_node("logits", kind="logits", layer=graph.n_layers)
-    for edge in circuit.edges:
+    for edge in edges:
         source, _, destination = edge.partition("->")
         for name in (source, destination):
             if name not in found:

@@ -30,7 +30,7 @@ from tl_edgeprune.graph import Read
 from tl_edgeprune.hooks import AttentionSite
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.objectives import Objective, losses
-from tl_edgeprune.sharding import in_turns
+from tl_edgeprune.shards import in_turns
 from tl_edgeprune.teacher import Lesson
 from tl_edgeprune.whole_cuts import WholeCuts
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tl_edgeprune.hooks import all_modules, all_parameters
-from tl_edgeprune.sharding import is_sharded
+from tl_edgeprune.shards import is_sharded
 
 # Rotary frequencies: transformers keeps them in float32 whatever the weights' dtype.
 KEPT_BUFFERS = ("inv_freq", "original_inv_freq")

@@ -15,7 +15,6 @@ Bhaskar, Wettig, Friedman and Chen 2024, "Finding Transformer Circuits with Edge
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -23,66 +22,33 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_edgeprune.ablation import ZERO_WITH_BIASES
 from tl_edgeprune.circuit import Circuit, check_budget
-from tl_edgeprune.constants import OPTIMAL, Ablation, Constants
+from tl_edgeprune.constants import Constants
 from tl_edgeprune.distributed import Ranks
 from tl_edgeprune.grad_mode import needs_gradients
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.hooks import find_sites, model_kind
-from tl_edgeprune.identities import digest, of_setting, of_weights
-from tl_edgeprune.kinds import check_kinds
+from tl_edgeprune.identities import of_weights
 from tl_edgeprune.locks import held_file
 from tl_edgeprune.masked import MaskedModel, check_ablation
 from tl_edgeprune.masks import (
-    Controller,
-    ExactBudget,
     Lagrangian,
-    sample_gates,
 )
-from tl_edgeprune.neurons import Neurons, check_constants, check_kind
+from tl_edgeprune.neurons import Neurons
 from tl_edgeprune.neurons import check_budget as check_neuron_budget
-from tl_edgeprune.objectives import Objective, find_objective
+from tl_edgeprune.objectives import find_objective
 from tl_edgeprune.placement import placed
-from tl_edgeprune.positions import check_positions, graph_at
+from tl_edgeprune.positions import graph_at
 from tl_edgeprune.prompts import check_tokens
 from tl_edgeprune.recompute import RecomputedModel
-from tl_edgeprune.regularisers import Attachment
 from tl_edgeprune.scores import EdgeScores
+from tl_edgeprune.settings import Optimizer, PrunerSettings
 from tl_edgeprune.tasks.stream import AnyTask, checked, sample
 from tl_edgeprune.tasks.task import Task
 from tl_edgeprune.training import History, Training
-
-Sampler = Callable[[Tensor, torch.Generator], Tensor]
-
-
-@dataclass(frozen=True)
-class Optimizer:
-    """How log alphas are learned. `warmup` steps of rising rate; `decay` to 0 linearly after.
-
-    `controller_lr`: of a Lagrangian's multipliers. `constants_lr`: of the constants of
-    ablation="optimal", in units of their sources' root mean square.
-    """
-
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = 0.0
-    clip: float | None = None
-    warmup: int = 0
-    decay: bool = False
-    controller_lr: float = 0.3
-    constants_lr: float = 0.05
-
-    def rate(self, step: int, steps: int) -> float:
-        """The factor on the learning rate at this step."""
-        if step < self.warmup:
-            return step / max(1, self.warmup)
-        if self.decay:
-            return max(0.0, (steps - step) / max(1, steps - self.warmup))
-        return 1.0
 
 
 @dataclass(frozen=True, repr=False)
@@ -147,7 +113,7 @@ class PruneResult:
         return f"PruneResult({size} of {self.graph.n_edges:,}, {steps} steps{early})"
 
 
-class EdgePruner:
+class EdgePruner(PrunerSettings):
     """Finds a circuit of exactly `n_edges` edges in a model, for a task.
 
     Args:
@@ -197,71 +163,6 @@ class EdgePruner:
     Raises ValueError for settings that cannot work and TypeError for those of another kind, before
     any run.
     """
-
-    def __init__(
-        self,
-        n_edges: int | None = None,
-        *,
-        steps: int = 200,
-        lr: float | None = None,
-        batch_size: int = 8,
-        accumulate: int = 1,
-        ablation: Ablation = "counterfactual",
-        objective: str | Objective | None = None,
-        controller: Controller | None = None,
-        init_scores: str | EdgeScores | Tensor | None = "mask-ig",
-        init_log_alpha: tuple[float, float] = (0.0, 1.0),
-        node_masks: bool = False,
-        node_controller: Controller | None = None,
-        optimizer: Optimizer | None = None,
-        sampler: Sampler = sample_gates,
-        attachment: Attachment | None = None,
-        hard_share: float = 0.4,
-        average_share: float | None = None,
-        candidates: int = 10,
-        split_qkv: bool = True,
-        split_embeddings: bool = False,
-        positions: str | None = None,
-        neurons: str | None = None,
-        n_neurons: int | None = None,
-        neuron_controller: Controller | None = None,
-        bias_in_heads: bool = False,
-        recompute: bool = False,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        seed: int = 0,
-        checkpoint: str | Path | None = None,
-        checkpoint_every: int = 25,
-        progress: bool = True,
-    ) -> None:
-        self.n_edges = n_edges
-        self.steps = steps
-        self.batch_size, self.accumulate = batch_size, accumulate
-        self.ablation, self.objective = ablation, objective
-        if bias_in_heads and ablation == "zero":
-            self.ablation = ZERO_WITH_BIASES
-        self.controller = controller or default_budget(n_edges)
-        self.init_scores, self.init_log_alpha = init_scores, init_log_alpha
-        self.node_masks, self.node_controller = node_masks, node_controller
-        self.optimizer = optimizer or Optimizer()
-        self.sampler, self.attachment = sampler, attachment
-        has_budget = n_edges is not None or isinstance(self.controller, ExactBudget)
-        self.hard_share = hard_share if has_budget else 0.0
-        sampled = getattr(self.controller, "schedule", None) == "sampled"
-        self.lr = (0.3 if sampled else 0.2) if lr is None else lr
-        self.average_share = (0.6 if sampled else 0.0) if average_share is None else average_share
-        self.candidates = candidates
-        self.split_qkv, self.split_embeddings = split_qkv, split_embeddings
-        self.positions = positions
-        self.neurons, self.n_neurons = neurons, n_neurons
-        self.neuron_controller = neuron_controller
-        if neurons is not None and neuron_controller is None:
-            self.neuron_controller = default_budget(n_neurons)
-        self.bias_in_heads, self.recompute = bias_in_heads, recompute
-        self.dtype, self.device = dtype, device
-        self.seed, self.checkpoint, self.checkpoint_every = seed, checkpoint, checkpoint_every
-        self.progress = progress
-        self._check()
 
     @classmethod
     def paper(cls, n_edges: int | None = None, **changes: Any) -> EdgePruner:
@@ -365,69 +266,6 @@ class EdgePruner:
         scores = result.scores
         return replace(scores, metadata=scores.metadata | {"method": method} | early)
 
-    def settings(self) -> dict[str, Any]:
-        """The settings as plain JSON values."""
-        skip = ("checkpoint", "checkpoint_every", "progress", "init_scores", "objective")
-        values = {k: of_setting(v) for k, v in vars(self).items() if k not in skip}
-        values["init_scores"] = _plain_scores(self.init_scores)
-        values["objective"], values["sampler"] = _named(self.objective), _named(self.sampler)
-        return values
-
-    def _check(self) -> None:
-        check_kinds(vars(self))
-        if self.n_edges is not None and self.n_edges < 1:
-            raise ValueError(f"n_edges={self.n_edges}: a circuit needs at least one edge.")
-        for name in ("steps", "batch_size", "accumulate", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: expected 1 or more.")
-        if self.candidates < 0:
-            raise ValueError(f"candidates={self.candidates}: expected 0 or more.")
-        if self.ablation != OPTIMAL:
-            check_ablation(self.ablation)
-        if self.checkpoint is not None and Path(self.checkpoint).is_dir():
-            raise ValueError(f"checkpoint={str(self.checkpoint)!r} is a folder: give a file in it.")
-        if not self.lr > 0:
-            raise ValueError(f"lr={self.lr}: expected a number above 0.")
-        for name in ("hard_share", "average_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)}: expected a share from 0 to 1.")
-        if isinstance(self.init_scores, str) and self.init_scores != "mask-ig":
-            raise ValueError(
-                f"init_scores={self.init_scores!r}: expected 'mask-ig', EdgeScores, a tensor or "
-                "None."
-            )
-        check_positions(self.positions)
-        if self.positions is not None and self.recompute:
-            raise ValueError(
-                f"positions={self.positions!r} with recompute=True is not supported: recomputed "
-                "blocks have one mask for all positions. Leave one of the two out."
-            )
-        if self.node_controller is not None and not self.node_masks:
-            raise ValueError("node_controller needs node_masks=True.")
-        self._check_neurons()
-
-    def _check_neurons(self) -> None:
-        check_kind(self.neurons)
-        if self.neurons is None:
-            if self.n_neurons is not None or self.neuron_controller is not None:
-                raise ValueError(
-                    "n_neurons and neuron_controller need neurons='mlp' or 'dimensions'."
-                )
-            return
-        if self.n_neurons is not None and self.n_neurons < 1:
-            raise ValueError(f"n_neurons={self.n_neurons}: expected at least one neuron, or None.")
-        assert self.neuron_controller is not None
-        try:
-            copy.deepcopy(self.neuron_controller).start(2, self.n_neurons and 1)
-        except ValueError as error:
-            raise ValueError(f"neuron_controller without n_neurons: {error}") from None
-        if self.recompute:
-            raise ValueError(
-                f"neurons={self.neurons!r} with recompute=True is not supported: recomputed blocks "
-                "take no gates on neurons. Leave one of the two out."
-            )
-        check_constants(self.neurons, self.ablation)
-
     def _check_pairs(self, model: Any) -> Callable[[Task], None]:
         def check(pairs: Task) -> None:
             find_objective(self.objective, pairs)
@@ -438,18 +276,3 @@ class EdgePruner:
     def _has_two_embeddings(self, model: Any) -> bool:
         # The published graph has two embedding sources where the model has two embeddings.
         return self.split_embeddings and find_sites(model).has_positions
-
-
-def default_budget(size: int | None) -> ExactBudget:
-    """Towards a size, or for every size."""
-    return ExactBudget("sampled", anneal=0.4) if size is None else ExactBudget()
-
-
-def _plain_scores(scores: Any) -> Any:
-    if isinstance(scores, EdgeScores):
-        return {"scores": scores.metadata, "digest": digest(scores.tensor.tolist())}
-    return digest(scores.tolist()) if isinstance(scores, Tensor) else scores
-
-
-def _named(function: Callable[..., Any] | str | None) -> str | None:
-    return getattr(function, "__name__", repr(function)) if callable(function) else function

@@ -41,7 +41,7 @@ from tl_edgeprune.hooks import AttentionSite, Sites
 from tl_edgeprune.masked import MaskedModel, check_mask
 from tl_edgeprune.neurons import Neurons
 from tl_edgeprune.residual import SOURCES_APART, BufferPool, add_rows
-from tl_edgeprune.sharding import in_turns
+from tl_edgeprune.shards import in_turns
 
 # Numbers that are normalised at once: what a processor's cache holds; on a GPU enough to fill it.
 PIECE, PIECE_ON_GPU = 2**20, 2**26

@@ -20,12 +20,14 @@ from jaxtyping import Float
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from tl_edgeprune.circuit import Circuit, check_budget, check_scores, versions
+from tl_edgeprune.circuit import Circuit, check_budget, check_scores
 from tl_edgeprune.counts import edge_counts, longest_run
 from tl_edgeprune.files import write_whole
 from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.interchange import read_scores, write_scores
 from tl_edgeprune.strangers import AGAIN, damaged, of_format, of_kind
 from tl_edgeprune.tensor_files import floats, read_tensors
+from tl_edgeprune.versions import versions
 
 FORMAT = 1
 KIND = "tl_edgeprune scores"
@@ -163,18 +165,14 @@ class EdgeScores:
 
     def to_mib(self, path: str | os.PathLike[str], *, d_model: int | None = None) -> None:
         """Write the scores as EAP-IG and the MIB benchmark read them: see `interchange`."""
-        from tl_edgeprune import interchange
-
-        interchange.write_scores(self, path, d_model)
+        write_scores(path, self.graph, self.tensor, self.by_magnitude, self.metadata, d_model)
 
     @classmethod
     def from_mib(
         cls, path: str | os.PathLike[str], graph: EdgeGraph, *, shared: str = "same"
     ) -> EdgeScores:
         """Read the scores of a file of EAP-IG or MIB: see `interchange`."""
-        from tl_edgeprune import interchange
-
-        return interchange.read_scores(path, graph, shared)
+        return cls(graph, *read_scores(path, graph, shared))
 
 
 def _from_the_logits(graph: EdgeGraph, scores: list[float], k: int) -> list[int]:

@@ -8,7 +8,7 @@ import math
 import time
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -39,12 +39,10 @@ from tl_edgeprune.objectives import Objective
 from tl_edgeprune.objectives import losses as losses_of
 from tl_edgeprune.positions import any_task_for
 from tl_edgeprune.scores import EdgeScores
+from tl_edgeprune.settings import PrunerSettings
 from tl_edgeprune.strangers import damaged, of_kind
 from tl_edgeprune.tasks.stream import AnyTask, sample
 from tl_edgeprune.teacher import Teacher
-
-if TYPE_CHECKING:
-    from tl_edgeprune.pruner import EdgePruner
 
 History = list[dict[str, float | int]]
 HISTORY = ("step", "loss", "edges", "target", "seconds")
@@ -67,7 +65,7 @@ class Training:
 
     def __init__(
         self,
-        pruner: EdgePruner,
+        pruner: PrunerSettings,
         run: MaskedModel,
         task: AnyTask,
         loss_of: Objective,
@@ -80,7 +78,8 @@ class Training:
         """
         self.weights = weights
         self.ranks = Ranks.current()
-        self.pruner, self.run = self.ranks.own(pruner), run
+        self.pruner, self.run = pruner, run
+        self.progress = pruner.progress and self.ranks.first
         self.loss_of = loss_of
         self.graph, self.task = run.graph, any_task_for(task, run.graph)
         left = self._left(resume)
@@ -98,8 +97,8 @@ class Training:
             task,
             pruner.ablation if self.constants is None else self.constants.constants().detached(),
             batch_size=pruner.batch_size,
-            progress=self.pruner.progress,
-            visits=pruner.steps * pruner.accumulate * self.ranks.most(pruner.batch_size),
+            progress=self.progress,
+            visits=pruner.steps * pruner.accumulate * self.ranks.most_rows(pruner.batch_size),
         )
         self.device = self.teacher.device
         self.controller = copy.deepcopy(pruner.controller)
@@ -129,7 +128,7 @@ class Training:
         """Run the steps that are left; False if Ctrl-C ended them early."""
         first = len(self.history)
         bar = tqdm(
-            total=self.pruner.steps, initial=first, desc="pruning", disable=not self.pruner.progress
+            total=self.pruner.steps, initial=first, desc="pruning", disable=not self.progress
         )
         try:
             for step in range(first, self.pruner.steps):
@@ -157,8 +156,9 @@ class Training:
         self._zero_grad()
         losses = []
         for _ in range(self.pruner.accumulate):
-            batch, share = self.ranks.part(next(self.feed))
-            lesson = self.teacher.lesson(batch)
+            batch = next(self.feed)
+            rows, share = self.ranks.rows(len(batch))
+            lesson = self.teacher.lesson(batch.select(rows))
             mask, penalty = self._draw(target, progress, generator)
             gates = None
             if self.neurons is not None and neurons is not None:
@@ -267,7 +267,7 @@ class Training:
             self.loss_of,
             batch_size=self.pruner.batch_size,
             max_pairs=WARM_PAIRS,
-            progress=self.pruner.progress,
+            progress=self.progress,
         ).abs()
 
     def _node_log_alpha(self) -> Float[Tensor, " source"] | None:
@@ -290,7 +290,7 @@ class Training:
                 steps=WARM_STEPS,
                 batch_size=self.pruner.batch_size,
                 max_pairs=WARM_PAIRS,
-                progress=self.pruner.progress,
+                progress=self.progress,
             )
         generator = torch.Generator().manual_seed(_mixed(self.pruner.seed, -3))
         return LearnedNeurons(self.pruner, self.run, scores, generator)

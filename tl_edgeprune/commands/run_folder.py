@@ -47,7 +47,7 @@ class Run:
 
     @classmethod
     def new(cls, command: str, inputs: Inputs, settings: dict[str, Any]) -> Run:
-        from tl_edgeprune.circuit import versions
+        from tl_edgeprune.versions import versions
 
         return cls(command, inputs, settings, versions(), COMMAND_LINE.get())
 

@@ -19,7 +19,7 @@ from tl_edgeprune.distributed import Ranks
 from tl_edgeprune.identities import differences, of_setting, of_task, of_weights
 from tl_edgeprune.locks import held_file
 from tl_edgeprune.masked import MaskedModel
-from tl_edgeprune.sharding import is_sharded
+from tl_edgeprune.shards import is_sharded
 from tl_edgeprune.strangers import damaged, of_kind
 from tl_edgeprune.tasks.stream import AnyTask
 

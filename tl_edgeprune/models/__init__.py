@@ -20,14 +20,13 @@ from torch import nn
 from transformer_lens.model_bridge import TransformerBridge
 
 from tl_edgeprune.models import semi_synthetic, smollm2, tracr
+from tl_edgeprune.models.classes import placed_device
 from tl_edgeprune.models.compiled import from_tracr
 from tl_edgeprune.models.folder import is_model_folder, load_folder
 from tl_edgeprune.models.quiet import quiet
 from tl_edgeprune.models.semi_synthetic import train_semi_synthetic
 
 __all__ = ["from_tracr", "known_circuit", "list", "load", "train_semi_synthetic"]
-
-CLASSES = ("bridge", "hooked")
 
 
 def list() -> tuple[str, ...]:
@@ -108,25 +107,6 @@ def _checked_object(model: Any, device: Any, dtype: torch.dtype | None) -> nn.Mo
             "with model.to(...) yourself, and leave device and dtype out."
         )
     return model
-
-
-def placed_device(call: str, cls: str, device: str | torch.device | None) -> torch.device:
-    """Where a model goes; raises for a class that is unknown or not there, as `load` does."""
-    if cls not in CLASSES:
-        raise ValueError(f"{call}(cls={cls!r}): expected one of {', '.join(CLASSES)}.")
-    if cls == "hooked":
-        _require_hooked(call)
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
-def _require_hooked(call: str) -> None:
-    try:
-        from transformer_lens import HookedTransformer  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            f'{call}(cls="hooked"): this TransformerLens has no HookedTransformer (4.0 removed '
-            'it). Use cls="bridge", or install "transformer-lens>=3.9,<4".'
-        ) from error
 
 
 def _load(name: str, cls: str, device: torch.device, dtype: torch.dtype) -> nn.Module:

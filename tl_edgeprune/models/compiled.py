@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from tl_edgeprune.models import tracr
+from tl_edgeprune.models.classes import placed_device
 from tl_edgeprune.models.quiet import quiet
 from tl_edgeprune.models.tracr import Compiled
 
@@ -60,8 +61,6 @@ def from_tracr(
         ValueError: fewer than two tokens, max_seq_len below 1, a program that needs no layer.
         NotImplementedError: what Tracr cannot compile, in its own words.
     """
-    from tl_edgeprune.models import placed_device
-
     device = placed_device("models.from_tracr", cls, device)
     compiled = compile_program(
         program,

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tl_edgeprune.models import plain
+from tl_edgeprune.models.classes import placed_device
 from tl_edgeprune.models.quiet import quiet
 from tl_edgeprune.siit import training
 from tl_edgeprune.siit.causal import CausalModel
@@ -72,8 +73,6 @@ def train_semi_synthetic(
 
     Raises ValueError for sizes that do not fit, and as `models.load` does for the class.
     """
-    from tl_edgeprune.models import placed_device
-
     device = placed_device("models.train_semi_synthetic", cls, device)
     if steps < 1 or batch_size < 1 or d_model % causal.graph.n_heads:
         raise ValueError(

@@ -61,8 +61,15 @@ class Batch:
 
     def first(self, pairs: int) -> Batch:
         """The first pairs."""
+        return self._at(slice(pairs))
+
+    def select(self, rows: Sequence[int]) -> Batch:
+        """The pairs at these rows."""
+        return self if list(rows) == list(range(len(self))) else self._at(list(rows))
+
+    def _at(self, rows: slice | list[int]) -> Batch:
         tensors: dict[str, Any] = {
-            name: None if tensor is None else tensor[:pairs] for name, tensor in vars(self).items()
+            name: None if tensor is None else tensor[rows] for name, tensor in vars(self).items()
         }
         return Batch(**tensors)
 

@@ -1,0 +1,16 @@
+"""Imports on first call, for the few doors from a lower layer to a higher one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+
+def late(module: str, name: str) -> Callable[..., Any]:
+    """The function `name` of `module`, which is imported when the function is first called."""
+
+    def call(*arguments: Any, **settings: Any) -> Any:
+        return getattr(import_module(module), name)(*arguments, **settings)
+
+    return call
