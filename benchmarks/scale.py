@@ -28,11 +28,11 @@ from transformer_lens.model_bridge.sources import build_bridge_from_module
 
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.hooks import all_parameters
-from tl_edgeprune.live_bytes import LiveBytes
 from tl_edgeprune.masks import sample_gates
 from tl_edgeprune.planner import Shape, Work, find_shape, step_bytes, step_floor
 from tl_edgeprune.recompute import RecomputedModel
-from tl_edgeprune.versions import versions
+from tl_edgeprune.utils.profiling import LiveBytes
+from tl_edgeprune.utils.versions import versions
 
 
 def config_of(shape: Shape) -> transformers.PretrainedConfig:

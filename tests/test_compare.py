@@ -15,15 +15,15 @@ import torch
 import zoo
 
 from tl_edgeprune import Circuit, Comparison, EdgePruner, compare, discover, evaluate, models, tasks
-from tl_edgeprune import cost as measuring
 from tl_edgeprune.comparison import COLUMNS
-from tl_edgeprune.cost import measured
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.methods import registry, saved
 from tl_edgeprune.objectives import kl
 from tl_edgeprune.report import plot_comparison
 from tl_edgeprune.report.axes import round_ticks
 from tl_edgeprune.report.comparison import _floor
+from tl_edgeprune.utils import profiling as measuring
+from tl_edgeprune.utils.profiling import measured
 
 SIZES = (5, 12)
 QUICK = {"edge-pruning": {"steps": 4, "batch_size": 4}}

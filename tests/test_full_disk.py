@@ -28,7 +28,7 @@ from tl_edgeprune import (
 from tl_edgeprune.commands.run_folder import write_json
 from tl_edgeprune.comparison_folder import Folder, Run
 from tl_edgeprune.explanation import COLUMNS
-from tl_edgeprune.files import clear_leftovers
+from tl_edgeprune.utils.writing import clear_leftovers
 
 GRAPH = EdgeGraph(2, 2, 2)
 

@@ -17,10 +17,10 @@ from transformer_lens.model_bridge.sources import build_bridge_from_module
 from tl_edgeprune import EdgeGraph, EdgePruner
 from tl_edgeprune.blocks import Blocks
 from tl_edgeprune.forward import Held
-from tl_edgeprune.live_bytes import LiveBytes
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.recompute import RecomputedModel
 from tl_edgeprune.residual import BufferPool
+from tl_edgeprune.utils.profiling import LiveBytes
 
 NAMES = [
     pytest.param(name, id=name, marks=marks(name, torch.float64)) for name in zoo.ARCHITECTURES

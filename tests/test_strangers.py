@@ -43,7 +43,6 @@ from tl_edgeprune.commands.run_folder import Run as CommandRun
 from tl_edgeprune.commands.run_folder import write_json
 from tl_edgeprune.commands.show import _figures
 from tl_edgeprune.comparison_folder import Folder, Run
-from tl_edgeprune.cost import Cost
 from tl_edgeprune.evaluate import Evaluation
 from tl_edgeprune.explanation import COLUMNS, PATTERN_COLUMNS
 from tl_edgeprune.graph import MOST_EDGES
@@ -51,8 +50,9 @@ from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.methods import acdc, exact, totals
 from tl_edgeprune.methods.saved import Saved
 from tl_edgeprune.objectives import find_objective
-from tl_edgeprune.strangers import MOST_BYTES, parse_json
 from tl_edgeprune.training import Training
+from tl_edgeprune.utils.profiling import Cost
+from tl_edgeprune.utils.reading import MOST_BYTES, parse_json
 
 CASES = 10_000  # over all readers, in the slow test
 SECONDS = 10.0  # of the processor, for any one file: it is a hang that is looked for

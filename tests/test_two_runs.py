@@ -15,7 +15,7 @@ import zoo
 from command_line import SMALL, mistake, told
 
 from tl_edgeprune import EdgePruner, compare, discover
-from tl_edgeprune.locks import held, held_file
+from tl_edgeprune.utils.locks import held, held_file
 
 HOLD = """
 import sys

@@ -10,7 +10,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from tl_edgeprune.versions import __version__ as __version__
+from tl_edgeprune.utils.versions import __version__ as __version__
 
 if TYPE_CHECKING:
     from tl_edgeprune.surface import *

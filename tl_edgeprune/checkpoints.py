@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from tl_edgeprune.files import write_whole
-from tl_edgeprune.strangers import damaged, of_kind
-from tl_edgeprune.tensor_files import floats, read_tensors
-from tl_edgeprune.versions import versions
+from tl_edgeprune.utils.reading import damaged, of_kind
+from tl_edgeprune.utils.tensor_files import floats, read_tensors
+from tl_edgeprune.utils.versions import versions
+from tl_edgeprune.utils.writing import write_whole
 
 FORMAT = 1
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what Adam and AdamW keep of a parameter

@@ -18,13 +18,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_edgeprune.files import write_whole
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.interchange import read_circuit, write_circuit
-from tl_edgeprune.lazy import late
 from tl_edgeprune.networks import to_networkx
-from tl_edgeprune.strangers import AGAIN, damaged, of_format, of_kind, read_json
-from tl_edgeprune.versions import versions
+from tl_edgeprune.utils.lazy import late
+from tl_edgeprune.utils.reading import AGAIN, damaged, of_format, of_kind, read_json
+from tl_edgeprune.utils.versions import versions
+from tl_edgeprune.utils.writing import write_whole
 
 FORMAT = 1
 KIND = "tl_edgeprune circuit"

@@ -26,7 +26,7 @@ from tl_edgeprune.commands.resume import resume
 from tl_edgeprune.commands.run_folder import COMMAND_LINE
 from tl_edgeprune.commands.show import show
 from tl_edgeprune.commands.told import error_json
-from tl_edgeprune.versions import __version__
+from tl_edgeprune.utils.versions import __version__
 
 NAME = "tl-edgeprune"
 COMMANDS = (prune, resume, evaluate, discover, compare, show, tasks, models, methods, plan, demo)

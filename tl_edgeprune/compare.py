@@ -23,16 +23,16 @@ from tqdm.auto import tqdm
 from tl_edgeprune.circuit import Circuit, check_budget
 from tl_edgeprune.comparison import FIGURES, Comparison, Row
 from tl_edgeprune.comparison_folder import Folder, Found, Run
-from tl_edgeprune.cost import Cost, measured
 from tl_edgeprune.evaluate import Evaluation, evaluate_all
 from tl_edgeprune.graph import EdgeGraph
-from tl_edgeprune.locks import held
 from tl_edgeprune.masked import check_ablation
 from tl_edgeprune.methods import registry
-from tl_edgeprune.nearest import did_you_mean
 from tl_edgeprune.prompts import check_tokens
 from tl_edgeprune.scores import EdgeScores
 from tl_edgeprune.tasks.task import Batch, Task, prompts_differ
+from tl_edgeprune.utils.locks import held
+from tl_edgeprune.utils.profiling import Cost, measured
+from tl_edgeprune.utils.suggest import did_you_mean
 
 METHODS = ("edge-pruning", "eap", "eap-ig", "mask-ig", "random")
 EDGE_PRUNING = "edge-pruning"

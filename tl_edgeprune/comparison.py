@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tl_edgeprune.circuit import Circuit
-from tl_edgeprune.lazy import late
 from tl_edgeprune.scores import EdgeScores
+from tl_edgeprune.utils.lazy import late
 
 FIGURES = (
     *("n_edges", "n_alive", "kl", "mse", "logit_diff", "recovered", "faithfulness"),

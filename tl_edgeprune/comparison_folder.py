@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tl_edgeprune.circuit import Circuit
-from tl_edgeprune.cost import Cost
 from tl_edgeprune.evaluate import Evaluation
-from tl_edgeprune.files import write_whole
 from tl_edgeprune.identities import of_setting, of_task, of_weights
 from tl_edgeprune.scores import EdgeScores
-from tl_edgeprune.strangers import damaged, of_kind, read_json
 from tl_edgeprune.tasks.task import Task
-from tl_edgeprune.versions import versions
+from tl_edgeprune.utils.profiling import Cost
+from tl_edgeprune.utils.reading import damaged, of_kind, read_json
+from tl_edgeprune.utils.versions import versions
+from tl_edgeprune.utils.writing import write_whole
 
 FORMAT = 1
 KIND = "tl_edgeprune comparison"

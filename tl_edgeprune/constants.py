@@ -15,11 +15,11 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from tl_edgeprune.ablation import Reference, constant_reference
-from tl_edgeprune.files import write_whole
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.hooks import Sites
-from tl_edgeprune.strangers import damaged, of_kind
-from tl_edgeprune.tensor_files import floats, read_tensors
+from tl_edgeprune.utils.reading import damaged, of_kind
+from tl_edgeprune.utils.tensor_files import floats, read_tensors
+from tl_edgeprune.utils.writing import write_whole
 
 FORMAT = 1
 KIND = "tl_edgeprune constants"

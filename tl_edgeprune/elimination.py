@@ -39,10 +39,10 @@ from tl_edgeprune.methods.saved import Saved, saving
 from tl_edgeprune.objectives import Objective, find_objective
 from tl_edgeprune.prompts import check_tokens
 from tl_edgeprune.scores import EdgeScores
-from tl_edgeprune.strangers import of_kind
 from tl_edgeprune.sweep import ablation_of, check_origin
 from tl_edgeprune.tasks.task import Task
 from tl_edgeprune.teacher import Teacher
+from tl_edgeprune.utils.reading import of_kind
 from tl_edgeprune.whole_cuts import WholeCuts
 
 LOOKED_AT, AT_LEAST = 3, 8

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tl_edgeprune.files import write_whole
-from tl_edgeprune.lazy import late
-from tl_edgeprune.strangers import damaged, of_format, of_kind, read_json
+from tl_edgeprune.utils.lazy import late
+from tl_edgeprune.utils.reading import damaged, of_format, of_kind, read_json
+from tl_edgeprune.utils.writing import write_whole
 
 FORMAT = 1
 KIND = "tl_edgeprune explanation"
@@ -20,7 +20,7 @@ COLUMNS: tuple[str, ...] = ("edge", "source", "destination", "kind", "rise", "di
 COLUMNS += ("carries", "attends", "source_attends")
 PATTERN_COLUMNS = ("head", "length", "n_pairs", "read", "position", "token", "weight")
 Row = dict[str, Any]
-_whole_frame = late("tl_edgeprune.frames", "WholeFrame")
+_whole_frame = late("tl_edgeprune.utils.dataframe", "WholeFrame")
 
 
 @dataclass(frozen=True, repr=False)

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
-from tl_edgeprune.lazy import late
+from tl_edgeprune.utils.lazy import late
 
 MOST_EDGES, MOST_DESTINATIONS = 2**26, 2**20
 """Of a graph that a file describes. A Llama of 70 B parameters has 2**24 edges."""

@@ -42,10 +42,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_edgeprune.files import write_whole
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.positions import refuse_spans
-from tl_edgeprune.strangers import check_file, damaged, first_line, read_json
+from tl_edgeprune.utils.reading import check_file, damaged, first_line, read_json
+from tl_edgeprune.utils.writing import write_whole
 
 SHARED = ("same", "sum", "mean")
 FOLDED = ("same", "all", "any")

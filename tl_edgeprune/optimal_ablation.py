@@ -22,7 +22,6 @@ from tqdm.auto import tqdm
 
 from tl_edgeprune.circuit import Circuit
 from tl_edgeprune.constants import Constants
-from tl_edgeprune.grad_mode import needs_gradients
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.learned_constants import LearnedConstants
 from tl_edgeprune.masked import MaskedModel
@@ -31,6 +30,7 @@ from tl_edgeprune.positions import task_for
 from tl_edgeprune.prompts import check_tokens
 from tl_edgeprune.tasks.task import Batch, Task
 from tl_edgeprune.teacher import Teacher
+from tl_edgeprune.utils.grad_mode import needs_gradients
 
 
 @needs_gradients("optimal_constants")

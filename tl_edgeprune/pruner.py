@@ -28,11 +28,9 @@ from torch import Tensor
 from tl_edgeprune.circuit import Circuit, check_budget
 from tl_edgeprune.constants import Constants
 from tl_edgeprune.distributed import Ranks
-from tl_edgeprune.grad_mode import needs_gradients
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.hooks import find_sites, model_kind
 from tl_edgeprune.identities import of_weights
-from tl_edgeprune.locks import held_file
 from tl_edgeprune.masked import MaskedModel, check_ablation
 from tl_edgeprune.masks import (
     Lagrangian,
@@ -49,6 +47,8 @@ from tl_edgeprune.settings import Optimizer, PrunerSettings
 from tl_edgeprune.tasks.stream import AnyTask, checked, sample
 from tl_edgeprune.tasks.task import Task
 from tl_edgeprune.training import History, Training
+from tl_edgeprune.utils.grad_mode import needs_gradients
+from tl_edgeprune.utils.locks import held_file
 
 
 @dataclass(frozen=True, repr=False)

@@ -22,12 +22,12 @@ from torch import Tensor
 
 from tl_edgeprune.circuit import Circuit, check_budget, check_scores
 from tl_edgeprune.counts import edge_counts, longest_run
-from tl_edgeprune.files import write_whole
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.interchange import read_scores, write_scores
-from tl_edgeprune.strangers import AGAIN, damaged, of_format, of_kind
-from tl_edgeprune.tensor_files import floats, read_tensors
-from tl_edgeprune.versions import versions
+from tl_edgeprune.utils.reading import AGAIN, damaged, of_format, of_kind
+from tl_edgeprune.utils.tensor_files import floats, read_tensors
+from tl_edgeprune.utils.versions import versions
+from tl_edgeprune.utils.writing import write_whole
 
 FORMAT = 1
 KIND = "tl_edgeprune scores"

@@ -40,9 +40,9 @@ from tl_edgeprune.objectives import losses as losses_of
 from tl_edgeprune.positions import any_task_for
 from tl_edgeprune.scores import EdgeScores
 from tl_edgeprune.settings import PrunerSettings
-from tl_edgeprune.strangers import damaged, of_kind
 from tl_edgeprune.tasks.stream import AnyTask, sample
 from tl_edgeprune.teacher import Teacher
+from tl_edgeprune.utils.reading import damaged, of_kind
 
 History = list[dict[str, float | int]]
 HISTORY = ("step", "loss", "edges", "target", "seconds")

@@ -15,8 +15,8 @@ from typing import Annotated, Any
 
 import typer
 
-from tl_edgeprune.nearest import did_you_mean
-from tl_edgeprune.strangers import read_text
+from tl_edgeprune.utils.reading import read_text
+from tl_edgeprune.utils.suggest import did_you_mean
 
 NOT_IN_FILES = ("config", "help")
 MOST_BYTES, MOST_VALUES = 2**20, 10_000

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from tl_edgeprune.commands.named import checked
-from tl_edgeprune.nearest import did_you_mean
-from tl_edgeprune.strangers import of_kind
+from tl_edgeprune.utils.reading import of_kind
+from tl_edgeprune.utils.suggest import did_you_mean
 
 PAIRS, HELD_OUT = 256, 0.25
 DTYPES, CLASSES = ("float32", "bfloat16", "float16"), ("bridge", "hooked")

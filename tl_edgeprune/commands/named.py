@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tl_edgeprune.nearest import did_you_mean
+from tl_edgeprune.utils.suggest import did_you_mean
 
 
 def parsed(option: str, texts: Iterable[str]) -> dict[str, Any]:

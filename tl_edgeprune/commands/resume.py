@@ -29,7 +29,7 @@ def resume(
 
     Example: tl-edgeprune resume runs/ioi
     """
-    from tl_edgeprune.versions import versions
+    from tl_edgeprune.utils.versions import versions
 
     run = Run.read(folder)
     _check_unfinished(folder, run)

@@ -16,8 +16,8 @@ from typing import Any
 
 from tl_edgeprune.commands.inputs import Inputs
 from tl_edgeprune.commands.told import MISTAKES
-from tl_edgeprune.files import write_whole
-from tl_edgeprune.strangers import damaged, of_kind, read_json
+from tl_edgeprune.utils.reading import damaged, of_kind, read_json
+from tl_edgeprune.utils.writing import write_whole
 
 FORMAT, KIND = 1, "tl_edgeprune run"
 AGAIN = "If its version is another, or it cannot be repaired, start the run in another folder."
@@ -47,7 +47,7 @@ class Run:
 
     @classmethod
     def new(cls, command: str, inputs: Inputs, settings: dict[str, Any]) -> Run:
-        from tl_edgeprune.versions import versions
+        from tl_edgeprune.utils.versions import versions
 
         return cls(command, inputs, settings, versions(), COMMAND_LINE.get())
 

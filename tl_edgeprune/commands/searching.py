@@ -12,11 +12,11 @@ from tl_edgeprune.commands.found import circuit_of, judged, write
 from tl_edgeprune.commands.method_settings import method_settings
 from tl_edgeprune.commands.run_folder import AGAIN, CHECKPOINT, SETTINGS, Run
 from tl_edgeprune.graph import EdgeGraph
-from tl_edgeprune.locks import held
 from tl_edgeprune.methods.registry import checkpointed, discover, settings_of
 from tl_edgeprune.positions import graph_at
-from tl_edgeprune.strangers import damaged, of_kind
 from tl_edgeprune.tasks import Task
+from tl_edgeprune.utils.locks import held
+from tl_edgeprune.utils.reading import damaged, of_kind
 
 
 def search_in(folder: Path, run: Run, *, new: bool, as_json: bool, progress: bool = True) -> None:

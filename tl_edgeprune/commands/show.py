@@ -9,8 +9,8 @@ import typer
 
 from tl_edgeprune.commands.run_folder import EVALUATION
 from tl_edgeprune.commands.told import told
-from tl_edgeprune.files import write_whole
-from tl_edgeprune.strangers import damaged, of_kind, read_json
+from tl_edgeprune.utils.reading import damaged, of_kind, read_json
+from tl_edgeprune.utils.writing import write_whole
 
 
 @told

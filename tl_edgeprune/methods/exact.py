@@ -26,10 +26,10 @@ from tl_edgeprune.objectives import Objective, find_objective
 from tl_edgeprune.positions import graph_at
 from tl_edgeprune.prompts import check_tokens
 from tl_edgeprune.scores import EdgeScores
-from tl_edgeprune.strangers import of_kind
 from tl_edgeprune.tasks.task import Task
 from tl_edgeprune.teacher import BAR_AFTER, Teacher
-from tl_edgeprune.tensor_files import floats
+from tl_edgeprune.utils.reading import of_kind
+from tl_edgeprune.utils.tensor_files import floats
 from tl_edgeprune.whole_cuts import WholeCuts
 
 

@@ -20,7 +20,6 @@ from torch import Tensor
 from tl_edgeprune.chance import ChanceWatch
 from tl_edgeprune.constants import Ablation
 from tl_edgeprune.forward import Held
-from tl_edgeprune.grad_mode import with_gradients
 from tl_edgeprune.graph import EdgeGraph
 from tl_edgeprune.hooks import is_folded
 from tl_edgeprune.masked import MaskedModel
@@ -40,6 +39,7 @@ from tl_edgeprune.prompts import check_tokens
 from tl_edgeprune.scores import EdgeScores
 from tl_edgeprune.tasks.task import Task
 from tl_edgeprune.teacher import Lesson, Teacher
+from tl_edgeprune.utils.grad_mode import with_gradients
 
 
 class Point(NamedTuple):

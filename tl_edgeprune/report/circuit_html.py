@@ -20,10 +20,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_edgeprune.circuit import Circuit
-from tl_edgeprune.files import write_whole
 from tl_edgeprune.report.document import Page, page_of
 from tl_edgeprune.report.readable import title_of
 from tl_edgeprune.scores import EdgeScores
+from tl_edgeprune.utils.writing import write_whole
 
 SCRIPTS = ("model", "scene", "camera", "pointer", "panel", "charts", "tools", "save", "main")
 PICTURES = (".png", ".svg", ".pdf")

@@ -13,8 +13,8 @@ from matplotlib import style
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from tl_edgeprune.files import write_whole
 from tl_edgeprune.report.palette import FAINT, INK, MUTED, SERIES
+from tl_edgeprune.utils.writing import write_whole
 
 FORMATS = ("png", "svg", "pdf")
 

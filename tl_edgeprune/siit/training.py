@@ -26,9 +26,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
-from tl_edgeprune.grad_mode import needs_gradients
 from tl_edgeprune.siit.causal import CausalModel
 from tl_edgeprune.siit.network import State, fresh_weights, run
+from tl_edgeprune.utils.grad_mode import needs_gradients
 
 SWAPS = (0.35, 0.3, 0.2, 0.15)  # none, one read, one variable's, any set
 CUTS = (0.25, 0.5, 0.25)  # none, any share, all

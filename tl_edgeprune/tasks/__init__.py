@@ -15,7 +15,6 @@ from typing import Any
 
 from torch import nn
 
-from tl_edgeprune.nearest import did_you_mean
 from tl_edgeprune.tasks import (  # noqa: F401  (they register themselves)
     arithmetic,
     boolean_expressions,
@@ -45,6 +44,7 @@ from tl_edgeprune.tasks.solved import keep_solved, solved
 from tl_edgeprune.tasks.stream import TaskStream
 from tl_edgeprune.tasks.tables import from_hf_dataset, from_pandas
 from tl_edgeprune.tasks.task import Batch, Task
+from tl_edgeprune.utils.suggest import did_you_mean
 
 __all__ = [
     "Batch",

@@ -31,7 +31,6 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from tl_edgeprune.graph import check_span_names
-from tl_edgeprune.strangers import parse_json, read_text
 from tl_edgeprune.tasks.task import SET_FIELDS, Task, lay_out_spans
 from tl_edgeprune.tasks.tokens import (
     answer_in_context,
@@ -39,6 +38,7 @@ from tl_edgeprune.tasks.tokens import (
     resolve_prepend_bos,
     tokenizer_of,
 )
+from tl_edgeprune.utils.reading import parse_json, read_text
 
 OPEN, CLOSE = "<predict>", "</predict>"
 

@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from tl_edgeprune.strangers import check_file
 from tl_edgeprune.tasks.jsonl import encode_pair, record_of, task_of
 from tl_edgeprune.tasks.stream import CHUNK_SIZE, TaskStream
 from tl_edgeprune.tasks.task import Task
 from tl_edgeprune.tasks.tokens import resolve_prepend_bos, tokenizer_of
+from tl_edgeprune.utils.reading import check_file
 
 MOST_BYTES = 2**24  # of a line, which is held whole
 

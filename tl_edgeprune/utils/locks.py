@@ -9,7 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from tl_edgeprune.files import clear_leftovers
+from tl_edgeprune.utils.writing import clear_leftovers
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tl_edgeprune.strangers import WRONG, AnyPath, check_file, first_line, parse_json
+from tl_edgeprune.utils.reading import WRONG, AnyPath, check_file, first_line, parse_json
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 AnyPath = str | os.PathLike[str]
-
 MOST_BYTES = 2**29  # of text; JSON takes some ten times its size in memory
 MOST_DEPTH = 100  # of lists and tables in one another
 AGAIN = ": save it again with the version that wrote it"
