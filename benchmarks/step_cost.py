@@ -24,7 +24,7 @@ import torch
 from shapes import BATCH, KINDS, POS, available, load, prompts
 from timing import plain_step, seconds
 
-from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.recompute import RecomputedModel
 

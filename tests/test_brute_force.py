@@ -10,7 +10,7 @@ import pytest
 import torch
 import zoo
 
-from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.graph.edge_graph import EdgeGraph
 
 CASES = [
     pytest.param(name, dtype, id=f"{name}-{str(dtype).removeprefix('torch.')}")

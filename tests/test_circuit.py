@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import tl_edgeprune
 from tl_edgeprune.circuit import Circuit
-from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.scores import EdgeScores
 
 GRAPHS = {

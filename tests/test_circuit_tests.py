@@ -31,7 +31,7 @@ from tl_edgeprune.circuit_tests import (
     random_path,
     sign_test,
 )
-from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.graph.edge_graph import EdgeGraph
 
 GRAPH = EdgeGraph(n_layers=2, n_heads=2, n_kv_heads=1)
 # reverse has twice the edges, and is a slow one

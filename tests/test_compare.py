@@ -16,7 +16,7 @@ import zoo
 
 from tl_edgeprune import Circuit, Comparison, EdgePruner, compare, discover, evaluate, models, tasks
 from tl_edgeprune.comparison import COLUMNS
-from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.methods import registry, saved
 from tl_edgeprune.objectives import kl
 from tl_edgeprune.report import plot_comparison

@@ -16,7 +16,7 @@ from tl_edgeprune.ablation import ABLATIONS
 from tl_edgeprune.cuts import find_cuts
 from tl_edgeprune.elimination import single_cuts
 from tl_edgeprune.evaluate import evaluate_all
-from tl_edgeprune.leads import leading_edges
+from tl_edgeprune.graph.reachability import leading_edges
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.methods import saved as saved_state
 from tl_edgeprune.objectives import kl

@@ -21,7 +21,7 @@ from tl_edgeprune.faithfulness import (
     mib_faithfulness,
     top_masks,
 )
-from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.scores import EdgeScores
 
 GROUPED = EdgeGraph(n_layers=2, n_heads=4, n_kv_heads=2)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.graph.edge_graph import EdgeGraph
 
 GPT2_SMALL = EdgeGraph(n_layers=12, n_heads=12, n_kv_heads=12)
 SMOLLM2 = EdgeGraph(n_layers=30, n_heads=9, n_kv_heads=3)

@@ -20,8 +20,8 @@ from test_circuit import GRAPHS, random_circuit, seeds, shares
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 
 from tl_edgeprune import Circuit, EdgeScores, discover, mib_faithfulness
-from tl_edgeprune.counts import edge_counts
-from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.graph.edge_counts import edge_counts
+from tl_edgeprune.graph.edge_graph import EdgeGraph
 
 HELD = {
     name: graph for name, graph in GRAPHS.items() if graph.has_mlp and not graph.split_embeddings

@@ -8,7 +8,7 @@ import torch
 from tl_edgeprune import models, tasks
 from tl_edgeprune.circuit import Circuit
 from tl_edgeprune.evaluate import evaluate
-from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.knockouts import (
     Completeness,
     Knockout,

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 from tl_edgeprune.circuit import Circuit
-from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.scores import EdgeScores
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright (extra: test)")

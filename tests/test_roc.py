@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tl_edgeprune.circuit import Circuit
-from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.roc import node_scores, precision_recall, roc, roc_of
 from tl_edgeprune.scores import EdgeScores
 

@@ -17,7 +17,7 @@ from test_circuit import GRAPHS, graphs, heads_behind, seeds
 
 from tl_edgeprune import Circuit, EdgeScores, discover
 from tl_edgeprune.checkpoints import save as save_checkpoint
-from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.graph.edge_graph import EdgeGraph
 
 GRAPH = GRAPHS["grouped"]
 SMOLLM2 = EdgeGraph(30, 9, 3)

@@ -45,7 +45,7 @@ from tl_edgeprune.commands.show import _figures
 from tl_edgeprune.comparison_folder import Folder, Run
 from tl_edgeprune.evaluate import Evaluation
 from tl_edgeprune.explanation import COLUMNS, PATTERN_COLUMNS
-from tl_edgeprune.graph import MOST_EDGES
+from tl_edgeprune.graph.edge_graph import MOST_EDGES
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.methods import acdc, exact, totals
 from tl_edgeprune.methods.saved import Saved
@@ -439,9 +439,9 @@ def test_the_size_of_a_graph_is_known_from_its_fields(
 ) -> None:
     """`_check_size` counts edges by a formula: it is exact."""
     graph = EdgeGraph(5, 4, 2, has_mlp, parallel, split_embeddings=embeddings, spans=("a", "b"))
-    monkeypatch.setattr("tl_edgeprune.graph.MOST_EDGES", graph.n_edges)
+    monkeypatch.setattr("tl_edgeprune.graph.edge_graph.MOST_EDGES", graph.n_edges)
     assert EdgeGraph.from_dict(graph.to_dict()) == graph
-    monkeypatch.setattr("tl_edgeprune.graph.MOST_EDGES", graph.n_edges - 1)
+    monkeypatch.setattr("tl_edgeprune.graph.edge_graph.MOST_EDGES", graph.n_edges - 1)
     with pytest.raises(ValueError, match="no file may"):
         EdgeGraph.from_dict(graph.to_dict())
 

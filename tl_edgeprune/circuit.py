@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.interchange import read_circuit, write_circuit
 from tl_edgeprune.networks import to_networkx
 from tl_edgeprune.utils.lazy import late

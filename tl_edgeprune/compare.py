@@ -24,7 +24,7 @@ from tl_edgeprune.circuit import Circuit, check_budget
 from tl_edgeprune.comparison import FIGURES, Comparison, Row
 from tl_edgeprune.comparison_folder import Folder, Found, Run
 from tl_edgeprune.evaluate import Evaluation, evaluate_all
-from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.masked import check_ablation
 from tl_edgeprune.methods import registry
 from tl_edgeprune.prompts import check_tokens

@@ -15,7 +15,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from tl_edgeprune.ablation import Reference, constant_reference
-from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.hooks import Sites
 from tl_edgeprune.utils.reading import damaged, of_kind
 from tl_edgeprune.utils.tensor_files import floats, read_tensors

@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 from tl_edgeprune.circuit import Circuit
 from tl_edgeprune.constants import Ablation
 from tl_edgeprune.cuts import find_cuts
-from tl_edgeprune.leads import leading_edges
+from tl_edgeprune.graph.reachability import leading_edges
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.methods.bisect import GRADIENT_RUNS
 from tl_edgeprune.methods.gradients import at, origin, path_scores

@@ -24,7 +24,8 @@ from tl_edgeprune.constants import Ablation
 from tl_edgeprune.cuts import find_cuts
 from tl_edgeprune.explanation import Explanation, Row
 from tl_edgeprune.forward import fitting
-from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.graph.edge_graph import EdgeGraph
+from tl_edgeprune.graph.names import kind_of
 from tl_edgeprune.hooks import attached
 from tl_edgeprune.lens import Score, answer_direction, answer_score
 from tl_edgeprune.masked import MaskedModel
@@ -32,7 +33,6 @@ from tl_edgeprune.methods.exact import each_rise
 from tl_edgeprune.methods.gradients import origin
 from tl_edgeprune.objectives import Objective, find_objective
 from tl_edgeprune.prompts import check_tokens
-from tl_edgeprune.report.names import kind_of
 from tl_edgeprune.slots import Layout, Slots
 from tl_edgeprune.sweep import ablation_of, check_origin
 from tl_edgeprune.tasks.task import Task

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from tl_edgeprune.circuit import Circuit
 from tl_edgeprune.constants import Ablation
-from tl_edgeprune.counts import edge_counts, longest_run
+from tl_edgeprune.graph.edge_counts import edge_counts, longest_run
 from tl_edgeprune.measures import find_measure
 from tl_edgeprune.objectives import Objective
 from tl_edgeprune.scores import EdgeScores

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from tl_edgeprune.ablation import Reference
-from tl_edgeprune.ends import edge_ends
-from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.graph.edge_graph import EdgeGraph
+from tl_edgeprune.graph.edge_indices import edge_ends
 from tl_edgeprune.hooks import Sites
 
 

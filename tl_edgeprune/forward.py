@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tl_edgeprune import ablation as ablations
 from tl_edgeprune.ablation import Reference
-from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.hooks import Sites
 from tl_edgeprune.neuron_gates import NeuronGates
 from tl_edgeprune.projections import project

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tl_edgeprune.circuit import Circuit
 from tl_edgeprune.constants import Ablation
-from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.hooks import AttentionSite, find_sites
 from tl_edgeprune.methods.exact import exact
 from tl_edgeprune.objectives import Objective

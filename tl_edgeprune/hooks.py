@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_edgeprune import shards
-from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.norms import Norm, identity, inverse_rms, norm_function, weight_is_offset
 from tl_edgeprune.refusals import refuse_class, refuse_unsupported
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from tl_edgeprune.constants import Constants
-from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.hooks import all_parameters
 from tl_edgeprune.scores import EdgeScores
 from tl_edgeprune.shards import is_sharded

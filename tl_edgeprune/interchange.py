@@ -42,8 +42,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_edgeprune.graph import EdgeGraph
-from tl_edgeprune.positions import refuse_spans
+from tl_edgeprune.graph.edge_graph import EdgeGraph
+from tl_edgeprune.graph.spans import refuse_spans
 from tl_edgeprune.utils.reading import check_file, damaged, first_line, read_json
 from tl_edgeprune.utils.writing import write_whole
 

@@ -29,7 +29,7 @@ from tl_edgeprune.ablation import Reference
 from tl_edgeprune.constants import OPTIMAL, Ablation, Constants
 from tl_edgeprune.first_look import check_neurons_once, check_once, hidden_shape
 from tl_edgeprune.forward import Forward, Held, Inputs
-from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.hooks import (
     Hook,
     Sites,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from tl_edgeprune.graph import EdgeGraph
-from tl_edgeprune.positions import refuse_spans
+from tl_edgeprune.graph.edge_graph import EdgeGraph
+from tl_edgeprune.graph.spans import refuse_spans
 
 
 def to_networkx(graph: EdgeGraph, edges: Iterable[str]) -> Any:

@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from tl_edgeprune.constants import OPTIMAL
-from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.utils.reading import damaged, of_format, of_kind, read_json
 from tl_edgeprune.utils.versions import versions
 from tl_edgeprune.utils.writing import write_whole

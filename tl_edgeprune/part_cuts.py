@@ -26,7 +26,7 @@ from torch import Tensor
 from tl_edgeprune.ablation import Reference
 from tl_edgeprune.blocks import Blocks
 from tl_edgeprune.forward import fitting
-from tl_edgeprune.graph import Read
+from tl_edgeprune.graph.edge_graph import Read
 from tl_edgeprune.hooks import AttentionSite
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.objectives import Objective, losses

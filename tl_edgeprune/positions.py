@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.tasks.stream import AnyTask, sample
 from tl_edgeprune.tasks.task import Task
 
@@ -100,16 +100,6 @@ def any_task_for(task: AnyTask, graph: EdgeGraph) -> AnyTask:
         return task_for(task, graph)
     read = task.read
     return replace(task, read=lambda places: task_for(read(places), graph))
-
-
-def refuse_spans(graph: EdgeGraph | None, what: str) -> None:
-    """Raise ValueError for a graph with spans."""
-    if graph is not None and graph.spans:
-        raise ValueError(
-            f"{what} takes edges that are the same at every position, and this graph's have masks "
-            f"of their own in spans ({', '.join(graph.spans[:8])}): use a graph without "
-            "(graph.at(()))."
-        )
 
 
 def _named(task: Task) -> tuple[str, ...]:

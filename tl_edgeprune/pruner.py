@@ -28,7 +28,7 @@ from torch import Tensor
 from tl_edgeprune.circuit import Circuit, check_budget
 from tl_edgeprune.constants import Constants
 from tl_edgeprune.distributed import Ranks
-from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.hooks import find_sites, model_kind
 from tl_edgeprune.identities import of_weights
 from tl_edgeprune.masked import MaskedModel, check_ablation

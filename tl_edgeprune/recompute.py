@@ -36,7 +36,7 @@ from tl_edgeprune.ablation import Reference
 from tl_edgeprune.blocks import Blocks
 from tl_edgeprune.first_look import probe_tokens, relative, tolerance
 from tl_edgeprune.forward import Held, checked_positions, fitting
-from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.hooks import AttentionSite, Sites
 from tl_edgeprune.masked import MaskedModel, check_mask
 from tl_edgeprune.neurons import Neurons

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_edgeprune.ends import edge_ends
-from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.graph.edge_graph import EdgeGraph
+from tl_edgeprune.graph.edge_indices import edge_ends
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from tl_edgeprune.evaluate import Evaluation, evaluate
 from tl_edgeprune.explain import explain
 from tl_edgeprune.explanation import Explanation
 from tl_edgeprune.faithfulness import FaithfulnessCurve, faithfulness_curve, mib_faithfulness
-from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.ground_truth import necessary_edges, possible_edges
 from tl_edgeprune.knockouts import Completeness, Minimality, completeness, minimality
 from tl_edgeprune.masked import masked

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from tl_edgeprune.chance import ChanceWatch
 from tl_edgeprune.circuit import several
 from tl_edgeprune.constants import Ablation
-from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.hooks import is_folded
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.neurons import Neurons

@@ -22,7 +22,7 @@ from tl_edgeprune.commands.lengths import Lengths, prompt_lengths
 from tl_edgeprune.commands.options import BYTES
 from tl_edgeprune.commands.run_folder import Run
 from tl_edgeprune.commands.shapes import shape_of
-from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.methods.registry import TRAINED, parameters_of
 from tl_edgeprune.planner import (
     Floor,

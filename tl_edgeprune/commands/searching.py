@@ -11,7 +11,7 @@ from tl_edgeprune.circuit import check_budget
 from tl_edgeprune.commands.found import circuit_of, judged, write
 from tl_edgeprune.commands.method_settings import method_settings
 from tl_edgeprune.commands.run_folder import AGAIN, CHECKPOINT, SETTINGS, Run
-from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.methods.registry import checkpointed, discover, settings_of
 from tl_edgeprune.positions import graph_at
 from tl_edgeprune.tasks import Task

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from tl_edgeprune.constants import Ablation
 from tl_edgeprune.cuts import find_cuts
-from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.methods.gradients import origin
 from tl_edgeprune.methods.saved import Saved, saving

@@ -20,7 +20,7 @@ from torch import Tensor
 from tl_edgeprune.chance import ChanceWatch
 from tl_edgeprune.constants import Ablation
 from tl_edgeprune.forward import Held
-from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.hooks import is_folded
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.methods.saved import UNSAVED, Saved, saving

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from tl_edgeprune.constants import Ablation
-from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.hooks import Hook, attached
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.methods.eap import whole

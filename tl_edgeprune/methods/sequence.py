@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_edgeprune.leads import leading
+from tl_edgeprune.graph.reachability import leading
 from tl_edgeprune.whole_cuts import WholeCuts
 
 RECENT = 16  # decisions that the guess of the next ones rests on

@@ -17,6 +17,7 @@ from matplotlib.patches import FancyBboxPatch
 from matplotlib.path import Path
 
 from tl_edgeprune.circuit import Circuit
+from tl_edgeprune.graph.names import KIND_LABELS, KINDS
 from tl_edgeprune.report.figures import saved_figure
 from tl_edgeprune.report.layout import (
     FONT_SIZE,
@@ -27,7 +28,6 @@ from tl_edgeprune.report.layout import (
     Layout,
     circuit_layout,
 )
-from tl_edgeprune.report.names import KIND_LABELS, KINDS
 from tl_edgeprune.report.palette import (
     FAINT,
     INK,

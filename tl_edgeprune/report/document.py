@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_edgeprune.circuit import Circuit, check_scores
+from tl_edgeprune.graph.names import KIND_LABELS, KINDS
 from tl_edgeprune.report.curves import curves_of, thinned
 from tl_edgeprune.report.layout import (
     FONT_SIZE,
@@ -26,7 +27,6 @@ from tl_edgeprune.report.layout import (
     Layout,
     circuit_layout,
 )
-from tl_edgeprune.report.names import KIND_LABELS, KINDS
 from tl_edgeprune.report.readable import (
     Lines,
     measure_lines,

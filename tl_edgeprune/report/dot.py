@@ -7,8 +7,8 @@ group's key-value node to the heads that read from it.
 from __future__ import annotations
 
 from tl_edgeprune.circuit import Circuit
+from tl_edgeprune.graph.names import Node
 from tl_edgeprune.report.layout import circuit_layout
-from tl_edgeprune.report.names import Node
 from tl_edgeprune.report.palette import KIND_COLORS
 from tl_edgeprune.report.readable import title_of
 

@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from tl_edgeprune.circuit import Circuit
-from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.report.figures import saved_figure
 from tl_edgeprune.scores import EdgeScores
 

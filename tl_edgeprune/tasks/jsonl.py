@@ -30,7 +30,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from tl_edgeprune.graph import check_span_names
+from tl_edgeprune.graph.names import check_span_names
 from tl_edgeprune.tasks.task import SET_FIELDS, Task, lay_out_spans
 from tl_edgeprune.tasks.tokens import (
     answer_in_context,

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from tl_edgeprune.graph import check_span_names
+from tl_edgeprune.graph.names import check_span_names
 
 Tokens = Sequence[Int[Tensor, " _pos"]]
 PAIR_FIELDS = ("clean", "corrupted", "positions", "answers", "distractors")

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from tl_edgeprune.graph import EdgeGraph, Read
+from tl_edgeprune.graph.edge_graph import EdgeGraph, Read
 
 
 def lead_to_logits(graph: EdgeGraph, mask: Bool[Tensor, " edge"]) -> Bool[Tensor, "source span"]:

@@ -14,20 +14,17 @@ benchmark.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
+from tl_edgeprune.graph.names import MOST_LETTERS, _nearest, check_span_names
 from tl_edgeprune.utils.lazy import late
 
 MOST_EDGES, MOST_DESTINATIONS = 2**26, 2**20
 """Of a graph that a file describes. A Llama of 70 B parameters has 2**24 edges."""
-MOST_LETTERS, MOST_NAMES = 200, 20_000  # of what nearest names are looked for, and among
-
-
 _graph_of = late("tl_edgeprune.hooks", "graph_of")
 
 
@@ -336,16 +333,6 @@ class EdgeGraph:
         return graph
 
 
-def check_span_names(spans: tuple[str, ...]) -> None:
-    """Raise ValueError for names that edges could not be told apart by."""
-    bad = [name for name in spans if not isinstance(name, str) or not _SPAN_NAME.fullmatch(name)]
-    if bad or len(set(spans)) < len(spans):
-        raise ValueError(
-            f"spans {', '.join(map(repr, bad or spans))}: expected names that differ, of letters, "
-            "digits and any of +-_.', 100 at most (as in a0.h3->a5.h2<q>@S1+1)."
-        )
-
-
 def _fits(name: str, value: Any) -> bool:
     """Whether a field of a file has the type of the graph's."""
     if name == "spans":
@@ -366,12 +353,3 @@ def _check_size(graph: EdgeGraph) -> None:
             f"it says a graph of more than {MOST_EDGES:,} edges or {MOST_DESTINATIONS:,} "
             "destinations, which no file may"
         )
-
-
-_SPAN_NAME = re.compile(r"[\w+\-.']{1,100}")
-
-
-def _nearest(name: str, known: tuple[str, ...]) -> list[str]:
-    if len(name) > MOST_LETTERS or len(known) > MOST_NAMES:
-        return [name] if name in known else []
-    return [name] if name in known else difflib.get_close_matches(name, known, n=3, cutoff=0.4)

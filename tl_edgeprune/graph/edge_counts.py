@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from tl_edgeprune.ends import edge_ends
-from tl_edgeprune.graph import EdgeGraph
+from tl_edgeprune.graph.edge_graph import EdgeGraph
+from tl_edgeprune.graph.edge_indices import edge_ends
 
 CONVENTIONS = ("graph", "mib")
 

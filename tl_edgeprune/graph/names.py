@@ -6,6 +6,7 @@ position (the span) S2, where both ends then are.
 
 from __future__ import annotations
 
+import difflib
 import re
 from typing import NamedTuple
 
@@ -18,7 +19,6 @@ KIND_LABELS = {
     "mlp": "MLP",
     "logits": "logits",
 }
-
 _NODE = re.compile(
     r"a(?P<head_layer>\d+)\.(?P<part>h|kv)(?P<index>\d+)"
     r"|m(?P<mlp_layer>\d+)"
@@ -88,3 +88,25 @@ def parse_edge(name: str) -> Edge:
         return Edge(name, source, destination, kind)
     start = source if "@" in source else f"{source}@{span}"
     return Edge(name, start, f"{destination}@{span}", kind)
+
+
+MOST_LETTERS, MOST_NAMES = 200, 20_000  # of what nearest names are looked for, and among
+
+
+def check_span_names(spans: tuple[str, ...]) -> None:
+    """Raise ValueError for names that edges could not be told apart by."""
+    bad = [name for name in spans if not isinstance(name, str) or not _SPAN_NAME.fullmatch(name)]
+    if bad or len(set(spans)) < len(spans):
+        raise ValueError(
+            f"spans {', '.join(map(repr, bad or spans))}: expected names that differ, of letters, "
+            "digits and any of +-_.', 100 at most (as in a0.h3->a5.h2<q>@S1+1)."
+        )
+
+
+_SPAN_NAME = re.compile(r"[\w+\-.']{1,100}")
+
+
+def _nearest(name: str, known: tuple[str, ...]) -> list[str]:
+    if len(name) > MOST_LETTERS or len(known) > MOST_NAMES:
+        return [name] if name in known else []
+    return [name] if name in known else difflib.get_close_matches(name, known, n=3, cutoff=0.4)
