@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tl_edgeprune
-from tl_edgeprune.circuit import Circuit
+from tl_edgeprune.circuits.circuit import Circuit
+from tl_edgeprune.circuits.scores import EdgeScores
 from tl_edgeprune.graph.edge_graph import EdgeGraph
-from tl_edgeprune.scores import EdgeScores
 
 GRAPHS = {
     "plain": EdgeGraph(2, 2, 2),

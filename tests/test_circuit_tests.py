@@ -15,7 +15,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tl_edgeprune import evaluate, models, tasks
-from tl_edgeprune.circuit import Circuit
 from tl_edgeprune.circuit_tests import (
     EquivalenceTest,
     IndependenceTest,
@@ -31,6 +30,7 @@ from tl_edgeprune.circuit_tests import (
     random_path,
     sign_test,
 )
+from tl_edgeprune.circuits.circuit import Circuit
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 
 GRAPH = EdgeGraph(n_layers=2, n_heads=2, n_kv_heads=1)

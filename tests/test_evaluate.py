@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tl_edgeprune import EdgePruner, explain, minimality, models, polish, tasks
-from tl_edgeprune.circuit import Circuit
+from tl_edgeprune.circuits.circuit import Circuit
 from tl_edgeprune.evaluate import check_circuit, evaluate, evaluate_all, evaluate_groups
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.masked import MaskedModel, masked

@@ -10,7 +10,8 @@ import zoo
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tl_edgeprune.circuit import Circuit
+from tl_edgeprune.circuits.circuit import Circuit
+from tl_edgeprune.circuits.scores import EdgeScores
 from tl_edgeprune.evaluate import evaluate
 from tl_edgeprune.faithfulness import (
     MIB_SHARES,
@@ -22,7 +23,6 @@ from tl_edgeprune.faithfulness import (
     top_masks,
 )
 from tl_edgeprune.graph.edge_graph import EdgeGraph
-from tl_edgeprune.scores import EdgeScores
 
 GROUPED = EdgeGraph(n_layers=2, n_heads=4, n_kv_heads=2)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tl_edgeprune import models, tasks
-from tl_edgeprune.circuit import Circuit
+from tl_edgeprune.circuits.circuit import Circuit
 from tl_edgeprune.evaluate import evaluate
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.knockouts import (

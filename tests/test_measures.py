@@ -10,7 +10,7 @@ import zoo
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tl_edgeprune.circuit import Circuit
+from tl_edgeprune.circuits.circuit import Circuit
 from tl_edgeprune.evaluate import evaluate
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.masked import masked

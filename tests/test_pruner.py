@@ -23,11 +23,11 @@ from tl_edgeprune import (
     tasks,
     training,
 )
+from tl_edgeprune.circuits.scores import EdgeScores
 from tl_edgeprune.masks import rank_quantiles
 from tl_edgeprune.objectives import kl
 from tl_edgeprune.placement import placed
 from tl_edgeprune.pruner import Optimizer
-from tl_edgeprune.scores import EdgeScores
 from tl_edgeprune.training import Training
 
 MODEL = "bridge-gpt2"

@@ -17,7 +17,8 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from tl_edgeprune.circuit import Circuit
+from tl_edgeprune.circuits.circuit import Circuit
+from tl_edgeprune.circuits.scores import EdgeScores
 from tl_edgeprune.faithfulness import FaithfulnessCurve
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.graph.names import parse_edge, parse_node
@@ -35,7 +36,6 @@ from tl_edgeprune.report.curves import smooth
 from tl_edgeprune.report.heads import flows
 from tl_edgeprune.report.layout import Curve, Layout, circuit_layout, lay_out
 from tl_edgeprune.report.series import legend_below, series_style
-from tl_edgeprune.scores import EdgeScores
 from tl_edgeprune.stability import Stability
 
 XPROPORTION = (

@@ -21,9 +21,9 @@ import pytest
 import torch
 from PIL import Image
 
-from tl_edgeprune.circuit import Circuit
+from tl_edgeprune.circuits.circuit import Circuit
+from tl_edgeprune.circuits.scores import EdgeScores
 from tl_edgeprune.graph.edge_graph import EdgeGraph
-from tl_edgeprune.scores import EdgeScores
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright (extra: test)")
 CHROME = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)

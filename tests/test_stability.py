@@ -11,7 +11,7 @@ import zoo
 from stopping import stop_at_step
 
 from tl_edgeprune import EdgePruner, discover
-from tl_edgeprune.circuit import Circuit
+from tl_edgeprune.circuits.circuit import Circuit
 from tl_edgeprune.evaluate import evaluate
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.stability import Stability, bootstrap, stability, takes_seed

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_edgeprune.circuit import Circuit
+from tl_edgeprune.circuits.circuit import Circuit
 from tl_edgeprune.distributed import Ranks
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.objectives import Objective, losses

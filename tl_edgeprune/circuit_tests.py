@@ -43,14 +43,15 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_edgeprune.circuit import Circuit
+from tl_edgeprune.circuits.circuit import Circuit
+from tl_edgeprune.circuits.metadata import ablation_of
 from tl_edgeprune.constants import Ablation
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.graph.spans import refuse_spans
 from tl_edgeprune.knockouts import cut_edge
 from tl_edgeprune.measures import find_measure
 from tl_edgeprune.objectives import Objective
-from tl_edgeprune.sweep import Measured, ablation_of, check_origin, measure_circuits
+from tl_edgeprune.sweep import Measured, check_origin, measure_circuits
 from tl_edgeprune.tasks.task import Task
 
 TIE = 1e-4

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
-from tl_edgeprune.circuit import Circuit, check_budget
+from tl_edgeprune.circuits.circuit import Circuit, check_budget
+from tl_edgeprune.circuits.scores import EdgeScores
 from tl_edgeprune.comparison import FIGURES, Comparison, Row
 from tl_edgeprune.comparison_folder import Folder, Found, Run
 from tl_edgeprune.evaluate import Evaluation, evaluate_all
@@ -28,7 +29,6 @@ from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.masked import check_ablation
 from tl_edgeprune.methods import registry
 from tl_edgeprune.prompts import check_tokens
-from tl_edgeprune.scores import EdgeScores
 from tl_edgeprune.tasks.task import Batch, Task, prompts_differ
 from tl_edgeprune.utils.locks import held
 from tl_edgeprune.utils.profiling import Cost, measured

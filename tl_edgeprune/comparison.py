@@ -6,8 +6,8 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
-from tl_edgeprune.circuit import Circuit
-from tl_edgeprune.scores import EdgeScores
+from tl_edgeprune.circuits.circuit import Circuit
+from tl_edgeprune.circuits.scores import EdgeScores
 from tl_edgeprune.utils.lazy import late
 
 FIGURES = (

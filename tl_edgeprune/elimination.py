@@ -28,7 +28,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_edgeprune.circuit import Circuit
+from tl_edgeprune.circuits.circuit import Circuit
+from tl_edgeprune.circuits.metadata import ablation_of
+from tl_edgeprune.circuits.scores import EdgeScores
 from tl_edgeprune.constants import Ablation
 from tl_edgeprune.cuts import find_cuts
 from tl_edgeprune.graph.reachability import leading_edges
@@ -38,8 +40,7 @@ from tl_edgeprune.methods.gradients import at, origin, path_scores
 from tl_edgeprune.methods.saved import Saved, saving
 from tl_edgeprune.objectives import Objective, find_objective
 from tl_edgeprune.prompts import check_tokens
-from tl_edgeprune.scores import EdgeScores
-from tl_edgeprune.sweep import ablation_of, check_origin
+from tl_edgeprune.sweep import check_origin
 from tl_edgeprune.tasks.task import Task
 from tl_edgeprune.teacher import Teacher
 from tl_edgeprune.utils.reading import of_kind

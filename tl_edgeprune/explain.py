@@ -19,7 +19,8 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_edgeprune.circuit import Circuit
+from tl_edgeprune.circuits.circuit import Circuit
+from tl_edgeprune.circuits.metadata import ablation_of
 from tl_edgeprune.constants import Ablation
 from tl_edgeprune.cuts import find_cuts
 from tl_edgeprune.explanation import Explanation, Row
@@ -34,7 +35,7 @@ from tl_edgeprune.methods.gradients import origin
 from tl_edgeprune.objectives import Objective, find_objective
 from tl_edgeprune.prompts import check_tokens
 from tl_edgeprune.slots import Layout, Slots
-from tl_edgeprune.sweep import ablation_of, check_origin
+from tl_edgeprune.sweep import check_origin
 from tl_edgeprune.tasks.task import Task
 from tl_edgeprune.teacher import Lesson, Teacher
 

@@ -22,13 +22,14 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from tl_edgeprune.circuit import Circuit
+from tl_edgeprune.circuits.circuit import Circuit
+from tl_edgeprune.circuits.metadata import ablation_of
+from tl_edgeprune.circuits.scores import EdgeScores
 from tl_edgeprune.constants import Ablation
 from tl_edgeprune.graph.edge_counts import edge_counts, longest_run
 from tl_edgeprune.measures import find_measure
 from tl_edgeprune.objectives import Objective
-from tl_edgeprune.scores import EdgeScores
-from tl_edgeprune.sweep import ablation_of, check_origin, measure_circuits
+from tl_edgeprune.sweep import check_origin, measure_circuits
 from tl_edgeprune.tasks.task import Task
 
 MIB_SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_edgeprune.circuit import Circuit
+from tl_edgeprune.circuits.circuit import Circuit
 from tl_edgeprune.constants import Ablation
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.hooks import AttentionSite, find_sites

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from tl_edgeprune import ablation as ablations
 from tl_edgeprune.ablation import Reference
+from tl_edgeprune.circuits.neurons import MLP, Neurons, check_constants, check_gates, kind_of
 from tl_edgeprune.constants import OPTIMAL, Ablation, Constants
 from tl_edgeprune.first_look import check_neurons_once, check_once, hidden_shape
 from tl_edgeprune.forward import Forward, Held, Inputs
@@ -43,7 +44,6 @@ from tl_edgeprune.hooks import (
     refuse_hooks,
 )
 from tl_edgeprune.idle import idle_work, resting
-from tl_edgeprune.neurons import MLP, Neurons, check_constants, check_gates, kind_of
 from tl_edgeprune.norms import identity
 from tl_edgeprune.prompts import check_corrupted, check_prompts
 from tl_edgeprune.residual import BufferPool

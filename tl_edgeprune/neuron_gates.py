@@ -5,7 +5,7 @@ from __future__ import annotations
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from tl_edgeprune.neurons import MLP
+from tl_edgeprune.circuits.neurons import MLP
 
 
 class NeuronGates:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_edgeprune.circuit import Circuit
+from tl_edgeprune.circuits.circuit import Circuit
 from tl_edgeprune.constants import Constants
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.learned_constants import LearnedConstants

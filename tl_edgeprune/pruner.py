@@ -25,7 +25,10 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_edgeprune.circuit import Circuit, check_budget
+from tl_edgeprune.circuits.circuit import Circuit, check_budget
+from tl_edgeprune.circuits.neurons import Neurons
+from tl_edgeprune.circuits.neurons import check_budget as check_neuron_budget
+from tl_edgeprune.circuits.scores import EdgeScores
 from tl_edgeprune.constants import Constants
 from tl_edgeprune.distributed import Ranks
 from tl_edgeprune.graph.edge_graph import EdgeGraph
@@ -35,14 +38,11 @@ from tl_edgeprune.masked import MaskedModel, check_ablation
 from tl_edgeprune.masks import (
     Lagrangian,
 )
-from tl_edgeprune.neurons import Neurons
-from tl_edgeprune.neurons import check_budget as check_neuron_budget
 from tl_edgeprune.objectives import find_objective
 from tl_edgeprune.placement import placed
 from tl_edgeprune.positions import graph_at
 from tl_edgeprune.prompts import check_tokens
 from tl_edgeprune.recompute import RecomputedModel
-from tl_edgeprune.scores import EdgeScores
 from tl_edgeprune.settings import Optimizer, PrunerSettings
 from tl_edgeprune.tasks.stream import AnyTask, checked, sample
 from tl_edgeprune.tasks.task import Task

@@ -34,12 +34,12 @@ from torch.autograd.function import once_differentiable
 from tl_edgeprune import ablation as ablations
 from tl_edgeprune.ablation import Reference
 from tl_edgeprune.blocks import Blocks
+from tl_edgeprune.circuits.neurons import Neurons
 from tl_edgeprune.first_look import probe_tokens, relative, tolerance
 from tl_edgeprune.forward import Held, checked_positions, fitting
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.hooks import AttentionSite, Sites
 from tl_edgeprune.masked import MaskedModel, check_mask
-from tl_edgeprune.neurons import Neurons
 from tl_edgeprune.residual import SOURCES_APART, BufferPool, add_rows
 from tl_edgeprune.shards import in_turns
 

@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_edgeprune.circuit import Circuit
+from tl_edgeprune.circuits.circuit import Circuit
+from tl_edgeprune.circuits.scores import EdgeScores
 from tl_edgeprune.graph.edge_graph import EdgeGraph
-from tl_edgeprune.scores import EdgeScores
 
 
 @dataclass(frozen=True)

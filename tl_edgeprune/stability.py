@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_edgeprune.circuit import Circuit, check_budget
+from tl_edgeprune.circuits.circuit import Circuit, check_budget
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.methods import registry
 from tl_edgeprune.positions import graph_at

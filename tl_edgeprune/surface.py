@@ -1,7 +1,6 @@
 """The package's public names, which `tl_edgeprune` gives on first use."""
 
 from tl_edgeprune import models, tasks
-from tl_edgeprune.circuit import Circuit
 from tl_edgeprune.circuit_tests import (
     EquivalenceTest,
     IndependenceTest,
@@ -10,6 +9,9 @@ from tl_edgeprune.circuit_tests import (
     independence_test,
     minimality_test,
 )
+from tl_edgeprune.circuits.circuit import Circuit
+from tl_edgeprune.circuits.neurons import Neurons
+from tl_edgeprune.circuits.scores import EdgeScores
 from tl_edgeprune.compare import compare
 from tl_edgeprune.comparison import Comparison
 from tl_edgeprune.constants import Constants
@@ -24,13 +26,11 @@ from tl_edgeprune.knockouts import Completeness, Minimality, completeness, minim
 from tl_edgeprune.masked import masked
 from tl_edgeprune.masks import ExactBudget, Lagrangian, Penalty
 from tl_edgeprune.methods.registry import discover
-from tl_edgeprune.neurons import Neurons
 from tl_edgeprune.optimal_ablation import optimal_constants
 from tl_edgeprune.polish import polish
 from tl_edgeprune.pruner import EdgePruner, Optimizer, PruneResult
 from tl_edgeprune.regularisers import Attachment
 from tl_edgeprune.roc import Roc, precision_recall, roc
-from tl_edgeprune.scores import EdgeScores
 from tl_edgeprune.stability import Stability, stability
 from tl_edgeprune.tasks import Task
 

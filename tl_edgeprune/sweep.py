@@ -17,12 +17,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_edgeprune.chance import ChanceWatch
-from tl_edgeprune.circuit import several
+from tl_edgeprune.circuits.metadata import several
+from tl_edgeprune.circuits.neurons import Neurons
 from tl_edgeprune.constants import Ablation
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.hooks import is_folded
 from tl_edgeprune.masked import MaskedModel
-from tl_edgeprune.neurons import Neurons
 from tl_edgeprune.objectives import Objective, losses
 from tl_edgeprune.positions import task_for
 from tl_edgeprune.prompts import check_tokens
@@ -31,7 +31,6 @@ from tl_edgeprune.teacher import Lesson, full_logits
 
 Figures = Callable[[Tensor, Lesson], Mapping[str, Tensor]]
 """(logits [batch, read, vocab], lesson) -> figures by name, each [batch]."""
-
 PairFigures = dict[str, Float[Tensor, " pair"]]
 
 
@@ -119,20 +118,6 @@ def check_origin(
             f"norm weights, and this model's are {'' if is_folded(model) else 'un'}folded: what an "
             "ablated source leaves differs between the two. Load the model as it was then."
         )
-
-
-def ablation_of(metadata: Mapping[str, Any]) -> str:
-    """The ablation that a circuit or scores were found under; counterfactual where none is told.
-
-    Raises ValueError for a combination of circuits that were found under different ones.
-    """
-    kinds = several(metadata, "ablation") or ["counterfactual"]
-    if len(kinds) > 1:
-        raise ValueError(
-            "the circuit was combined of ones that were found under different ablations "
-            f"({', '.join(kinds)}), whose figures do not compare: give ablation=…."
-        )
-    return kinds[0]
 
 
 def _lessons(

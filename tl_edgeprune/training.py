@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from tl_edgeprune import checkpoints
 from tl_edgeprune.candidates import Candidates
+from tl_edgeprune.circuits.scores import EdgeScores
 from tl_edgeprune.constants import OPTIMAL, Constants
 from tl_edgeprune.distributed import LostProcess, Ranks
 from tl_edgeprune.feed import Feed
@@ -38,7 +39,6 @@ from tl_edgeprune.methods.mask_ig import mask_path
 from tl_edgeprune.objectives import Objective
 from tl_edgeprune.objectives import losses as losses_of
 from tl_edgeprune.positions import any_task_for
-from tl_edgeprune.scores import EdgeScores
 from tl_edgeprune.settings import PrunerSettings
 from tl_edgeprune.tasks.stream import AnyTask, sample
 from tl_edgeprune.teacher import Teacher

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from tl_edgeprune.circuit import check_budget
+from tl_edgeprune.circuits.circuit import check_budget
 from tl_edgeprune.commands.inputs import Inputs
 from tl_edgeprune.commands.lengths import Lengths, prompt_lengths
 from tl_edgeprune.commands.options import BYTES

@@ -80,7 +80,7 @@ def evaluate(
 
 def load_circuit(path: Path) -> Any:
     """The Circuit of a file. Raises FileNotFoundError, and ValueError for a file that is none."""
-    from tl_edgeprune.circuit import Circuit
+    from tl_edgeprune.circuits.circuit import Circuit
 
     if path.is_dir():
         raise FileNotFoundError(f"{path} is a folder: give its circuit, {path / 'circuit.json'}.")
@@ -130,7 +130,7 @@ def _one_of(option: str, name: str, known: tuple[str, ...]) -> str:
 
 def _neurons(circuit: Path) -> Any:
     """The neurons that the circuit's run kept beside it; None where all are."""
-    from tl_edgeprune.neurons import Neurons
+    from tl_edgeprune.circuits.neurons import Neurons
 
     path = circuit.parent / NEURONS
     return Neurons.load(path) if path.is_file() else None

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tl_edgeprune.circuit import Circuit
+from tl_edgeprune.circuits.circuit import Circuit
+from tl_edgeprune.circuits.scores import EdgeScores
 from tl_edgeprune.commands.run_folder import (
     CIRCUIT,
     CONSTANTS,
@@ -16,7 +17,6 @@ from tl_edgeprune.commands.run_folder import (
 )
 from tl_edgeprune.constants import Ablation, Constants
 from tl_edgeprune.evaluate import Evaluation, evaluate
-from tl_edgeprune.scores import EdgeScores
 from tl_edgeprune.tasks import Task
 
 

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from tl_edgeprune.circuit import check_budget
+from tl_edgeprune.circuits.circuit import check_budget
 from tl_edgeprune.commands.found import circuit_of, judged, write
 from tl_edgeprune.commands.method_settings import method_settings
 from tl_edgeprune.commands.run_folder import AGAIN, CHECKPOINT, SETTINGS, Run

@@ -41,8 +41,8 @@ def show(
     Example: tl-edgeprune show runs/ioi/circuit.json --out ioi.html --scores
     runs/ioi/scores.safetensors --other runs/eap/circuit.json
     """
+    from tl_edgeprune.circuits.scores import EdgeScores
     from tl_edgeprune.commands.evaluate import load_circuit
-    from tl_edgeprune.scores import EdgeScores
 
     for path, ending in ((svg, ".svg"), (png, ".png")):
         if path is not None and path.suffix.lower() != ending:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from tl_edgeprune.circuits.scores import EdgeScores
 from tl_edgeprune.pruner import EdgePruner
-from tl_edgeprune.scores import EdgeScores
 from tl_edgeprune.tasks.task import Task
 
 

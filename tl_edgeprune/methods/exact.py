@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_edgeprune.circuits.scores import EdgeScores
 from tl_edgeprune.constants import Ablation
 from tl_edgeprune.cuts import find_cuts
 from tl_edgeprune.graph.edge_graph import EdgeGraph
@@ -25,7 +26,6 @@ from tl_edgeprune.methods.saved import Saved, saving
 from tl_edgeprune.objectives import Objective, find_objective
 from tl_edgeprune.positions import graph_at
 from tl_edgeprune.prompts import check_tokens
-from tl_edgeprune.scores import EdgeScores
 from tl_edgeprune.tasks.task import Task
 from tl_edgeprune.teacher import BAR_AFTER, Teacher
 from tl_edgeprune.utils.reading import of_kind

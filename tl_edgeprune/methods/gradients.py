@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_edgeprune.chance import ChanceWatch
+from tl_edgeprune.circuits.scores import EdgeScores
 from tl_edgeprune.constants import Ablation
 from tl_edgeprune.forward import Held
 from tl_edgeprune.graph.edge_graph import EdgeGraph
@@ -36,7 +37,6 @@ from tl_edgeprune.objectives import (
 )
 from tl_edgeprune.positions import graph_at
 from tl_edgeprune.prompts import check_tokens
-from tl_edgeprune.scores import EdgeScores
 from tl_edgeprune.tasks.task import Task
 from tl_edgeprune.teacher import Lesson, Teacher
 from tl_edgeprune.utils.grad_mode import with_gradients

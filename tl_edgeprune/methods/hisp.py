@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_edgeprune.circuits.scores import EdgeScores
 from tl_edgeprune.constants import Ablation
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.graph.edge_indices import edge_ends
@@ -29,7 +30,6 @@ from tl_edgeprune.methods.gradients import (
 from tl_edgeprune.methods.saved import Saved
 from tl_edgeprune.methods.totals import total_over_pairs
 from tl_edgeprune.objectives import Objective, find_objective
-from tl_edgeprune.scores import EdgeScores
 from tl_edgeprune.tasks.task import Task
 from tl_edgeprune.teacher import Lesson, Teacher
 

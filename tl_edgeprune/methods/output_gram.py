@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_edgeprune.circuits.scores import EdgeScores
 from tl_edgeprune.constants import Ablation
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.graph.spans import refuse_spans
@@ -17,7 +18,6 @@ from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.methods.gradients import scored
 from tl_edgeprune.methods.saved import UNSAVED, Saved
 from tl_edgeprune.methods.totals import total_over_pairs
-from tl_edgeprune.scores import EdgeScores
 from tl_edgeprune.tasks.task import Task
 from tl_edgeprune.teacher import Lesson, Teacher
 

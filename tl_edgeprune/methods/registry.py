@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tl_edgeprune.circuit import Circuit
+from tl_edgeprune.circuits.circuit import Circuit
+from tl_edgeprune.circuits.scores import EdgeScores
 from tl_edgeprune.methods.acdc import acdc
 from tl_edgeprune.methods.clean_corrupted import clean_corrupted
 from tl_edgeprune.methods.eap import eap
@@ -28,7 +29,6 @@ from tl_edgeprune.methods.subnetwork_probing import subnetwork_probing
 from tl_edgeprune.methods.subspace_nodes import subspace_nodes
 from tl_edgeprune.methods.ugs import ugs
 from tl_edgeprune.pruner import EdgePruner
-from tl_edgeprune.scores import EdgeScores
 from tl_edgeprune.tasks.stream import AnyTask, TaskStream
 from tl_edgeprune.utils.suggest import did_you_mean
 

@@ -11,9 +11,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+from tl_edgeprune.circuits.scores import EdgeScores
 from tl_edgeprune.masks import Penalty
 from tl_edgeprune.pruner import EdgePruner
-from tl_edgeprune.scores import EdgeScores
 from tl_edgeprune.tasks.task import Task
 
 

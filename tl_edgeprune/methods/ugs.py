@@ -20,9 +20,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tl_edgeprune.circuits.scores import EdgeScores
 from tl_edgeprune.masks import Penalty
 from tl_edgeprune.pruner import EdgePruner
-from tl_edgeprune.scores import EdgeScores
 from tl_edgeprune.tasks.task import Task
 
 

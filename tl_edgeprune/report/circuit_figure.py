@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import FancyBboxPatch
 from matplotlib.path import Path
 
-from tl_edgeprune.circuit import Circuit
+from tl_edgeprune.circuits.circuit import Circuit
 from tl_edgeprune.graph.names import KIND_LABELS, KINDS
 from tl_edgeprune.report.figures import saved_figure
 from tl_edgeprune.report.layout import (

@@ -15,7 +15,8 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_edgeprune.circuit import Circuit, check_scores
+from tl_edgeprune.circuits.circuit import Circuit, check_scores
+from tl_edgeprune.circuits.scores import EdgeScores
 from tl_edgeprune.graph.names import KIND_LABELS, KINDS
 from tl_edgeprune.report.curves import curves_of, thinned
 from tl_edgeprune.report.layout import (
@@ -35,7 +36,6 @@ from tl_edgeprune.report.readable import (
     setting_lines,
     title_of,
 )
-from tl_edgeprune.scores import EdgeScores
 
 CURVE_POINTS = 300  # steps of the training in a page, at most
 

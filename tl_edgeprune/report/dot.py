@@ -6,7 +6,7 @@ group's key-value node to the heads that read from it.
 
 from __future__ import annotations
 
-from tl_edgeprune.circuit import Circuit
+from tl_edgeprune.circuits.circuit import Circuit
 from tl_edgeprune.graph.names import Node
 from tl_edgeprune.report.layout import circuit_layout
 from tl_edgeprune.report.palette import KIND_COLORS

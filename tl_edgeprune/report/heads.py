@@ -11,10 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from tl_edgeprune.circuit import Circuit
+from tl_edgeprune.circuits.circuit import Circuit
+from tl_edgeprune.circuits.scores import EdgeScores
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.report.figures import saved_figure
-from tl_edgeprune.scores import EdgeScores
 
 
 def plot_heads(

@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tl_edgeprune.circuit import Circuit
+from tl_edgeprune.circuits.circuit import Circuit
 from tl_edgeprune.graph.names import Edge, Node, parse_edge, parse_node
 
 NODE_HEIGHT = 17.0

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tl_edgeprune.circuit import Circuit
+from tl_edgeprune.circuits.circuit import Circuit
 
 Lines = dict[str, str]
 _SKIPPED = {  # told elsewhere, or beside another figure

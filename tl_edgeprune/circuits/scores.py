@@ -20,10 +20,10 @@ from jaxtyping import Float
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from tl_edgeprune.circuit import Circuit, check_budget, check_scores
+from tl_edgeprune.circuits.circuit import Circuit, check_budget, check_scores
+from tl_edgeprune.circuits.mib import read_scores, write_scores
 from tl_edgeprune.graph.edge_counts import edge_counts, longest_run
 from tl_edgeprune.graph.edge_graph import EdgeGraph
-from tl_edgeprune.interchange import read_scores, write_scores
 from tl_edgeprune.utils.reading import AGAIN, damaged, of_format, of_kind
 from tl_edgeprune.utils.tensor_files import floats, read_tensors
 from tl_edgeprune.utils.versions import versions

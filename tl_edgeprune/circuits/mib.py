@@ -36,28 +36,31 @@ import zipfile
 from collections.abc import Iterable, Mapping
 from io import BytesIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tl_edgeprune.circuits.mib_table import (
+    FOLDED,
+    SHARED,
+    Table,
+    check_graph,
+    destinations,
+    edge_names,
+    fold_mask,
+    fold_scores,
+    positive_ranking,
+    real_edges,
+    spread,
+)
 from tl_edgeprune.graph.edge_graph import EdgeGraph
-from tl_edgeprune.graph.spans import refuse_spans
 from tl_edgeprune.utils.reading import check_file, damaged, first_line, read_json
 from tl_edgeprune.utils.writing import write_whole
 
-SHARED = ("same", "sum", "mean")
-FOLDED = ("same", "all", "any")
 FILE = "file of EAP-IG's"
 SHOWN = 3  # names that an error lists
-
-
-class Table(NamedTuple):
-    """EAP-IG's view of a graph: every source by every destination, real edges or not."""
-
-    scores: Float[Tensor, "source destination"]
-    kept: Bool[Tensor, "source destination"]
 
 
 # -------------------------------------------------------------------------------------- the surface
@@ -171,127 +174,6 @@ def read_circuit(
     return mask, origin
 
 
-def positive_ranking(values: Float[Tensor, " edge"]) -> Float[Tensor, " edge"]:
-    """The values, shifted to above 0 where any is below, in the same order as float32.
-
-    A shift rounds, and might so make equal what was not: such a value goes up by as many of
-    float32's smallest steps as keep it above those below it (bits of positive floats are in order).
-    """
-    levels, place = values.double().unique(return_inverse=True)  # rising
-    if levels[0] < 0:
-        levels = levels - levels[0] + ((levels[-1] - levels[0]) / len(levels) or 1.0)
-    steps = torch.arange(len(levels), dtype=torch.int32)
-    bits = (levels.float().view(torch.int32) - steps).cummax(0).values + steps
-    return bits.view(torch.float32)[place]
-
-
-# ----------------------------------------------------------------------------- one graph, two views
-
-
-def check_graph(graph: EdgeGraph) -> None:
-    """Raise ValueError for a graph that EAP-IG's files cannot hold."""
-    refuse_spans(graph, "EAP-IG's and MIB's format")
-    if graph.split_embeddings:
-        raise ValueError(
-            "EAP-IG's and MIB's graphs have one input, this one has two (split_embeddings=True): "
-            "find the circuit in a graph with split_embeddings=False."
-        )
-    if not graph.has_mlp:
-        raise ValueError(
-            "EAP-IG's and MIB's graphs have an MLP in every layer, this model has none: keep the "
-            "circuit with Circuit.save instead."
-        )
-
-
-def destinations(graph: EdgeGraph) -> list[str]:
-    """Names of EAP-IG's destinations, in its order: q, k, v of a layer's heads, its MLP; logits."""
-    names: list[str] = []
-    for layer in range(graph.n_layers):
-        names += [f"a{layer}.h{h}<{part}>" for part in "qkv" for h in range(graph.n_heads)]
-        names.append(f"m{layer}")
-    return [*names, "logits"]
-
-
-def columns(graph: EdgeGraph) -> list[list[int]]:
-    """Of each of our destinations, its places among EAP-IG's: several where it is shared."""
-    place = {name: index for index, name in enumerate(destinations(graph))}
-    found = []
-    for name in graph.destinations:
-        node, _, part = name.partition("<")
-        if node[0] != "a":
-            theirs = [name]
-        else:
-            parts = [f"<{part}"] if part else ["<q>", "<k>", "<v>"]
-            theirs = [owner + end for end in parts for owner in graph.owner(name)]
-        found.append([place[name] for name in theirs])
-    return found
-
-
-def spread(graph: EdgeGraph, values: Float[Tensor, " edge"]) -> Float[Tensor, "source destination"]:
-    """Our flat vector as EAP-IG's table; 0 where there is no edge."""
-    places = columns(graph)
-    table = torch.zeros(graph.n_sources, len(destinations(graph)))
-    for read in graph.reads:
-        block = values[read.edges].view(read.n_destinations, read.n_sources)
-        for row in range(read.n_destinations):
-            table[: read.n_sources, places[read.first_destination + row]] = block[row].unsqueeze(1)
-    return table
-
-
-def fold_scores(
-    graph: EdgeGraph, table: Float[Tensor, "source destination"], shared: str
-) -> Float[Tensor, " edge"]:
-    """EAP-IG's table as our flat vector; `shared` as for `read_scores`."""
-    flat = torch.zeros(graph.n_edges)
-    for edges, destination, copies in _copies(graph, table):
-        if shared == "same" and bool((copies != copies[:, :1]).any()):
-            source = int((copies != copies[:, :1]).any(1).nonzero()[0])
-            raise ValueError(
-                f"the file has different scores for the {copies.shape[1]} copies of "
-                f"{graph.sources[source]}->{destination}, which is one edge in {graph}. Say how to "
-                "put them together: shared='sum' (what attribution would give for removing all of "
-                "them) or shared='mean'."
-            )
-        if shared == "same":
-            flat[edges] = copies[:, 0]
-        else:
-            flat[edges] = copies.sum(1) if shared == "sum" else copies.mean(1)
-    return flat
-
-
-def fold_mask(
-    graph: EdgeGraph, table: Bool[Tensor, "source destination"], shared: str = "same"
-) -> Bool[Tensor, " edge"]:
-    """EAP-IG's table of kept edges as our mask; `shared` as for `read_circuit`."""
-    mask = torch.zeros(graph.n_edges, dtype=torch.bool)
-    for edges, destination, copies in _copies(graph, table):
-        differ = copies.any(1) & ~copies.all(1)
-        if shared == "same" and bool(differ.any()):
-            source = graph.sources[int(differ.nonzero()[0])]
-            raise ValueError(
-                f"the file keeps {source}->{destination} for some of its {copies.shape[1]} copies "
-                f"and not for others, but it is one edge in {graph}, so such a circuit cannot be "
-                "run here. Leave such edges out (shared='all'), keep them whole (shared='any'), or "
-                "read the file's scores, EdgeScores.from_mib(path, graph, shared='sum'), and "
-                "choose the edges anew."
-            )
-        mask[edges] = copies.any(1) if shared == "any" else copies.all(1)
-    return mask
-
-
-def _copies(graph: EdgeGraph, table: Tensor) -> list[tuple[slice, str, Tensor]]:
-    """Of each destination: its flat edges, its name and its columns [source, copy]."""
-    places, found = columns(graph), []
-    for read in graph.reads:
-        for row in range(read.n_destinations):
-            first = read.edges.start + row * read.n_sources
-            destination = read.first_destination + row
-            block = table[: read.n_sources, places[destination]]
-            edges = slice(first, first + read.n_sources)
-            found.append((edges, graph.destinations[destination], block))
-    return found
-
-
 # ----------------------------------------------------------------------------------------- writing
 
 
@@ -359,17 +241,6 @@ def _pt(graph: EdgeGraph, config: dict[str, Any], table: Table, nodes: Tensor) -
     content = BytesIO()
     torch.save(document, content)
     return content.getvalue()
-
-
-def real_edges(graph: EdgeGraph) -> Bool[Tensor, "source destination"]:
-    """Which cells of EAP-IG's table are edges."""
-    return spread(graph, torch.ones(graph.n_edges)) > 0
-
-
-def edge_names(graph: EdgeGraph) -> list[str]:
-    """Names of EAP-IG's edges, source by source, as `real_edges` marks them."""
-    names = destinations(graph)
-    return [f"{graph.sources[s]}->{names[d]}" for s, d in real_edges(graph).nonzero().tolist()]
 
 
 # ----------------------------------------------------------------------------------------- reading

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tl_edgeprune.circuits.metadata import SCORED_BY, several
+from tl_edgeprune.circuits.mib import read_circuit, write_circuit
+from tl_edgeprune.circuits.networkx_graph import to_networkx
 from tl_edgeprune.graph.edge_graph import EdgeGraph
-from tl_edgeprune.interchange import read_circuit, write_circuit
-from tl_edgeprune.networks import to_networkx
 from tl_edgeprune.utils.lazy import late
 from tl_edgeprune.utils.reading import AGAIN, damaged, of_format, of_kind, read_json
 from tl_edgeprune.utils.versions import versions
@@ -33,7 +34,6 @@ _write_html = late("tl_edgeprune.report", "write_html")
 _draw_circuit = late("tl_edgeprune.report", "draw_circuit")
 _to_dot = late("tl_edgeprune.report", "to_dot")
 _html_of_cell = late("tl_edgeprune.report.circuit_html", "html_of_cell")
-SCORED_BY = ("ablation", "folded")  # what a circuit's figures depend on
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -255,14 +255,6 @@ class Circuit:
     def to_networkx(self) -> Any:
         """The circuit as a networkx DiGraph: see `networks`."""
         return to_networkx(self.graph, self.edges)
-
-
-def several(metadata: Mapping[str, Any], name: str) -> list[Any]:
-    """A value of a circuit's metadata; those of all its parts where it was combined of several."""
-    value = metadata.get(name)
-    if value is None:
-        return []
-    return value if isinstance(value, list) else [value]
 
 
 def check_budget(n_edges: int, graph: EdgeGraph, most: int | None = None) -> None:
