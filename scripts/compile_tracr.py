@@ -25,7 +25,7 @@ from tracr.rasp import rasp
 
 from tl_edgeprune import necessary_edges, tasks
 from tl_edgeprune.models import tracr
-from tl_edgeprune.models.compiled import compile_program
+from tl_edgeprune.models.rasp import compile_program
 from tl_edgeprune.models.tracr import Compiled
 
 

@@ -10,7 +10,8 @@ import torch
 import zoo
 
 from tl_edgeprune import Circuit, EdgeGraph, masked, models, necessary_edges, possible_edges, tasks
-from tl_edgeprune.models import compiled, tracr
+from tl_edgeprune.models import rasp as compiled
+from tl_edgeprune.models import tracr
 
 ABLATIONS = ("zero", "counterfactual")
 QUICK = ("tracr-hist", "tracr-length", "tracr-pair-balance")

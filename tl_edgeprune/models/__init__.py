@@ -21,9 +21,9 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from tl_edgeprune.models import semi_synthetic, smollm2, tracr
 from tl_edgeprune.models.classes import placed_device
-from tl_edgeprune.models.compiled import from_tracr
-from tl_edgeprune.models.folder import is_model_folder, load_folder
+from tl_edgeprune.models.local_folder import is_model_folder, load_folder
 from tl_edgeprune.models.quiet import quiet
+from tl_edgeprune.models.rasp import from_tracr
 from tl_edgeprune.models.semi_synthetic import train_semi_synthetic
 
 __all__ = ["from_tracr", "known_circuit", "list", "load", "train_semi_synthetic"]

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from tl_edgeprune.models import plain
+from tl_edgeprune.models import native as plain
 from tl_edgeprune.models.classes import placed_device
 from tl_edgeprune.models.quiet import quiet
 from tl_edgeprune.siit import training

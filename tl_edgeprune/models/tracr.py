@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from tl_edgeprune.models import plain
+from tl_edgeprune.models import native as plain
 
 NAMES = tuple(
     f"tracr-{program}"
