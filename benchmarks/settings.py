@@ -30,7 +30,7 @@ from tl_edgeprune.evaluate import evaluate_all
 from tl_edgeprune.masks import ExactBudget
 from tl_edgeprune.objectives import kl, negative_log_prob
 from tl_edgeprune.pruner import Optimizer
-from tl_edgeprune.tasks.task import Batch
+from tl_edgeprune.tasks.batch import Batch
 from tl_edgeprune.training import WARM_PAIRS
 
 

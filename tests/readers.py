@@ -17,7 +17,7 @@ from tokenizers.models import BPE
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from tl_edgeprune.tasks import (
+from tl_edgeprune.tasks.library import (
     arithmetic,
     boolean_expressions,
     capitals,

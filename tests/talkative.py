@@ -13,7 +13,7 @@ from tokenizers.models import WordLevel
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedTokenizerFast
 
-from tl_edgeprune.tasks import ioi
+from tl_edgeprune.tasks.library import ioi
 
 SIZES = {"d_model": 16, "d_head": 4, "n_heads": 2, "n_layers": 1, "d_mlp": 16, "n_ctx": 24}
 

@@ -120,7 +120,7 @@ def test_the_task_of_a_program_needs_a_program():
 def test_long_programs_have_some_of_their_prompts():
     config = tracr.read_config("tracr-hist")
     wide = config | {"model": config["model"] | {"n_ctx": 16}}
-    from tl_edgeprune.tasks.tracr import build
+    from tl_edgeprune.tasks.library.tracr import build
 
     task = build(wide, 60, 0, None)
     assert max(map(len, task.clean)) == 16

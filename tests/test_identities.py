@@ -23,7 +23,7 @@ from tl_edgeprune import (
 )
 from tl_edgeprune.identities import of_setting, of_task
 from tl_edgeprune.methods import saved
-from tl_edgeprune.objectives import logit_diff
+from tl_edgeprune.tasks.answer_logits import logit_diff
 from tl_edgeprune.tasks.stream import TaskStream
 
 N = 6

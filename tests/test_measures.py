@@ -15,9 +15,10 @@ from tl_edgeprune.evaluate import evaluate
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.masked import masked
 from tl_edgeprune.measures import jensen_shannon, standard_error, wrong_agreement
-from tl_edgeprune.objectives import find_objective, has_prob_diff, negative_prob_diff, prob_diff
+from tl_edgeprune.objectives import find_objective, has_prob_diff, negative_prob_diff
 from tl_edgeprune.tasks import Task
-from tl_edgeprune.tasks.task import NO_TOKEN
+from tl_edgeprune.tasks.answer_logits import prob_diff
+from tl_edgeprune.tasks.batch import NO_TOKEN
 
 VOCAB = zoo.VOCAB
 

@@ -17,13 +17,13 @@ from tl_edgeprune.objectives import (
     find_objective,
     has_logit_diff,
     kl,
-    logit_diff,
     mean_squared_error,
     negative_log_prob,
     negative_logit_diff,
 )
 from tl_edgeprune.tasks import Task
-from tl_edgeprune.tasks.task import Batch
+from tl_edgeprune.tasks.answer_logits import logit_diff
+from tl_edgeprune.tasks.batch import Batch
 
 VOCAB = 7
 

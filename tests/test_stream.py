@@ -24,7 +24,7 @@ from tl_edgeprune.feed import Feed
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.objectives import kl
 from tl_edgeprune.tasks import Task, TaskStream
-from tl_edgeprune.tasks.order import Order
+from tl_edgeprune.tasks.permutation import Order
 from tl_edgeprune.teacher import Teacher, sizes
 
 MODEL = "bridge-gpt2"

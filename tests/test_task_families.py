@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tl_edgeprune import tasks
-from tl_edgeprune.tasks import (
+from tl_edgeprune.tasks.library import (
     boolean_expressions,
     capitals,
     gendered_pronoun,

@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerFast
 
 from tl_edgeprune import Circuit, EdgeGraph, discover, evaluate, models, tasks
 from tl_edgeprune.models import smollm2, tracr
-from tl_edgeprune.tasks import Task, ioi
+from tl_edgeprune.tasks import Task
+from tl_edgeprune.tasks.library import ioi
 
 needs_wheel = pytest.mark.skipif(
     smollm2.wheel_folder() is None, reason=f"needs {smollm2.REQUIREMENT}"

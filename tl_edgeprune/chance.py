@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_edgeprune.objectives import logit_diff, prob_diff
-from tl_edgeprune.tasks.task import Batch
+from tl_edgeprune.tasks.answer_logits import logit_diff, prob_diff
+from tl_edgeprune.tasks.batch import Batch
 
 LOOK_AT = 64  # pairs
 LEAST = 16  # fewer say nothing

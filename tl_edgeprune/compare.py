@@ -29,7 +29,8 @@ from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.masked import check_ablation
 from tl_edgeprune.methods import registry
 from tl_edgeprune.prompts import check_tokens
-from tl_edgeprune.tasks.task import Batch, Task, prompts_differ
+from tl_edgeprune.tasks.batch import Batch
+from tl_edgeprune.tasks.task import Task, prompts_differ
 from tl_edgeprune.utils.locks import held
 from tl_edgeprune.utils.profiling import Cost, measured
 from tl_edgeprune.utils.suggest import did_you_mean

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from itertools import islice
 
+from tl_edgeprune.tasks.batch import Batch
 from tl_edgeprune.tasks.stream import AnyTask
-from tl_edgeprune.tasks.task import Batch, Task
+from tl_edgeprune.tasks.task import Task
 
 Place = tuple[int, int, int]
 START: Place = (0, 0, 0)

@@ -24,8 +24,10 @@ from torch import Tensor
 
 from tl_edgeprune.blocks import unembedded
 from tl_edgeprune.norms import identity, norm_function
-from tl_edgeprune.objectives import has_logit_diff, has_prob_diff, logit_diff
-from tl_edgeprune.tasks.task import NO_TOKEN, Batch, Task
+from tl_edgeprune.objectives import has_logit_diff, has_prob_diff
+from tl_edgeprune.tasks.answer_logits import logit_diff
+from tl_edgeprune.tasks.batch import NO_TOKEN, Batch
+from tl_edgeprune.tasks.task import Task
 from tl_edgeprune.utils.grad_mode import with_gradients
 
 Score = Callable[[Tensor, Batch], Tensor]

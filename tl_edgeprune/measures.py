@@ -19,12 +19,11 @@ from tl_edgeprune.objectives import (
     has_logit_diff,
     has_prob_diff,
     kl,
-    logit_diff,
     mean_squared_error,
     negative_log_prob,
-    prob_diff,
 )
 from tl_edgeprune.sweep import Figures
+from tl_edgeprune.tasks.answer_logits import logit_diff, prob_diff
 from tl_edgeprune.tasks.task import Task
 from tl_edgeprune.teacher import Lesson
 

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_edgeprune.tasks.task import Batch
+from tl_edgeprune.tasks.batch import Batch
 
 
 @dataclass

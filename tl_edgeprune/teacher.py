@@ -23,8 +23,9 @@ from tl_edgeprune.chance import ChanceWatch
 from tl_edgeprune.constants import Ablation
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.positions import any_task_for
+from tl_edgeprune.tasks.batch import Batch
 from tl_edgeprune.tasks.stream import AnyTask, sample
-from tl_edgeprune.tasks.task import Batch, prompts_differ
+from tl_edgeprune.tasks.task import prompts_differ
 
 MAX_BYTES = 4 * 2**30
 BAR_AFTER = 1.0  # seconds: what is done sooner shows no progress

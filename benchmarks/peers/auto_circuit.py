@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_edgeprune import Circuit, EdgeGraph, Task
-from tl_edgeprune.tasks.task import Batch
+from tl_edgeprune.tasks.batch import Batch
 
 
 def put_old_names_back() -> None:

@@ -8,7 +8,7 @@ from itertools import islice
 from torch import Tensor
 
 from tl_edgeprune.methods.saved import UNSAVED, Saved
-from tl_edgeprune.tasks.task import Batch
+from tl_edgeprune.tasks.batch import Batch
 from tl_edgeprune.teacher import Lesson, Teacher, shown
 from tl_edgeprune.utils.reading import of_kind
 from tl_edgeprune.utils.tensor_files import floats

@@ -15,7 +15,11 @@ from typing import Any
 
 from torch import nn
 
-from tl_edgeprune.tasks import (  # noqa: F401  (they register themselves)
+from tl_edgeprune.tasks import semi_synthetic
+from tl_edgeprune.tasks.batch import Batch
+from tl_edgeprune.tasks.jsonl import from_jsonl
+from tl_edgeprune.tasks.jsonl_stream import stream_jsonl
+from tl_edgeprune.tasks.library import (
     arithmetic,
     boolean_expressions,
     capitals,
@@ -26,12 +30,9 @@ from tl_edgeprune.tasks import (  # noqa: F401  (they register themselves)
     induction,
     ioi,
     mcqa,
-    semi_synthetic,
     subject_verb_agreement,
     tracr,
 )
-from tl_edgeprune.tasks.jsonl import from_jsonl
-from tl_edgeprune.tasks.jsonl_stream import stream_jsonl
 from tl_edgeprune.tasks.recipe import register_recipe
 from tl_edgeprune.tasks.registry import (
     BUILDERS,
@@ -43,7 +44,7 @@ from tl_edgeprune.tasks.registry import (
 from tl_edgeprune.tasks.solved import keep_solved, solved
 from tl_edgeprune.tasks.stream import TaskStream
 from tl_edgeprune.tasks.tables import from_hf_dataset, from_pandas
-from tl_edgeprune.tasks.task import Batch, Task
+from tl_edgeprune.tasks.task import Task
 from tl_edgeprune.utils.suggest import did_you_mean
 
 __all__ = [

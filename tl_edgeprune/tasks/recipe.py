@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from tl_edgeprune.tasks.order import Order
+from tl_edgeprune.tasks.permutation import Order
 from tl_edgeprune.tasks.registry import register, register_stream
 from tl_edgeprune.tasks.stream import TaskStream
 from tl_edgeprune.tasks.task import Task, lay_out_spans

@@ -14,8 +14,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from tl_edgeprune.objectives import prob_diff
-from tl_edgeprune.tasks.task import NO_TOKEN, Batch, Task
+from tl_edgeprune.tasks.answer_logits import prob_diff
+from tl_edgeprune.tasks.batch import NO_TOKEN, Batch
+from tl_edgeprune.tasks.task import Task
 
 
 def solved(model: nn.Module, task: Task, *, batch_size: int = 16) -> Bool[Tensor, " pair"]:

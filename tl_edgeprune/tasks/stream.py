@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tl_edgeprune.tasks.task import Batch, Task
+from tl_edgeprune.tasks.batch import Batch
+from tl_edgeprune.tasks.task import Task
 
 CHUNK_SIZE = 1024
 

@@ -18,60 +18,13 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tl_edgeprune.graph.names import check_span_names
+from tl_edgeprune.tasks.batch import NO_TOKEN, Batch
 
 Tokens = Sequence[Int[Tensor, " _pos"]]
 PAIR_FIELDS = ("clean", "corrupted", "positions", "answers", "distractors")
 SET_FIELDS = ("right", "wrong")
 OPTIONAL_FIELDS = ("groups", "spans")  # one a pair, or nothing at all
-NO_TOKEN = -1
 REST = "rest"  # the span of tokens that no other span has
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Pairs of one length with one number of read positions.
-
-    `indices` are the pairs' places in the task. `answers` and `distractors` have no columns where
-    the task has none. `right` and `wrong` are sets of tokens, filled up with NO_TOKEN (-1); None
-    where no pair of the batch has any. `spans`: each position's place in the task's `span_names`;
-    None where the task has none.
-    """
-
-    clean: Int[Tensor, "batch pos"]
-    corrupted: Int[Tensor, "batch pos"]
-    positions: Int[Tensor, "batch read"]
-    answers: Int[Tensor, "batch answer"]
-    distractors: Int[Tensor, "batch distractor"]
-    indices: Int[Tensor, " batch"]
-    right: Int[Tensor, "batch right"] | None = None
-    wrong: Int[Tensor, "batch wrong"] | None = None
-    spans: Int[Tensor, "batch pos"] | None = None
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def to(self, device: torch.device | str) -> Batch:
-        """The same on another device, without waiting for a GPU to take it."""
-        on_the_way = torch.device(device).type != "cpu"
-        tensors: dict[str, Any] = {
-            name: None if tensor is None else tensor.to(device, non_blocking=on_the_way)
-            for name, tensor in vars(self).items()
-        }
-        return Batch(**tensors)
-
-    def first(self, pairs: int) -> Batch:
-        """The first pairs."""
-        return self._at(slice(pairs))
-
-    def select(self, rows: Sequence[int]) -> Batch:
-        """The pairs at these rows."""
-        return self if list(rows) == list(range(len(self))) else self._at(list(rows))
-
-    def _at(self, rows: slice | list[int]) -> Batch:
-        tensors: dict[str, Any] = {
-            name: None if tensor is None else tensor[rows] for name, tensor in vars(self).items()
-        }
-        return Batch(**tensors)
 
 
 @dataclass(frozen=True, repr=False)

@@ -22,7 +22,7 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from tl_edgeprune.tasks.recipe import Example, Recipe, mixed_radix, register_recipe
-from tl_edgeprune.tasks.words import pieces, single_tokens
+from tl_edgeprune.tasks.single_tokens import pieces, single_tokens
 
 SENTENCES = (
     "They talked about {a}, {b} and other",

@@ -16,7 +16,7 @@ import random
 from transformers import PreTrainedTokenizerBase
 
 from tl_edgeprune.tasks.recipe import Example, Recipe, mixed_radix, register_recipe
-from tl_edgeprune.tasks.words import single_tokens
+from tl_edgeprune.tasks.single_tokens import single_tokens
 
 WORDS = tuple(
     "river lamp coat bread horse stone window garden paper music doctor winter silver market "

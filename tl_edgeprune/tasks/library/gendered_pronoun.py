@@ -14,8 +14,8 @@ import random
 from transformers import PreTrainedTokenizerBase
 
 from tl_edgeprune.tasks.recipe import Example, Recipe, mixed_radix, register_recipe
+from tl_edgeprune.tasks.single_tokens import by_length
 from tl_edgeprune.tasks.tokens import filled
-from tl_edgeprune.tasks.words import by_length
 
 SENTENCES = (
     "I think that {name} is a {adjective} {noun}, isn't",

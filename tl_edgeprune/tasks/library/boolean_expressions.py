@@ -22,7 +22,7 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from tl_edgeprune.tasks.recipe import Example, Recipe, register_recipe
-from tl_edgeprune.tasks.words import pieces
+from tl_edgeprune.tasks.single_tokens import pieces
 
 INSTRUCTION = (
     "Evaluate the following Boolean expression. Answer with True or False.\n\n"

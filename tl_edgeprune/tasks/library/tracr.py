@@ -21,8 +21,6 @@ from tl_edgeprune.tasks.registry import register
 from tl_edgeprune.tasks.task import Task
 
 Prompt = tuple[int, ...]
-
-
 MOST = 4096  # different prompts of one length
 
 

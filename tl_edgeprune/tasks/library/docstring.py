@@ -21,7 +21,7 @@ import random
 from transformers import PreTrainedTokenizerBase
 
 from tl_edgeprune.tasks.recipe import Example, Recipe, mixed_radix, register_recipe
-from tl_edgeprune.tasks.words import single_tokens
+from tl_edgeprune.tasks.single_tokens import single_tokens
 
 ARGUMENTS = tuple(
     "name size path file color index count value key text date time user group level page image "

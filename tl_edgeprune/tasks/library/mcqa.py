@@ -20,7 +20,7 @@ from string import ascii_uppercase
 from transformers import PreTrainedTokenizerBase
 
 from tl_edgeprune.tasks.recipe import Example, Recipe, mixed_radix, register_recipe
-from tl_edgeprune.tasks.words import single_tokens
+from tl_edgeprune.tasks.single_tokens import single_tokens
 
 SENTENCES = (
     "The {thing} is {colour}. Which colour is the {thing}?",

@@ -16,7 +16,7 @@ import random
 from transformers import PreTrainedTokenizerBase
 
 from tl_edgeprune.tasks.recipe import Example, Recipe, mixed_radix, register_recipe
-from tl_edgeprune.tasks.words import pieces
+from tl_edgeprune.tasks.single_tokens import pieces
 
 NOUNS = tuple(  # their plural ends in s
     "key boy girl car dog cat teacher farmer painter lamp table book letter picture pilot doctor "

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from tl_edgeprune.tasks.recipe import Example, Recipe, mixed_radix, register_recipe
-from tl_edgeprune.tasks.words import same_length
+from tl_edgeprune.tasks.single_tokens import same_length
 
 SENTENCES = (
     "Here is the calculation: {a} {sign} {b} =",

@@ -22,8 +22,8 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from tl_edgeprune.tasks.recipe import Example, Recipe, mixed_radix, register_recipe
+from tl_edgeprune.tasks.single_tokens import single_tokens
 from tl_edgeprune.tasks.tokens import Part, filled
-from tl_edgeprune.tasks.words import single_tokens
 
 SENTENCES = (  # a language model of 135 M parameters does the task on each of them, in both orders
     "Then, {0} and {1} went to the {place}. {2} gave a {object} to",

@@ -13,7 +13,7 @@ import random
 from transformers import PreTrainedTokenizerBase
 
 from tl_edgeprune.tasks.recipe import Example, Recipe, mixed_radix, register_recipe
-from tl_edgeprune.tasks.words import pieces
+from tl_edgeprune.tasks.single_tokens import pieces
 
 SENTENCES = (
     "The capital of {country} is",

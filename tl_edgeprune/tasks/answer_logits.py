@@ -1,0 +1,53 @@
+"""What the logits say of a pair's answers: the logit difference and the probability difference."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_edgeprune.tasks.batch import NO_TOKEN, Batch
+
+
+def logit_diff(logits: Float[Tensor, "batch read vocab"], batch: Batch) -> Float[Tensor, " batch"]:
+    """Logit of the answer less that of the distractor, in logits."""
+    answer = _at(logits, batch.answers)
+    return (answer - _at(logits, batch.distractors)).squeeze(1)
+
+
+def prob_diff(logits: Float[Tensor, "batch read vocab"], batch: Batch) -> Float[Tensor, " batch"]:
+    """Probability of the right tokens together less that of the wrong ones, from -1 to 1.
+
+    At the one read position. The probability difference of Hanna, Liu and Variengien 2023, "How
+    does GPT-2 compute greater-than?".
+    """
+    probabilities = _log_softmax(logits)[:, 0].exp()
+    return _mass(probabilities, batch.right) - _mass(probabilities, batch.wrong)
+
+
+def _log_softmax(logits: Float[Tensor, "batch read vocab"]) -> Float[Tensor, "batch read vocab"]:
+    """In float32 at least: half precision has too few digits for it.
+
+    Raises ValueError where there is one output only, whose probability is always 1.
+    """
+    if logits.shape[-1] == 1:
+        raise ValueError(
+            "the model's output is one number, which has no probabilities: use objective='mse' (a "
+            "task's own: Task(…, objective='mse'))."
+        )
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+
+def _at(values: Float[Tensor, "batch read vocab"], tokens: Int[Tensor, "batch read"]) -> Tensor:
+    return torch.gather(values, 2, tokens.to(values.device).unsqueeze(-1)).squeeze(-1)
+
+
+def _mass(
+    probabilities: Float[Tensor, "batch vocab"], tokens: Int[Tensor, "batch token"] | None
+) -> Float[Tensor, " batch"]:
+    """The sum over each row's tokens, but for NO_TOKEN."""
+    if tokens is None:
+        return probabilities.new_zeros(len(probabilities))
+    tokens = tokens.to(probabilities.device)
+    found = probabilities.gather(1, tokens.clamp(min=0))
+    return found.masked_fill(tokens == NO_TOKEN, 0).sum(1)
