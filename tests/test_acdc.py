@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from tl_edgeprune import Circuit, EdgeGraph, Task, cuts, masked, models, part_cuts, tasks
 from tl_edgeprune.ablation import ZERO_WITH_BIASES
-from tl_edgeprune.hooks import find_sites
+from tl_edgeprune.hooks.find import find_sites
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.methods import acdc as acdc_module
 from tl_edgeprune.methods import saved as saved_module

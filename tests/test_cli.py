@@ -359,6 +359,6 @@ def test_public_names_are_what_they_were() -> None:
     assert set(surface.__all__) == set(tl_edgeprune.__all__) <= set(dir(tl_edgeprune))
     for name in tl_edgeprune.__all__:
         assert getattr(tl_edgeprune, name) is getattr(surface, name)
-    assert callable(tl_edgeprune.evaluate) and tl_edgeprune.hooks.find_sites
+    assert callable(tl_edgeprune.evaluate) and tl_edgeprune.hooks.find.find_sites
     with pytest.raises(AttributeError, match="nonsense"):
         tl_edgeprune.nonsense  # noqa: B018

@@ -11,7 +11,7 @@ import torch
 import zoo
 
 from tl_edgeprune import models
-from tl_edgeprune.hooks import all_parameters
+from tl_edgeprune.hooks.modules import all_parameters
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

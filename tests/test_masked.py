@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tl_edgeprune import Circuit, EdgeGraph, masked
 from tl_edgeprune.ablation import ABLATIONS, ZERO_WITH_BIASES
-from tl_edgeprune.hooks import find_sites
+from tl_edgeprune.hooks.find import find_sites
 
 # With TransformerLens 3, which has HookedTransformers besides, most of the Bridge's models are slow
 # tests: with TransformerLens 4 they run every time.

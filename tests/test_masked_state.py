@@ -17,7 +17,7 @@ import zoo
 from torch import Tensor, nn
 
 from tl_edgeprune import EdgeGraph, forward, masked
-from tl_edgeprune.hooks import find_sites
+from tl_edgeprune.hooks.find import find_sites
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.residual import Stream
 

@@ -24,9 +24,9 @@ from tl_edgeprune import (
     training,
 )
 from tl_edgeprune.circuits.scores import EdgeScores
+from tl_edgeprune.hooks.placement import placed
 from tl_edgeprune.masks import rank_quantiles
 from tl_edgeprune.objectives import kl
-from tl_edgeprune.placement import placed
 from tl_edgeprune.pruner import Optimizer
 from tl_edgeprune.training import Training
 

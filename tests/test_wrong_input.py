@@ -11,10 +11,11 @@ import transformers
 import zoo
 from torch import Tensor, nn
 
-from tl_edgeprune import Circuit, EdgeGraph, EdgePruner, Task, discover, evaluate, masked, refusals
+from tl_edgeprune import Circuit, EdgeGraph, EdgePruner, Task, discover, evaluate, masked
 from tl_edgeprune.evaluate import check_circuit
-from tl_edgeprune.hooks import dropouts, longest_prompt
-from tl_edgeprune.prompts import check_tokens
+from tl_edgeprune.hooks import unsupported as refusals
+from tl_edgeprune.hooks.modules import dropouts, longest_prompt
+from tl_edgeprune.task_checks_tmp import check_tokens
 
 NAMES = [name for name in ("bridge-gpt2", "hooked-gpt2-ln") if name in zoo.ARCHITECTURES]
 each_class = pytest.mark.parametrize("name", NAMES)

@@ -24,7 +24,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_edgeprune.graph.edge_graph import EdgeGraph
-from tl_edgeprune.hooks import AttentionSite, Hook, Sites, attached
+from tl_edgeprune.hooks.attach import Hook, attached
+from tl_edgeprune.hooks.sites import AttentionSite, Sites
 
 # And Constants of optimal_ablation.py.
 ZERO_WITH_BIASES = "zero-with-biases"

@@ -20,8 +20,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_edgeprune.hooks import AttentionSite
-from tl_edgeprune.idle import idle_projections, replaced, resting
+from tl_edgeprune.hooks.sites import AttentionSite
+from tl_edgeprune.hooks.unused_work import idle_projections, replaced, resting
 from tl_edgeprune.masked import MaskedModel
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]

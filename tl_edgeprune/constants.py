@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tl_edgeprune.ablation import Reference, constant_reference
 from tl_edgeprune.graph.edge_graph import EdgeGraph
-from tl_edgeprune.hooks import Sites
+from tl_edgeprune.hooks.sites import Sites
 from tl_edgeprune.utils.reading import damaged, of_kind
 from tl_edgeprune.utils.tensor_files import floats, read_tensors
 from tl_edgeprune.utils.writing import write_whole

@@ -39,8 +39,8 @@ from tl_edgeprune.methods.bisect import GRADIENT_RUNS
 from tl_edgeprune.methods.gradients import at, origin, path_scores
 from tl_edgeprune.methods.saved import Saved, saving
 from tl_edgeprune.objectives import Objective, find_objective
-from tl_edgeprune.prompts import check_tokens
 from tl_edgeprune.sweep import check_origin
+from tl_edgeprune.task_checks_tmp import check_tokens
 from tl_edgeprune.tasks.task import Task
 from tl_edgeprune.teacher import Teacher
 from tl_edgeprune.utils.reading import of_kind

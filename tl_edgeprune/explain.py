@@ -27,15 +27,15 @@ from tl_edgeprune.explanation import Explanation, Row
 from tl_edgeprune.forward import fitting
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.graph.names import kind_of
-from tl_edgeprune.hooks import attached
+from tl_edgeprune.hooks.attach import attached
 from tl_edgeprune.lens import Score, answer_direction, answer_score
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.methods.exact import each_rise
 from tl_edgeprune.methods.gradients import origin
 from tl_edgeprune.objectives import Objective, find_objective
-from tl_edgeprune.prompts import check_tokens
 from tl_edgeprune.slots import Layout, Slots
 from tl_edgeprune.sweep import check_origin
+from tl_edgeprune.task_checks_tmp import check_tokens
 from tl_edgeprune.tasks.task import Task
 from tl_edgeprune.teacher import Lesson, Teacher
 

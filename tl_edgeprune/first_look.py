@@ -11,7 +11,7 @@ from torch import Tensor
 from tl_edgeprune.ablation import Reference
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.graph.edge_indices import edge_ends
-from tl_edgeprune.hooks import Sites
+from tl_edgeprune.hooks.sites import Sites
 
 
 @runtime_checkable

@@ -12,9 +12,9 @@ from torch import Tensor
 from tl_edgeprune import ablation as ablations
 from tl_edgeprune.ablation import Reference
 from tl_edgeprune.graph.edge_graph import EdgeGraph
-from tl_edgeprune.hooks import Sites
+from tl_edgeprune.hooks.projections import project
+from tl_edgeprune.hooks.sites import Sites
 from tl_edgeprune.neuron_gates import NeuronGates
-from tl_edgeprune.projections import project
 from tl_edgeprune.residual import BufferPool, Stream, WholeStream
 from tl_edgeprune.span_products import Spans
 

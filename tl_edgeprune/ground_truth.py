@@ -22,7 +22,8 @@ from torch import Tensor
 from tl_edgeprune.circuits.circuit import Circuit
 from tl_edgeprune.constants import Ablation
 from tl_edgeprune.graph.edge_graph import EdgeGraph
-from tl_edgeprune.hooks import AttentionSite, find_sites
+from tl_edgeprune.hooks.find import find_sites
+from tl_edgeprune.hooks.sites import AttentionSite
 from tl_edgeprune.methods.exact import exact
 from tl_edgeprune.objectives import Objective
 from tl_edgeprune.tasks.task import Task

@@ -14,8 +14,8 @@ from torch import Tensor
 from tl_edgeprune.circuits.scores import EdgeScores
 from tl_edgeprune.constants import Constants
 from tl_edgeprune.graph.edge_graph import EdgeGraph
-from tl_edgeprune.hooks import all_parameters
-from tl_edgeprune.shards import is_sharded
+from tl_edgeprune.hooks.modules import all_parameters
+from tl_edgeprune.hooks.shards import is_sharded
 from tl_edgeprune.tasks.stream import AnyTask, TaskStream
 from tl_edgeprune.tasks.task import PAIR_FIELDS, SET_FIELDS
 

@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_edgeprune.blocks import unembedded
-from tl_edgeprune.norms import identity, norm_function
+from tl_edgeprune.hooks.norms import identity, norm_function
 from tl_edgeprune.objectives import has_logit_diff, has_prob_diff
 from tl_edgeprune.tasks.answer_logits import logit_diff
 from tl_edgeprune.tasks.batch import NO_TOKEN, Batch

@@ -31,21 +31,13 @@ from tl_edgeprune.constants import OPTIMAL, Ablation, Constants
 from tl_edgeprune.first_look import check_neurons_once, check_once, hidden_shape
 from tl_edgeprune.forward import Forward, Held, Inputs
 from tl_edgeprune.graph.edge_graph import EdgeGraph
-from tl_edgeprune.hooks import (
-    Hook,
-    Sites,
-    attached,
-    dropouts,
-    find_sites,
-    hidden_points,
-    model_kind,
-    prepared,
-    refuse_conflicts,
-    refuse_hooks,
-)
-from tl_edgeprune.idle import idle_work, resting
-from tl_edgeprune.norms import identity
-from tl_edgeprune.prompts import check_corrupted, check_prompts
+from tl_edgeprune.hooks.attach import Hook, attached, prepared, refuse_conflicts, refuse_hooks
+from tl_edgeprune.hooks.find import find_sites, hidden_points
+from tl_edgeprune.hooks.modules import dropouts, model_kind
+from tl_edgeprune.hooks.norms import identity
+from tl_edgeprune.hooks.prompt_checks import check_corrupted, check_prompts
+from tl_edgeprune.hooks.sites import Sites
+from tl_edgeprune.hooks.unused_work import idle_work, resting
 from tl_edgeprune.residual import BufferPool
 
 GENERATORS = ("generate", "generate_stream", "hf_generate", "diffusion_generate")

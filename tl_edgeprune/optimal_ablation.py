@@ -27,7 +27,7 @@ from tl_edgeprune.learned_constants import LearnedConstants
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.objectives import Objective, find_objective, losses
 from tl_edgeprune.positions import task_for
-from tl_edgeprune.prompts import check_tokens
+from tl_edgeprune.task_checks_tmp import check_tokens
 from tl_edgeprune.tasks.batch import Batch
 from tl_edgeprune.tasks.task import Task
 from tl_edgeprune.teacher import Teacher

@@ -27,10 +27,10 @@ from tl_edgeprune.ablation import Reference
 from tl_edgeprune.blocks import Blocks
 from tl_edgeprune.forward import fitting
 from tl_edgeprune.graph.edge_graph import Read
-from tl_edgeprune.hooks import AttentionSite
+from tl_edgeprune.hooks.shards import in_turns
+from tl_edgeprune.hooks.sites import AttentionSite
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.objectives import Objective, losses
-from tl_edgeprune.shards import in_turns
 from tl_edgeprune.teacher import Lesson
 from tl_edgeprune.whole_cuts import WholeCuts
 

@@ -23,8 +23,8 @@ from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.methods.gradients import at, path_scores
 from tl_edgeprune.methods.totals import each_lesson
 from tl_edgeprune.objectives import Objective, find_objective, losses
-from tl_edgeprune.prompts import check_tokens
 from tl_edgeprune.sweep import check_origin
+from tl_edgeprune.task_checks_tmp import check_tokens
 from tl_edgeprune.tasks.task import Task
 from tl_edgeprune.teacher import Teacher
 

@@ -32,18 +32,19 @@ from tl_edgeprune.circuits.scores import EdgeScores
 from tl_edgeprune.constants import Constants
 from tl_edgeprune.distributed import Ranks
 from tl_edgeprune.graph.edge_graph import EdgeGraph
-from tl_edgeprune.hooks import find_sites, model_kind
+from tl_edgeprune.hooks.find import find_sites
+from tl_edgeprune.hooks.modules import model_kind
+from tl_edgeprune.hooks.placement import placed
 from tl_edgeprune.identities import of_weights
 from tl_edgeprune.masked import MaskedModel, check_ablation
 from tl_edgeprune.masks import (
     Lagrangian,
 )
 from tl_edgeprune.objectives import find_objective
-from tl_edgeprune.placement import placed
 from tl_edgeprune.positions import graph_at
-from tl_edgeprune.prompts import check_tokens
 from tl_edgeprune.recompute import RecomputedModel
 from tl_edgeprune.settings import Optimizer, PrunerSettings
+from tl_edgeprune.task_checks_tmp import check_tokens
 from tl_edgeprune.tasks.stream import AnyTask, checked, sample
 from tl_edgeprune.tasks.task import Task
 from tl_edgeprune.training import History, Training

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from tl_edgeprune.distributed import Ranks
-from tl_edgeprune.placement import placed
-from tl_edgeprune.shards import Shards, _sharded
+from tl_edgeprune.hooks.placement import placed
+from tl_edgeprune.hooks.shards import Shards, _sharded
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from tl_edgeprune.constants import OPTIMAL, Constants
 from tl_edgeprune.distributed import LostProcess, Ranks
 from tl_edgeprune.feed import Feed
 from tl_edgeprune.graph.edge_indices import edge_ends
-from tl_edgeprune.hooks import is_folded
+from tl_edgeprune.hooks.modules import is_folded
 from tl_edgeprune.identities import differences, digest, of_setting, of_task
 from tl_edgeprune.learned_constants import LearnedConstants
 from tl_edgeprune.learned_neurons import LearnedNeurons, gate_scores

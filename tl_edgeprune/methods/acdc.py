@@ -46,7 +46,7 @@ from tl_edgeprune.methods.singles import Singles
 from tl_edgeprune.objectives import Objective, find_objective
 from tl_edgeprune.part_cuts import PartCuts
 from tl_edgeprune.positions import graph_at
-from tl_edgeprune.prompts import check_tokens
+from tl_edgeprune.task_checks_tmp import check_tokens
 from tl_edgeprune.tasks.task import Task
 from tl_edgeprune.teacher import BAR_AFTER, Teacher
 from tl_edgeprune.utils.reading import of_kind

@@ -25,7 +25,7 @@ from tl_edgeprune.methods.gradients import origin
 from tl_edgeprune.methods.saved import Saved, saving
 from tl_edgeprune.objectives import Objective, find_objective
 from tl_edgeprune.positions import graph_at
-from tl_edgeprune.prompts import check_tokens
+from tl_edgeprune.task_checks_tmp import check_tokens
 from tl_edgeprune.tasks.task import Task
 from tl_edgeprune.teacher import BAR_AFTER, Teacher
 from tl_edgeprune.utils.reading import of_kind

@@ -22,7 +22,7 @@ from tl_edgeprune.circuits.scores import EdgeScores
 from tl_edgeprune.constants import Ablation
 from tl_edgeprune.forward import Held
 from tl_edgeprune.graph.edge_graph import EdgeGraph
-from tl_edgeprune.hooks import is_folded
+from tl_edgeprune.hooks.modules import is_folded
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.methods.saved import UNSAVED, Saved, saving
 from tl_edgeprune.methods.totals import total_over_pairs
@@ -36,7 +36,7 @@ from tl_edgeprune.objectives import (
     mean_squared_error,
 )
 from tl_edgeprune.positions import graph_at
-from tl_edgeprune.prompts import check_tokens
+from tl_edgeprune.task_checks_tmp import check_tokens
 from tl_edgeprune.tasks.task import Task
 from tl_edgeprune.teacher import Lesson, Teacher
 from tl_edgeprune.utils.grad_mode import with_gradients

@@ -15,24 +15,10 @@ from typing import Any
 
 from torch import nn
 
-from tl_edgeprune.tasks import semi_synthetic
+from tl_edgeprune.tasks import library, semi_synthetic  # noqa: F401 (they register their tasks)
 from tl_edgeprune.tasks.batch import Batch
 from tl_edgeprune.tasks.jsonl import from_jsonl
 from tl_edgeprune.tasks.jsonl_stream import stream_jsonl
-from tl_edgeprune.tasks.library import (
-    arithmetic,
-    boolean_expressions,
-    capitals,
-    docstring,
-    gendered_pronoun,
-    greater_than,
-    hypernymy,
-    induction,
-    ioi,
-    mcqa,
-    subject_verb_agreement,
-    tracr,
-)
 from tl_edgeprune.tasks.recipe import register_recipe
 from tl_edgeprune.tasks.registry import (
     BUILDERS,

@@ -8,18 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tl_edgeprune.hooks import longest_prompt
-from tl_edgeprune.tasks.task import Task
-
-
-def check_tokens(task: Task, model: Any) -> None:
-    """Raise ValueError where a task's tokens are not in the model's vocabulary, or its prompts are
-    longer than the model has positions for.
-    """
-    prompts = (*task.clean, *task.corrupted)
-    rest = (task.answers, task.distractors, task.right, task.wrong)
-    _check_vocabulary(model, [*prompts, *(t for field in rest for t in field)], _name(task))
-    _check_length(model, max(map(len, prompts), default=0), _name(task))
+from tl_edgeprune.hooks.modules import longest_prompt
 
 
 def check_corrupted(model: Any, corrupted: Any) -> None:
@@ -42,10 +31,6 @@ def check_prompts(model: Any, prompts: Sequence[Tensor] | Tensor, what: str) -> 
     prompts = [torch.as_tensor(tokens) for tokens in prompts]
     _check_vocabulary(model, prompts, what)
     _check_length(model, max((t.shape[-1] for t in prompts if t.dim()), default=0), what)
-
-
-def _name(task: Task) -> str:
-    return f"task {task.name!r}"
 
 
 def _check_vocabulary(model: Any, tokens: Sequence[Tensor], what: str) -> None:

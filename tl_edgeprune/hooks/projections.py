@@ -18,8 +18,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tl_edgeprune.hooks import AttentionSite
-from tl_edgeprune.norms import RMSNorm
+from tl_edgeprune.hooks.norms import RMSNorm
+from tl_edgeprune.hooks.sites import AttentionSite
 
 
 def project(

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tl_edgeprune.hooks import all_modules, all_parameters
-from tl_edgeprune.shards import is_sharded
+from tl_edgeprune.hooks.modules import all_modules, all_parameters
+from tl_edgeprune.hooks.shards import is_sharded
 
 # Rotary frequencies: transformers keeps them in float32 whatever the weights' dtype.
 KEPT_BUFFERS = ("inv_freq", "original_inv_freq")
