@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tl_edgeprune import Circuit, EdgeGraph, Task, cuts, masked, models, part_cuts, tasks
-from tl_edgeprune.ablation import ZERO_WITH_BIASES
+from tl_edgeprune.ablation.reference import ZERO_WITH_BIASES
 from tl_edgeprune.hooks.find import find_sites
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.methods import acdc as acdc_module

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tl_edgeprune import Circuit, EdgeGraph, EdgeScores, discover, eliminate, evaluate
-from tl_edgeprune.ablation import ABLATIONS
+from tl_edgeprune.ablation.reference import ABLATIONS
 from tl_edgeprune.cuts import find_cuts
 from tl_edgeprune.elimination import single_cuts
 from tl_edgeprune.evaluate import evaluate_all

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tl_edgeprune import Circuit, EdgeGraph, masked
-from tl_edgeprune.ablation import ABLATIONS, ZERO_WITH_BIASES
+from tl_edgeprune.ablation.reference import ABLATIONS, ZERO_WITH_BIASES
 from tl_edgeprune.hooks.find import find_sites
 
 # With TransformerLens 3, which has HookedTransformers besides, most of the Bridge's models are slow

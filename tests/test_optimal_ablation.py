@@ -10,7 +10,7 @@ import torch
 import zoo
 
 from tl_edgeprune import EdgeGraph, EdgePruner, discover, masked
-from tl_edgeprune.constants import Constants
+from tl_edgeprune.ablation.constants import Constants
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.methods.random_scores import random_scores
 from tl_edgeprune.objectives import kl

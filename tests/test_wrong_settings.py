@@ -29,7 +29,7 @@ from tl_edgeprune import (
     masked,
     optimal_constants,
 )
-from tl_edgeprune.ablation import ABLATIONS
+from tl_edgeprune.ablation.reference import ABLATIONS
 from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.methods.registry import METHODS
 

@@ -28,10 +28,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_edgeprune.ablation.constants import Ablation
 from tl_edgeprune.circuits.circuit import Circuit
 from tl_edgeprune.circuits.metadata import ablation_of
 from tl_edgeprune.circuits.scores import EdgeScores
-from tl_edgeprune.constants import Ablation
 from tl_edgeprune.cuts import find_cuts
 from tl_edgeprune.graph.reachability import leading_edges
 from tl_edgeprune.masked import MaskedModel

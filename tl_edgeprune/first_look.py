@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from tl_edgeprune.ablation import Reference
+from tl_edgeprune.ablation.reference import Reference
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.graph.edge_indices import edge_ends
 from tl_edgeprune.hooks.sites import Sites

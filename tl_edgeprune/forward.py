@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_edgeprune import ablation as ablations
-from tl_edgeprune.ablation import Reference
+from tl_edgeprune.ablation import reference as ablations
+from tl_edgeprune.ablation.reference import Reference
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.hooks.projections import project
 from tl_edgeprune.hooks.sites import Sites

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
+from tl_edgeprune.ablation.constants import Constants
 from tl_edgeprune.circuits.scores import EdgeScores
-from tl_edgeprune.constants import Constants
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.hooks.modules import all_parameters
 from tl_edgeprune.hooks.shards import is_sharded

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from tl_edgeprune import checkpoints
-from tl_edgeprune.ablation import Reference
-from tl_edgeprune.constants import NAMES, Constants
+from tl_edgeprune.ablation.constants import NAMES, Constants
+from tl_edgeprune.ablation.reference import Reference
 from tl_edgeprune.masked import MaskedModel
 
 

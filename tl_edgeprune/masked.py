@@ -24,10 +24,10 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from tl_edgeprune import ablation as ablations
-from tl_edgeprune.ablation import Reference
+from tl_edgeprune.ablation import reference as ablations
+from tl_edgeprune.ablation.constants import OPTIMAL, Ablation, Constants
+from tl_edgeprune.ablation.reference import Reference
 from tl_edgeprune.circuits.neurons import MLP, Neurons, check_constants, check_gates, kind_of
-from tl_edgeprune.constants import OPTIMAL, Ablation, Constants
 from tl_edgeprune.first_look import check_neurons_once, check_once, hidden_shape
 from tl_edgeprune.forward import Forward, Held, Inputs
 from tl_edgeprune.graph.edge_graph import EdgeGraph

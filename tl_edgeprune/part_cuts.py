@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_edgeprune.ablation import Reference
+from tl_edgeprune.ablation.reference import Reference
 from tl_edgeprune.blocks import Blocks
 from tl_edgeprune.forward import fitting
 from tl_edgeprune.graph.edge_graph import Read

@@ -25,11 +25,11 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_edgeprune.ablation.constants import Constants
 from tl_edgeprune.circuits.circuit import Circuit, check_budget
 from tl_edgeprune.circuits.neurons import Neurons
 from tl_edgeprune.circuits.neurons import check_budget as check_neuron_budget
 from tl_edgeprune.circuits.scores import EdgeScores
-from tl_edgeprune.constants import Constants
 from tl_edgeprune.distributed import Ranks
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.hooks.find import find_sites

@@ -31,8 +31,8 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tl_edgeprune import ablation as ablations
-from tl_edgeprune.ablation import Reference
+from tl_edgeprune.ablation import reference as ablations
+from tl_edgeprune.ablation.reference import Reference
 from tl_edgeprune.blocks import Blocks
 from tl_edgeprune.circuits.neurons import Neurons
 from tl_edgeprune.first_look import probe_tokens, relative, tolerance

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tl_edgeprune.ablation import ZERO_WITH_BIASES
+from tl_edgeprune.ablation.constants import OPTIMAL, Ablation
+from tl_edgeprune.ablation.reference import ZERO_WITH_BIASES
 from tl_edgeprune.circuits.neurons import check_constants, check_kind
 from tl_edgeprune.circuits.scores import EdgeScores
-from tl_edgeprune.constants import OPTIMAL, Ablation
 from tl_edgeprune.identities import digest, of_setting
 from tl_edgeprune.masked import check_ablation
 from tl_edgeprune.masks import Controller, ExactBudget, sample_gates

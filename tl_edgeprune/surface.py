@@ -1,6 +1,7 @@
 """The package's public names, which `tl_edgeprune` gives on first use."""
 
 from tl_edgeprune import models, tasks
+from tl_edgeprune.ablation.constants import Constants
 from tl_edgeprune.circuit_tests import (
     EquivalenceTest,
     IndependenceTest,
@@ -14,7 +15,6 @@ from tl_edgeprune.circuits.neurons import Neurons
 from tl_edgeprune.circuits.scores import EdgeScores
 from tl_edgeprune.compare import compare
 from tl_edgeprune.comparison import Comparison
-from tl_edgeprune.constants import Constants
 from tl_edgeprune.elimination import eliminate
 from tl_edgeprune.evaluate import Evaluation, evaluate
 from tl_edgeprune.explain import explain

@@ -16,10 +16,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_edgeprune.ablation.constants import Ablation
 from tl_edgeprune.chance import ChanceWatch
 from tl_edgeprune.circuits.metadata import several
 from tl_edgeprune.circuits.neurons import Neurons
-from tl_edgeprune.constants import Ablation
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.hooks.modules import is_folded
 from tl_edgeprune.masked import MaskedModel

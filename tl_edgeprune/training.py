@@ -16,9 +16,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_edgeprune import checkpoints
+from tl_edgeprune.ablation.constants import OPTIMAL, Constants
 from tl_edgeprune.candidates import Candidates
 from tl_edgeprune.circuits.scores import EdgeScores
-from tl_edgeprune.constants import OPTIMAL, Constants
 from tl_edgeprune.distributed import LostProcess, Ranks
 from tl_edgeprune.feed import Feed
 from tl_edgeprune.graph.edge_indices import edge_ends

@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
-from tl_edgeprune.constants import OPTIMAL
+from tl_edgeprune.ablation.constants import OPTIMAL
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.utils.reading import damaged, of_format, of_kind, read_json
 from tl_edgeprune.utils.versions import versions

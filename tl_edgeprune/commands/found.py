@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from tl_edgeprune.ablation.constants import Ablation, Constants
 from tl_edgeprune.circuits.circuit import Circuit
 from tl_edgeprune.circuits.scores import EdgeScores
 from tl_edgeprune.commands.run_folder import (
@@ -15,7 +16,6 @@ from tl_edgeprune.commands.run_folder import (
     SCORES,
     write_json,
 )
-from tl_edgeprune.constants import Ablation, Constants
 from tl_edgeprune.evaluate import Evaluation, evaluate
 from tl_edgeprune.tasks import Task
 

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, get_type_hints
 
+from tl_edgeprune.ablation.constants import Constants
 from tl_edgeprune.circuits.scores import EdgeScores
 from tl_edgeprune.commands.named import checked, known_name
-from tl_edgeprune.constants import Constants
 from tl_edgeprune.masks import ExactBudget, Lagrangian, Penalty
 from tl_edgeprune.pruner import EdgePruner, Optimizer
 from tl_edgeprune.regularisers import Attachment

@@ -17,9 +17,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tl_edgeprune.ablation.constants import Ablation
 from tl_edgeprune.chance import ChanceWatch
 from tl_edgeprune.circuits.scores import EdgeScores
-from tl_edgeprune.constants import Ablation
 from tl_edgeprune.forward import Held
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.hooks.modules import is_folded

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from tl_edgeprune.ablation.constants import Ablation
 from tl_edgeprune.circuits.scores import EdgeScores
-from tl_edgeprune.constants import Ablation
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.masked import check_ablation
 from tl_edgeprune.methods.gradients import origin

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tl_edgeprune.ablation.constants import Ablation
 from tl_edgeprune.circuits.scores import EdgeScores
-from tl_edgeprune.constants import Ablation
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.hooks.attach import Hook, attached
 from tl_edgeprune.hooks.norms import Norm, identity, norm_function

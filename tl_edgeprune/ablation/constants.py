@@ -14,7 +14,8 @@ from jaxtyping import Float
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from tl_edgeprune.ablation import Reference, constant_reference
+from tl_edgeprune.ablation.fixed import constant_reference
+from tl_edgeprune.ablation.reference import Reference
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.hooks.sites import Sites
 from tl_edgeprune.utils.reading import damaged, of_kind
