@@ -19,7 +19,7 @@ from step_cost import BATCH, KINDS, POS, available, load, plain_step, prompts, s
 
 from tl_edgeprune import Task
 from tl_edgeprune.cuts import find_cuts
-from tl_edgeprune.masked import MaskedModel
+from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.objectives import OBJECTIVES
 from tl_edgeprune.teacher import Teacher
 from tl_edgeprune.whole_cuts import WholeCuts

@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
+from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.graph.edge_graph import EdgeGraph
-from tl_edgeprune.masked import MaskedModel
 
 ROWS, D_MODEL, HEADS = BATCH * POS, GPT2["n_embd"], GPT2["n_head"]
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")

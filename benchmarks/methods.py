@@ -25,7 +25,7 @@ from shapes import KINDS, available, load, pairs
 from timing import Step, medians, plain_forward, plain_step, seconds
 
 from tl_edgeprune import Circuit, EdgeGraph, EdgePruner, Task, discover
-from tl_edgeprune.masked import MaskedModel
+from tl_edgeprune.forward.masked_model import MaskedModel
 
 Steps = dict[str, Step]
 UNIT = "forward+backward"

@@ -26,11 +26,11 @@ import torch
 import transformers
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 
+from tl_edgeprune.forward.cost_model import Shape, Work, find_shape, step_bytes, step_floor
+from tl_edgeprune.forward.recompute import RecomputedModel
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.hooks.modules import all_parameters
 from tl_edgeprune.masks import sample_gates
-from tl_edgeprune.planner import Shape, Work, find_shape, step_bytes, step_floor
-from tl_edgeprune.recompute import RecomputedModel
 from tl_edgeprune.utils.profiling import LiveBytes
 from tl_edgeprune.utils.versions import versions
 

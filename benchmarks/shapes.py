@@ -14,7 +14,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 
 from tl_edgeprune import Task
-from tl_edgeprune.planner import find_shape
+from tl_edgeprune.forward.cost_model import find_shape
 
 GPT2 = {"n_embd": 768, "n_head": 12, "n_positions": 1024, "vocab_size": 50257}
 BATCH, POS, VOCAB = 8, 16, 49_152  # tokens that both shapes have

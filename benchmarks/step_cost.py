@@ -24,9 +24,9 @@ import torch
 from shapes import BATCH, KINDS, POS, available, load, prompts
 from timing import plain_step, seconds
 
+from tl_edgeprune.forward.masked_model import MaskedModel
+from tl_edgeprune.forward.recompute import RecomputedModel
 from tl_edgeprune.graph.edge_graph import EdgeGraph
-from tl_edgeprune.masked import MaskedModel
-from tl_edgeprune.recompute import RecomputedModel
 
 ENGINES = {"masked": MaskedModel, "recomputed": RecomputedModel}
 

@@ -17,7 +17,8 @@ import torch
 import zoo
 from torch import Tensor
 
-from tl_edgeprune import EdgeGraph, Task, discover, masked
+from tl_edgeprune import EdgeGraph, Task, discover
+from tl_edgeprune.forward import masked_model as masked
 
 ANSWER, DISTRACTOR = 3, 5
 

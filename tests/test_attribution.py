@@ -18,8 +18,8 @@ import zoo
 from torch import Tensor
 
 from tl_edgeprune import discover, models, tasks
-from tl_edgeprune.forward import Held
-from tl_edgeprune.masked import MaskedModel
+from tl_edgeprune.forward.forward_pass import Held
+from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.methods.totals import each_lesson
 from tl_edgeprune.objectives import mean_squared_error
 from tl_edgeprune.tasks.stream import TaskStream

@@ -14,7 +14,7 @@ from torch import Tensor
 from tl_edgeprune import Circuit, EdgePruner, evaluate
 from tl_edgeprune.candidates import JUDGES, LATE, Candidates
 from tl_edgeprune.distributed import Ranks
-from tl_edgeprune.masked import MaskedModel
+from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.objectives import kl
 from tl_edgeprune.teacher import Teacher
 from tl_edgeprune.training import Training

@@ -16,8 +16,8 @@ from tl_edgeprune.ablation.reference import ABLATIONS
 from tl_edgeprune.cuts import find_cuts
 from tl_edgeprune.elimination import single_cuts
 from tl_edgeprune.evaluate import evaluate_all
+from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.graph.reachability import leading_edges
-from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.methods import saved as saved_state
 from tl_edgeprune.objectives import kl
 from tl_edgeprune.teacher import Teacher

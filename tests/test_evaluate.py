@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from tl_edgeprune import EdgePruner, explain, minimality, models, polish, tasks
 from tl_edgeprune.circuits.circuit import Circuit
 from tl_edgeprune.evaluate import check_circuit, evaluate, evaluate_all, evaluate_groups
+from tl_edgeprune.forward.context import masked
+from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.graph.edge_graph import EdgeGraph
-from tl_edgeprune.masked import MaskedModel, masked
 from tl_edgeprune.tasks import Task
 
 GIRLS = ("Lily", "Sara", "Anna", "Lucy", "Mia", "Amy", "Jane", "Sue")

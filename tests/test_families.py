@@ -21,9 +21,10 @@ from families import FAMILIES, OTHERS, REFUSED, Family, Refused
 from statements import Statements
 from torch import Tensor
 
-from tl_edgeprune import EdgeGraph, masked
-from tl_edgeprune.masked import MaskedModel
-from tl_edgeprune.recompute import RecomputedModel
+from tl_edgeprune import EdgeGraph
+from tl_edgeprune.forward import masked_model as masked
+from tl_edgeprune.forward.masked_model import MaskedModel
+from tl_edgeprune.forward.recompute import RecomputedModel
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "supported_models.py"
 spec = importlib.util.spec_from_file_location(SCRIPT.stem, SCRIPT)

@@ -12,7 +12,7 @@ import zoo
 from torch import Tensor
 
 from tl_edgeprune import EdgeGraph, Task, compare, discover, evaluate, tasks
-from tl_edgeprune.masked import MaskedModel
+from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.methods.hisp import node_to_edge_scores
 from tl_edgeprune.methods.ifr import proximity
 from tl_edgeprune.methods.registry import METHODS, parameters_of, settings_of

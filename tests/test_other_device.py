@@ -35,7 +35,6 @@ from tl_edgeprune import (
     explain,
     faithfulness_curve,
     independence_test,
-    masked,
     minimality,
     minimality_test,
     optimal_constants,
@@ -43,7 +42,8 @@ from tl_edgeprune import (
     stability,
 )
 from tl_edgeprune.cuts import find_cuts
-from tl_edgeprune.masked import MaskedModel
+from tl_edgeprune.forward import masked_model as masked
+from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.methods.registry import METHODS, TRAINED
 from tl_edgeprune.objectives import kl
 from tl_edgeprune.part_cuts import PartCuts

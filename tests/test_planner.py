@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from tl_edgeprune.cli import main
-from tl_edgeprune.graph.edge_graph import EdgeGraph
-from tl_edgeprune.planner import (
+from tl_edgeprune.forward.cost_model import (
     SHAPES,
     Shape,
     Work,
@@ -30,7 +29,8 @@ from tl_edgeprune.planner import (
     reference_bytes,
     step_bytes,
 )
-from tl_edgeprune.recompute import RecomputedModel
+from tl_edgeprune.forward.recompute import RecomputedModel
+from tl_edgeprune.graph.edge_graph import EdgeGraph
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from scale import measure, random_model

@@ -23,16 +23,17 @@ from tl_edgeprune import (
     Task,
     discover,
     evaluate,
-    masked,
     models,
     tasks,
 )
-from tl_edgeprune.masked import MaskedModel
+from tl_edgeprune.forward import masked_model as masked
+from tl_edgeprune.forward.buffers import BufferPool
+from tl_edgeprune.forward.masked_model import MaskedModel
+from tl_edgeprune.forward.residual import Stream
+from tl_edgeprune.forward.span_masks import Spans, read_at_spans_naive
 from tl_edgeprune.objectives import OBJECTIVES
 from tl_edgeprune.part_cuts import PartCuts
 from tl_edgeprune.positions import task_for
-from tl_edgeprune.residual import BufferPool, Stream
-from tl_edgeprune.span_products import Spans, read_at_spans_naive
 from tl_edgeprune.teacher import Teacher
 from tl_edgeprune.whole_cuts import WholeCuts
 

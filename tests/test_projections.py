@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from zoo import ARCHITECTURES, build
 
+from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.hooks.find import find_sites
 from tl_edgeprune.hooks.norms import LayerNorm, RMSNorm, identity
 from tl_edgeprune.hooks.projections import project, project_naive
 from tl_edgeprune.hooks.sites import AttentionSite
 from tl_edgeprune.hooks.unused_work import idle_work, replaced
-from tl_edgeprune.masked import MaskedModel
 
 NORMS = ("rms", "rms without gain", "layer norm", "none")
 

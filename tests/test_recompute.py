@@ -15,11 +15,11 @@ from torch import Tensor
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 
 from tl_edgeprune import EdgeGraph, EdgePruner
-from tl_edgeprune.blocks import Blocks
-from tl_edgeprune.forward import Held
-from tl_edgeprune.masked import MaskedModel
-from tl_edgeprune.recompute import RecomputedModel
-from tl_edgeprune.residual import BufferPool
+from tl_edgeprune.forward.buffers import BufferPool
+from tl_edgeprune.forward.forward_pass import Held
+from tl_edgeprune.forward.half_blocks import Blocks
+from tl_edgeprune.forward.masked_model import MaskedModel
+from tl_edgeprune.forward.recompute import RecomputedModel
 from tl_edgeprune.utils.profiling import LiveBytes
 
 NAMES = [

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tl_edgeprune.residual import BufferPool, Stream, read_naive
+from tl_edgeprune.forward.buffers import BufferPool
+from tl_edgeprune.forward.residual import Stream, read_naive
 
 SIZES = st.integers(1, 4)
 SEEDS = st.integers(0, 2**16)

@@ -14,7 +14,7 @@ import torch
 import zoo
 
 from tl_edgeprune import EdgeGraph, EdgePruner, discover
-from tl_edgeprune.masked import check_ablation
+from tl_edgeprune.forward.masked_model import check_ablation
 from tl_edgeprune.methods import saved as saved_module
 from tl_edgeprune.methods.registry import GIVE_CIRCUITS, METHODS, TRAINED, settings_of
 from tl_edgeprune.part_cuts import PartCuts

@@ -45,8 +45,8 @@ from tl_edgeprune.commands.show import _figures
 from tl_edgeprune.comparison_folder import Folder, Run
 from tl_edgeprune.evaluate import Evaluation
 from tl_edgeprune.explanation import COLUMNS, PATTERN_COLUMNS
+from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.graph.edge_graph import MOST_EDGES
-from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.methods import acdc, exact, totals
 from tl_edgeprune.methods.saved import Saved
 from tl_edgeprune.objectives import find_objective

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tl_edgeprune import EdgePruner, tasks
 from tl_edgeprune.feed import Feed
-from tl_edgeprune.masked import MaskedModel
+from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.objectives import kl
 from tl_edgeprune.tasks import Task, TaskStream
 from tl_edgeprune.tasks.permutation import Order

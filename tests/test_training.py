@@ -19,11 +19,11 @@ from tl_edgeprune import (
     Task,
     discover,
     evaluate,
-    masked,
     training,
 )
 from tl_edgeprune.evaluate import evaluate_all
-from tl_edgeprune.masked import MaskedModel
+from tl_edgeprune.forward import masked_model as masked
+from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.training import Training
 
 MODEL = "bridge-gpt2"

@@ -26,11 +26,11 @@ from tl_edgeprune import (
     compare,
     discover,
     evaluate,
-    masked,
     optimal_constants,
 )
 from tl_edgeprune.ablation.reference import ABLATIONS
-from tl_edgeprune.masked import MaskedModel
+from tl_edgeprune.forward import masked_model as masked
+from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.methods.registry import METHODS
 
 MODEL, OTHER = "bridge-gpt2", "bridge-llama-gqa"

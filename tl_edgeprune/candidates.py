@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tl_edgeprune.circuits.circuit import Circuit
 from tl_edgeprune.distributed import Ranks
-from tl_edgeprune.masked import MaskedModel
+from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.objectives import Objective, losses
 from tl_edgeprune.tasks.batch import Batch
 from tl_edgeprune.teacher import Teacher

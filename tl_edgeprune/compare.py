@@ -25,8 +25,8 @@ from tl_edgeprune.circuits.scores import EdgeScores
 from tl_edgeprune.comparison import FIGURES, Comparison, Row
 from tl_edgeprune.comparison_folder import Folder, Found, Run
 from tl_edgeprune.evaluate import Evaluation, evaluate_all
+from tl_edgeprune.forward.masked_model import check_ablation
 from tl_edgeprune.graph.edge_graph import EdgeGraph
-from tl_edgeprune.masked import check_ablation
 from tl_edgeprune.methods import registry
 from tl_edgeprune.task_checks_tmp import check_tokens
 from tl_edgeprune.tasks.batch import Batch

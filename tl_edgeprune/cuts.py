@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tl_edgeprune.first_look import relative, tolerance
-from tl_edgeprune.masked import MaskedModel
+from tl_edgeprune.forward.masked_model import MaskedModel
+from tl_edgeprune.forward.self_check import relative, tolerance
 from tl_edgeprune.objectives import Objective
 from tl_edgeprune.part_cuts import MAX_BYTES, PartCuts
 from tl_edgeprune.teacher import Lesson, Teacher

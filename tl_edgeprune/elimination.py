@@ -33,8 +33,8 @@ from tl_edgeprune.circuits.circuit import Circuit
 from tl_edgeprune.circuits.metadata import ablation_of
 from tl_edgeprune.circuits.scores import EdgeScores
 from tl_edgeprune.cuts import find_cuts
+from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.graph.reachability import leading_edges
-from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.methods.bisect import GRADIENT_RUNS
 from tl_edgeprune.methods.gradients import at, origin, path_scores
 from tl_edgeprune.methods.saved import Saved, saving

@@ -24,12 +24,12 @@ from tl_edgeprune.circuits.circuit import Circuit
 from tl_edgeprune.circuits.metadata import ablation_of
 from tl_edgeprune.cuts import find_cuts
 from tl_edgeprune.explanation import Explanation, Row
-from tl_edgeprune.forward import fitting
+from tl_edgeprune.forward.forward_pass import fitting
+from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.graph.names import kind_of
 from tl_edgeprune.hooks.attach import attached
 from tl_edgeprune.lens import Score, answer_direction, answer_score
-from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.methods.exact import each_rise
 from tl_edgeprune.methods.gradients import origin
 from tl_edgeprune.objectives import Objective, find_objective

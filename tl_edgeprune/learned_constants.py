@@ -18,7 +18,7 @@ from torch import Tensor
 from tl_edgeprune import checkpoints
 from tl_edgeprune.ablation.constants import NAMES, Constants
 from tl_edgeprune.ablation.reference import Reference
-from tl_edgeprune.masked import MaskedModel
+from tl_edgeprune.forward.masked_model import MaskedModel
 
 
 class LearnedConstants:

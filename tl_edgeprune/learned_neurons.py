@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_edgeprune.masked import MaskedModel
+from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.masks import ExactBudget, first_log_alpha, open_probability, top_gates
 from tl_edgeprune.methods.totals import each_lesson
 from tl_edgeprune.objectives import Objective, losses

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_edgeprune.blocks import unembedded
+from tl_edgeprune.forward.half_blocks import unembedded
 from tl_edgeprune.hooks.norms import identity, norm_function
 from tl_edgeprune.objectives import has_logit_diff, has_prob_diff
 from tl_edgeprune.tasks.answer_logits import logit_diff

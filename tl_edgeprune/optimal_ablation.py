@@ -22,9 +22,9 @@ from tqdm.auto import tqdm
 
 from tl_edgeprune.ablation.constants import Constants
 from tl_edgeprune.circuits.circuit import Circuit
+from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.learned_constants import LearnedConstants
-from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.objectives import Objective, find_objective, losses
 from tl_edgeprune.positions import task_for
 from tl_edgeprune.task_checks_tmp import check_tokens

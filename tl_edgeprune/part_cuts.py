@@ -24,12 +24,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_edgeprune.ablation.reference import Reference
-from tl_edgeprune.blocks import Blocks
-from tl_edgeprune.forward import fitting
+from tl_edgeprune.forward.forward_pass import fitting
+from tl_edgeprune.forward.half_blocks import Blocks
+from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.graph.edge_graph import Read
 from tl_edgeprune.hooks.shards import in_turns
 from tl_edgeprune.hooks.sites import AttentionSite
-from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.objectives import Objective, losses
 from tl_edgeprune.teacher import Lesson
 from tl_edgeprune.whole_cuts import WholeCuts

@@ -19,7 +19,7 @@ from torch import Tensor
 from tl_edgeprune.ablation.constants import Ablation
 from tl_edgeprune.circuits.circuit import Circuit
 from tl_edgeprune.circuits.metadata import ablation_of
-from tl_edgeprune.masked import MaskedModel
+from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.methods.gradients import at, path_scores
 from tl_edgeprune.methods.totals import each_lesson
 from tl_edgeprune.objectives import Objective, find_objective, losses

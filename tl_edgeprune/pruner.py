@@ -31,18 +31,18 @@ from tl_edgeprune.circuits.neurons import Neurons
 from tl_edgeprune.circuits.neurons import check_budget as check_neuron_budget
 from tl_edgeprune.circuits.scores import EdgeScores
 from tl_edgeprune.distributed import Ranks
+from tl_edgeprune.forward.masked_model import MaskedModel, check_ablation
+from tl_edgeprune.forward.recompute import RecomputedModel
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.hooks.find import find_sites
 from tl_edgeprune.hooks.modules import model_kind
 from tl_edgeprune.hooks.placement import placed
 from tl_edgeprune.identities import of_weights
-from tl_edgeprune.masked import MaskedModel, check_ablation
 from tl_edgeprune.masks import (
     Lagrangian,
 )
 from tl_edgeprune.objectives import find_objective
 from tl_edgeprune.positions import graph_at
-from tl_edgeprune.recompute import RecomputedModel
 from tl_edgeprune.settings import Optimizer, PrunerSettings
 from tl_edgeprune.task_checks_tmp import check_tokens
 from tl_edgeprune.tasks.stream import AnyTask, checked, sample

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from tl_edgeprune.ablation.constants import OPTIMAL, Ablation
 from tl_edgeprune.ablation.reference import ZERO_WITH_BIASES
-from tl_edgeprune.circuits.neurons import check_constants, check_kind
+from tl_edgeprune.circuits.neurons import check_kind
 from tl_edgeprune.circuits.scores import EdgeScores
+from tl_edgeprune.forward.masked_model import check_ablation
+from tl_edgeprune.forward.neuron_gates import check_constants
 from tl_edgeprune.identities import digest, of_setting
-from tl_edgeprune.masked import check_ablation
 from tl_edgeprune.masks import Controller, ExactBudget, sample_gates
 from tl_edgeprune.objectives import Objective
 from tl_edgeprune.positions import check_positions

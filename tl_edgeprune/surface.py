@@ -20,10 +20,10 @@ from tl_edgeprune.evaluate import Evaluation, evaluate
 from tl_edgeprune.explain import explain
 from tl_edgeprune.explanation import Explanation
 from tl_edgeprune.faithfulness import FaithfulnessCurve, faithfulness_curve, mib_faithfulness
+from tl_edgeprune.forward.context import masked
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.ground_truth import necessary_edges, possible_edges
 from tl_edgeprune.knockouts import Completeness, Minimality, completeness, minimality
-from tl_edgeprune.masked import masked
 from tl_edgeprune.masks import ExactBudget, Lagrangian, Penalty
 from tl_edgeprune.methods.registry import discover
 from tl_edgeprune.optimal_ablation import optimal_constants

@@ -20,9 +20,9 @@ from tl_edgeprune.ablation.constants import Ablation
 from tl_edgeprune.chance import ChanceWatch
 from tl_edgeprune.circuits.metadata import several
 from tl_edgeprune.circuits.neurons import Neurons
+from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.hooks.modules import is_folded
-from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.objectives import Objective, losses
 from tl_edgeprune.positions import task_for
 from tl_edgeprune.task_checks_tmp import check_tokens

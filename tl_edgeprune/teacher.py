@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from tl_edgeprune.ablation.constants import Ablation
 from tl_edgeprune.ablation.reference import Reference
 from tl_edgeprune.chance import ChanceWatch
-from tl_edgeprune.masked import MaskedModel
+from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.positions import any_task_for
 from tl_edgeprune.tasks.batch import Batch
 from tl_edgeprune.tasks.stream import AnyTask, sample

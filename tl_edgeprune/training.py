@@ -21,12 +21,12 @@ from tl_edgeprune.candidates import Candidates
 from tl_edgeprune.circuits.scores import EdgeScores
 from tl_edgeprune.distributed import LostProcess, Ranks
 from tl_edgeprune.feed import Feed
+from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.graph.edge_indices import edge_ends
 from tl_edgeprune.hooks.modules import is_folded
 from tl_edgeprune.identities import differences, digest, of_setting, of_task
 from tl_edgeprune.learned_constants import LearnedConstants
 from tl_edgeprune.learned_neurons import LearnedNeurons, gate_scores
-from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.masks import (
     ExactBudget,
     first_log_alpha,

@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.graph.reachability import lead_to_logits
-from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.objectives import Objective, losses
 from tl_edgeprune.teacher import Lesson
 

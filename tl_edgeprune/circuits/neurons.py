@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_edgeprune.ablation.constants import OPTIMAL
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.utils.reading import damaged, of_format, of_kind, read_json
 from tl_edgeprune.utils.versions import versions
@@ -212,16 +211,6 @@ def check_kind(kind: str | None) -> None:
         )
 
 
-def check_constants(kind: str | None, ablation: Any) -> None:
-    """Raise ValueError for hidden neurons under constants, given or to be learned."""
-    if kind == MLP and (not isinstance(ablation, str) or ablation == OPTIMAL):
-        raise ValueError(
-            "neurons='mlp' with an ablation of constants is not supported: constants are what "
-            "whole sources carry, and none are learned for hidden neurons. Use another ablation, "
-            "or neurons='dimensions'."
-        )
-
-
 def check_budget(n_neurons: int, most: int) -> None:
     """Raise ValueError unless 1 <= n_neurons <= most."""
     if isinstance(n_neurons, bool) or int(n_neurons) != n_neurons or not 1 <= n_neurons <= most:
@@ -259,13 +248,3 @@ def kind_of(neurons: Neurons | Tensor | str | None, graph: EdgeGraph) -> str | N
             "neurons='mlp' needs MLPs, and this model has none: use neurons='dimensions'."
         )
     return kind
-
-
-def check_gates(gates: Shaped[Tensor, "..."], shape: tuple[int, int]) -> None:
-    """Raise ValueError unless these are floats or bools of this shape, without NaN."""
-    if gates.shape != shape:
-        raise ValueError(f"gates of neurons have shape {tuple(gates.shape)}, expected {shape}.")
-    if not (gates.is_floating_point() or gates.dtype == torch.bool):
-        raise ValueError(f"gates of neurons are {gates.dtype}, expected floats in [0, 1] or bool.")
-    if not bool(torch.isfinite(gates).all()):
-        raise ValueError("gates of neurons hold NaN or infinite values; expected [0, 1].")

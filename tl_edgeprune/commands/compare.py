@@ -74,7 +74,7 @@ def compare(
     """
     from tl_edgeprune.commands.comparing import check_same, compare_in
     from tl_edgeprune.commands.method_settings import compared_settings, runs_settings
-    from tl_edgeprune.masked import check_ablation
+    from tl_edgeprune.forward.masked_model import check_ablation
     from tl_edgeprune.methods.registry import GIVE_CIRCUITS
 
     names = _listed(methods)

@@ -22,9 +22,7 @@ from tl_edgeprune.commands.lengths import Lengths, prompt_lengths
 from tl_edgeprune.commands.options import BYTES
 from tl_edgeprune.commands.run_folder import Run
 from tl_edgeprune.commands.shapes import shape_of
-from tl_edgeprune.graph.edge_graph import EdgeGraph
-from tl_edgeprune.methods.registry import TRAINED, parameters_of
-from tl_edgeprune.planner import (
+from tl_edgeprune.forward.cost_model import (
     Floor,
     Shape,
     Work,
@@ -36,6 +34,8 @@ from tl_edgeprune.planner import (
     reference_run,
     step_bytes,
 )
+from tl_edgeprune.graph.edge_graph import EdgeGraph
+from tl_edgeprune.methods.registry import TRAINED, parameters_of
 
 UNKNOWN = "known once it is loaded"
 GRADIENTS = {"eap": 1, "eap-graddrop": 1, "relp": 1, "clean-corrupted": 2}  # points of a path

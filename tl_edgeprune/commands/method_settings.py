@@ -9,7 +9,7 @@ import torch
 
 from tl_edgeprune.commands.named import checked, known_name
 from tl_edgeprune.commands.pruner_settings import made
-from tl_edgeprune.masked import check_ablation
+from tl_edgeprune.forward.masked_model import check_ablation
 from tl_edgeprune.methods.registry import TRAINED, parameters_of
 
 

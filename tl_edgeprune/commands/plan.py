@@ -33,7 +33,7 @@ def plan(
 
     Example: tl-edgeprune plan --model gpt2 --gpu-memory 24
     """
-    from tl_edgeprune.planner import (
+    from tl_edgeprune.forward.cost_model import (
         PASSES,
         Work,
         find_shape,

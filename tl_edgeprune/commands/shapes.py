@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tl_edgeprune.planner import SHAPES, Shape
+from tl_edgeprune.forward.cost_model import SHAPES, Shape
 from tl_edgeprune.utils.reading import read_json
 
 LLAMAS = ("llama", "mistral", "qwen2", "qwen3")

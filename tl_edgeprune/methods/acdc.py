@@ -36,8 +36,8 @@ from tqdm.auto import tqdm
 from tl_edgeprune.ablation.constants import Ablation
 from tl_edgeprune.circuits.circuit import Circuit
 from tl_edgeprune.cuts import find_cuts
+from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.graph.edge_graph import EdgeGraph
-from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.methods.bisect import Stage, in_groups
 from tl_edgeprune.methods.gradients import origin
 from tl_edgeprune.methods.saved import Saved, saving

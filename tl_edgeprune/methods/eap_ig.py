@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from tl_edgeprune.circuits.scores import EdgeScores
-from tl_edgeprune.forward import Held
-from tl_edgeprune.masked import MaskedModel
+from tl_edgeprune.forward.forward_pass import Held
+from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.methods.gradients import (
     Path,
     Point,

@@ -20,10 +20,10 @@ from torch import Tensor
 from tl_edgeprune.ablation.constants import Ablation
 from tl_edgeprune.chance import ChanceWatch
 from tl_edgeprune.circuits.scores import EdgeScores
-from tl_edgeprune.forward import Held
+from tl_edgeprune.forward.forward_pass import Held
+from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.hooks.modules import is_folded
-from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.methods.saved import UNSAVED, Saved, saving
 from tl_edgeprune.methods.totals import total_over_pairs
 from tl_edgeprune.objectives import (

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from tl_edgeprune.ablation.constants import Ablation
 from tl_edgeprune.circuits.scores import EdgeScores
+from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.graph.edge_indices import edge_ends
 from tl_edgeprune.graph.spans import refuse_spans
-from tl_edgeprune.masked import MaskedModel
 from tl_edgeprune.methods.eap import whole
 from tl_edgeprune.methods.gradients import (
     differentiable_at_one,

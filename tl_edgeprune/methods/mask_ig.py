@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from tl_edgeprune.circuits.scores import EdgeScores
-from tl_edgeprune.masked import MaskedModel
+from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.methods.gradients import Path, Point, check_steps, scores_along
 from tl_edgeprune.objectives import Objective
 from tl_edgeprune.tasks.task import Task

@@ -19,7 +19,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tl_edgeprune.residual import Products
+from tl_edgeprune.forward.residual import Products
 
 
 def read_at_spans_naive(

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from tl_edgeprune.ablation.constants import OPTIMAL
 from tl_edgeprune.circuits.neurons import MLP
 
 
@@ -40,3 +44,23 @@ class NeuronGates:
                 f"{self.fired} of {n_layers} MLPs passed their hidden neurons' hook point in this "
                 "forward: its hook was removed inside the context (model.reset_hooks?)."
             )
+
+
+def check_constants(kind: str | None, ablation: Any) -> None:
+    """Raise ValueError for hidden neurons under constants, given or to be learned."""
+    if kind == MLP and (not isinstance(ablation, str) or ablation == OPTIMAL):
+        raise ValueError(
+            "neurons='mlp' with an ablation of constants is not supported: constants are what "
+            "whole sources carry, and none are learned for hidden neurons. Use another ablation, "
+            "or neurons='dimensions'."
+        )
+
+
+def check_gates(gates: Shaped[Tensor, "..."], shape: tuple[int, int]) -> None:
+    """Raise ValueError unless these are floats or bools of this shape, without NaN."""
+    if gates.shape != shape:
+        raise ValueError(f"gates of neurons have shape {tuple(gates.shape)}, expected {shape}.")
+    if not (gates.is_floating_point() or gates.dtype == torch.bool):
+        raise ValueError(f"gates of neurons are {gates.dtype}, expected floats in [0, 1] or bool.")
+    if not bool(torch.isfinite(gates).all()):
+        raise ValueError("gates of neurons hold NaN or infinite values; expected [0, 1].")

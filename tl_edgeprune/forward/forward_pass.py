@@ -11,12 +11,13 @@ from torch import Tensor
 
 from tl_edgeprune.ablation import reference as ablations
 from tl_edgeprune.ablation.reference import Reference
+from tl_edgeprune.forward.buffers import BufferPool
+from tl_edgeprune.forward.neuron_gates import NeuronGates
+from tl_edgeprune.forward.residual import Stream, WholeStream
+from tl_edgeprune.forward.span_masks import Spans
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.hooks.projections import project
 from tl_edgeprune.hooks.sites import Sites
-from tl_edgeprune.neuron_gates import NeuronGates
-from tl_edgeprune.residual import BufferPool, Stream, WholeStream
-from tl_edgeprune.span_products import Spans
 
 # Reads that share one pass over the buffer: those of four blocks with an MLP. More would save
 # little (few passes are left) and cost memory (their mixes wait until they are read).

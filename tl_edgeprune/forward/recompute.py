@@ -33,15 +33,15 @@ from torch.autograd.function import once_differentiable
 
 from tl_edgeprune.ablation import reference as ablations
 from tl_edgeprune.ablation.reference import Reference
-from tl_edgeprune.blocks import Blocks
 from tl_edgeprune.circuits.neurons import Neurons
-from tl_edgeprune.first_look import probe_tokens, relative, tolerance
-from tl_edgeprune.forward import Held, checked_positions, fitting
+from tl_edgeprune.forward.buffers import SOURCES_APART, BufferPool, add_rows
+from tl_edgeprune.forward.forward_pass import Held, checked_positions, fitting
+from tl_edgeprune.forward.half_blocks import Blocks
+from tl_edgeprune.forward.masked_model import MaskedModel, check_mask
+from tl_edgeprune.forward.self_check import probe_tokens, relative, tolerance
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.hooks.shards import in_turns
 from tl_edgeprune.hooks.sites import AttentionSite, Sites
-from tl_edgeprune.masked import MaskedModel, check_mask
-from tl_edgeprune.residual import SOURCES_APART, BufferPool, add_rows
 
 # Numbers that are normalised at once: what a processor's cache holds; on a GPU enough to fill it.
 PIECE, PIECE_ON_GPU = 2**20, 2**26

@@ -14,7 +14,7 @@ mask, the reference and the positions from one forward to the next.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -27,18 +27,19 @@ from torch import Tensor
 from tl_edgeprune.ablation import reference as ablations
 from tl_edgeprune.ablation.constants import OPTIMAL, Ablation, Constants
 from tl_edgeprune.ablation.reference import Reference
-from tl_edgeprune.circuits.neurons import MLP, Neurons, check_constants, check_gates, kind_of
-from tl_edgeprune.first_look import check_neurons_once, check_once, hidden_shape
-from tl_edgeprune.forward import Forward, Held, Inputs
+from tl_edgeprune.circuits.neurons import MLP, Neurons, kind_of
+from tl_edgeprune.forward.buffers import BufferPool
+from tl_edgeprune.forward.forward_pass import Forward, Held, Inputs
+from tl_edgeprune.forward.neuron_gates import check_constants, check_gates
+from tl_edgeprune.forward.self_check import check_neurons_once, check_once, hidden_shape
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.hooks.attach import Hook, attached, prepared, refuse_conflicts, refuse_hooks
 from tl_edgeprune.hooks.find import find_sites, hidden_points
-from tl_edgeprune.hooks.modules import dropouts, model_kind
+from tl_edgeprune.hooks.modules import dropouts
 from tl_edgeprune.hooks.norms import identity
-from tl_edgeprune.hooks.prompt_checks import check_corrupted, check_prompts
+from tl_edgeprune.hooks.prompt_checks import check_prompts
 from tl_edgeprune.hooks.sites import Sites
 from tl_edgeprune.hooks.unused_work import idle_work, resting
-from tl_edgeprune.residual import BufferPool
 
 GENERATORS = ("generate", "generate_stream", "hf_generate", "diffusion_generate")
 REFUSED_ARGUMENTS = {
@@ -51,60 +52,6 @@ REFUSED_ARGUMENTS = {
     "shortformer_pos_embed": "shortformer position embeddings",
     "position_ids": "position_ids",
 }
-
-
-@contextmanager
-def masked(
-    model: Any,
-    circuit_or_mask: Any,
-    *,
-    corrupted: Int[Tensor, "batch pos"] | None = None,
-    ablation: Ablation | None = None,
-    prompts: Sequence[Tensor] | Int[Tensor, "prompt pos"] | None = None,
-    positions: Int[Tensor, "batch read"] | None = None,
-    spans: Int[Tensor, "batch pos"] | None = None,
-    graph: EdgeGraph | None = None,
-    neurons: Neurons | Shaped[Tensor, "place unit"] | None = None,
-) -> Iterator[Any]:
-    """The model itself, its edges masked for as long as the context lasts.
-
-    Args:
-        circuit_or_mask: a Circuit, or a mask [n_edges] of bools or floats (1 keeps an edge, 0
-            removes it, and any other number lies on the line through the two, also beyond; may
-            require gradients, and may change in place between forwards).
-        corrupted: the prompts whose activations replace removed edges, position by position.
-        ablation: "counterfactual" (needs `corrupted`; the default with it), "zero",
-            "zero-with-biases" (heads' shares of the output biases go with them), "mean" or
-            "mean-positional" (means over `prompts`), or Constants that were learned.
-        positions: the positions whose logits are wanted, [batch, read]: the model then gives
-            [batch, read, d_vocab] in place of [batch, pos, d_vocab].
-        spans: each position's span, as its place among the graph's spans (`batch.spans`), for a
-            circuit or mask with spans. One by position needs none.
-        graph: the mask's graph, where it is not `EdgeGraph.from_model(model)`.
-        neurons: Neurons, or gates as the mask's numbers are: [n_layers, d_mlp] on the MLPs' hidden
-            neurons or [n_sources, d_model] on what each source writes (neurons.py).
-
-    Yields the model. Weights are frozen inside; hooks, flags, gradients and mode are on leaving as
-    they were. Raises ValueError for a mask of another length or kind, for tokens of another shape
-    than `corrupted`, outside the vocabulary or past the last position, for KV caches, padding
-    masks, active dropout, `generate`, and for hooks of your own where the mask would overrule them;
-    NotImplementedError for a model that does not split.
-
-    Bhaskar et al. 2024, equations 1 to 3; x_i = r_i + sum_j z_ij (y_j - ref_j).
-    """
-    mask = _mask_of(circuit_or_mask)
-    kind = _ablation_kind(ablation, corrupted, prompts)
-    model_kind(model)
-    if corrupted is not None:
-        check_corrupted(model, corrupted)
-    check_prompts(model, () if prompts is None else prompts, "prompts")
-    with MaskedModel.attach(model, _wanted_graph(circuit_or_mask, graph), neurons) as run:
-        check_mask(mask, run.graph)
-        gates = run.gates_of(neurons)
-        reference = run.reference(kind, corrupted=corrupted, prompts=prompts)
-        run.set(mask=mask, reference=reference, positions=positions, spans=spans, neurons=gates)
-        with run.shadowed():
-            yield model
 
 
 def _graph_of(sites: Sites, wanted: EdgeGraph | None) -> EdgeGraph:
@@ -121,22 +68,6 @@ def _graph_of(sites: Sites, wanted: EdgeGraph | None) -> EdgeGraph:
     return actual
 
 
-def _wanted_graph(circuit_or_mask: Any, graph: EdgeGraph | None) -> EdgeGraph | None:
-    own = getattr(circuit_or_mask, "graph", graph)
-    if graph is not None and own != graph:
-        raise ValueError(f"the circuit has its own graph, {own}, and graph={graph} is another.")
-    return own
-
-
-def _mask_of(circuit_or_mask: Any) -> Tensor:
-    mask = getattr(circuit_or_mask, "mask", circuit_or_mask)
-    if not isinstance(mask, Tensor):
-        raise TypeError(
-            f"expected a Circuit or a mask tensor [n_edges], got {type(mask).__name__}."
-        )
-    return mask
-
-
 def check_mask(mask: Shaped[Tensor, "..."], graph: EdgeGraph) -> None:
     """Raise ValueError unless `mask` is a float or bool vector over the graph's edges without
     NaN.
@@ -150,24 +81,6 @@ def check_mask(mask: Shaped[Tensor, "..."], graph: EdgeGraph) -> None:
         raise ValueError(f"the mask has dtype {mask.dtype}, expected floats in [0, 1] or bool.")
     if not bool(torch.isfinite(mask).all()):
         raise ValueError("the mask holds NaN or infinite values; expected numbers in [0, 1].")
-
-
-def _ablation_kind(kind: Ablation | None, corrupted: Tensor | None, prompts: Any) -> Ablation:
-    if kind is None:
-        kind = "counterfactual"
-    check_ablation(kind)
-    if kind == "counterfactual" and corrupted is None:
-        raise ValueError(
-            "counterfactual ablation needs corrupted=…, tokens [batch, pos] of the same shape as "
-            "the clean ones; or give ablation='zero', 'mean' or 'mean-positional'."
-        )
-    if kind != "counterfactual" and corrupted is not None:
-        raise ValueError(f"corrupted=… belongs to counterfactual ablation, but ablation={kind!r}.")
-    if str(kind).startswith("mean") and prompts is None:
-        raise ValueError(
-            f"ablation={kind!r} needs prompts=…, token prompts to take the means over."
-        )
-    return kind
 
 
 def check_ablation(kind: Ablation) -> None:

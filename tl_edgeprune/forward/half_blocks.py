@@ -20,9 +20,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.hooks.sites import AttentionSite
 from tl_edgeprune.hooks.unused_work import idle_projections, replaced, resting
-from tl_edgeprune.masked import MaskedModel
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
