@@ -21,7 +21,7 @@ from tl_edgeprune import Task
 from tl_edgeprune.cuts import find_cuts
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.objectives import OBJECTIVES
-from tl_edgeprune.teacher import Teacher
+from tl_edgeprune.runs.targets import Teacher
 from tl_edgeprune.whole_cuts import WholeCuts
 
 

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from unittest.mock import patch
 
 from tl_edgeprune import masks
+from tl_edgeprune.runs.targets import Lesson
 from tl_edgeprune.tasks.batch import Batch
-from tl_edgeprune.teacher import Lesson
 from tl_edgeprune.training import Training
 
 PlainStep = Callable[[Training, int], None]

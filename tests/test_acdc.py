@@ -28,15 +28,15 @@ from tl_edgeprune.forward import masked_model as masked
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.hooks.find import find_sites
 from tl_edgeprune.methods import acdc as acdc_module
-from tl_edgeprune.methods import saved as saved_module
 from tl_edgeprune.methods.acdc import acdc
 from tl_edgeprune.methods.bisect import Stage
 from tl_edgeprune.methods.exact import exact
-from tl_edgeprune.methods.saved import Saved
 from tl_edgeprune.methods.singles import Singles
 from tl_edgeprune.objectives import OBJECTIVES, kl
 from tl_edgeprune.part_cuts import PartCuts
-from tl_edgeprune.teacher import Teacher
+from tl_edgeprune.runs import resume as saved_module
+from tl_edgeprune.runs.resume import Saved
+from tl_edgeprune.runs.targets import Teacher
 from tl_edgeprune.whole_cuts import WholeCuts
 
 ABLATIONS = ("counterfactual", "zero")

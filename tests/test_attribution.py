@@ -20,10 +20,10 @@ from torch import Tensor
 from tl_edgeprune import discover, models, tasks
 from tl_edgeprune.forward.forward_pass import Held
 from tl_edgeprune.forward.masked_model import MaskedModel
-from tl_edgeprune.methods.totals import each_lesson
 from tl_edgeprune.objectives import mean_squared_error
+from tl_edgeprune.runs.targets import Teacher
+from tl_edgeprune.runs.totals import each_lesson
 from tl_edgeprune.tasks.stream import TaskStream
-from tl_edgeprune.teacher import Teacher
 
 MODEL = "bridge-gpt2"
 KINDS = (MODEL, "bridge-gemma2")  # the second with shared keys, and norms after heads and MLP

@@ -16,7 +16,7 @@ from tl_edgeprune.candidates import JUDGES, LATE, Candidates
 from tl_edgeprune.distributed import Ranks
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.objectives import kl
-from tl_edgeprune.teacher import Teacher
+from tl_edgeprune.runs.targets import Teacher
 from tl_edgeprune.training import Training
 
 MODEL = "bridge-gpt2"

@@ -10,7 +10,7 @@ import torch
 import zoo
 
 from tl_edgeprune import Circuit, EdgeGraph, EdgePruner, discover, evaluate
-from tl_edgeprune.chance import ChanceWatch
+from tl_edgeprune.runs.chance_warning import ChanceWatch
 from tl_edgeprune.tasks.task import Task
 
 PAIRS = 24

@@ -20,8 +20,8 @@ from stopping import stop_at_step
 
 import tl_edgeprune
 from tl_edgeprune import Circuit, EdgePruner, EdgeScores, Neurons, tasks
-from tl_edgeprune.checkpoints import load as load_checkpoint
 from tl_edgeprune.methods.registry import METHODS
+from tl_edgeprune.runs.checkpoint import load as load_checkpoint
 
 
 @pytest.fixture(scope="module")

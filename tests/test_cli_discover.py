@@ -12,10 +12,10 @@ from command_line import left, mistake, told
 
 import tl_edgeprune
 from tl_edgeprune import Circuit, EdgeScores
-from tl_edgeprune.methods import saved
 from tl_edgeprune.methods.registry import GIVE_CIRCUITS, METHODS
 from tl_edgeprune.part_cuts import PartCuts
-from tl_edgeprune.teacher import Teacher
+from tl_edgeprune.runs import resume as saved
+from tl_edgeprune.runs.targets import Teacher
 from tl_edgeprune.training import Training
 
 

@@ -17,11 +17,12 @@ import zoo
 from tl_edgeprune import Circuit, Comparison, EdgePruner, compare, discover, evaluate, models, tasks
 from tl_edgeprune.comparison import COLUMNS
 from tl_edgeprune.graph.edge_graph import EdgeGraph
-from tl_edgeprune.methods import registry, saved
+from tl_edgeprune.methods import registry
 from tl_edgeprune.objectives import kl
 from tl_edgeprune.report import plot_comparison
 from tl_edgeprune.report.axes import round_ticks
 from tl_edgeprune.report.comparison import _floor
+from tl_edgeprune.runs import resume as saved
 from tl_edgeprune.utils import profiling as measuring
 from tl_edgeprune.utils.profiling import measured
 

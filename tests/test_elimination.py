@@ -18,9 +18,9 @@ from tl_edgeprune.elimination import single_cuts
 from tl_edgeprune.evaluate import evaluate_all
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.graph.reachability import leading_edges
-from tl_edgeprune.methods import saved as saved_state
 from tl_edgeprune.objectives import kl
-from tl_edgeprune.teacher import Teacher
+from tl_edgeprune.runs import resume as saved_state
+from tl_edgeprune.runs.targets import Teacher
 from tl_edgeprune.whole_cuts import WholeCuts
 
 MODELS = ("bridge-gpt2", "bridge-llama-gqa")

@@ -21,8 +21,8 @@ from tl_edgeprune import (
     discover,
     optimal_constants,
 )
-from tl_edgeprune.identities import of_setting, of_task
-from tl_edgeprune.methods import saved
+from tl_edgeprune.runs import resume as saved
+from tl_edgeprune.runs.fingerprint import of_setting, of_task
 from tl_edgeprune.tasks.answer_logits import logit_diff
 from tl_edgeprune.tasks.stream import TaskStream
 

@@ -15,7 +15,7 @@ from tl_edgeprune.forward import masked_model as masked
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.learned_constants import LearnedConstants
 from tl_edgeprune.objectives import kl
-from tl_edgeprune.teacher import Teacher
+from tl_edgeprune.runs.targets import Teacher
 
 MODEL = "bridge-gpt2"
 PARTS = ("inputs", "z", "mlp")

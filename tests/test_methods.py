@@ -19,7 +19,7 @@ from tl_edgeprune.methods.registry import METHODS, parameters_of, settings_of
 from tl_edgeprune.methods.ugs import sample_window
 from tl_edgeprune.objectives import find_objective
 from tl_edgeprune.regularisers import Attachment
-from tl_edgeprune.teacher import Teacher
+from tl_edgeprune.runs.targets import Teacher
 from tl_edgeprune.training import Training
 
 MODEL = "bridge-gpt2"

@@ -34,7 +34,7 @@ from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.forward.recompute import RecomputedModel
 from tl_edgeprune.learned_neurons import gate_scores
 from tl_edgeprune.objectives import kl
-from tl_edgeprune.teacher import Teacher
+from tl_edgeprune.runs.targets import Teacher
 from tl_edgeprune.training import Training
 
 KINDS = ("mlp", "dimensions")

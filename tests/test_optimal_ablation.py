@@ -16,7 +16,7 @@ from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.methods.random_scores import random_scores
 from tl_edgeprune.objectives import kl
 from tl_edgeprune.optimal_ablation import optimal_constants
-from tl_edgeprune.teacher import Teacher
+from tl_edgeprune.runs.targets import Teacher
 
 MODEL = "bridge-gpt2"
 PARTS = ("inputs", "z", "mlp")

@@ -47,7 +47,7 @@ from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.methods.registry import METHODS, TRAINED
 from tl_edgeprune.objectives import kl
 from tl_edgeprune.part_cuts import PartCuts
-from tl_edgeprune.teacher import Teacher
+from tl_edgeprune.runs.targets import Teacher
 from tl_edgeprune.training import Training
 
 pytestmark = pytest.mark.skipif(

@@ -33,8 +33,8 @@ from tl_edgeprune.forward.residual import Stream
 from tl_edgeprune.forward.span_masks import Spans, read_at_spans_naive
 from tl_edgeprune.objectives import OBJECTIVES
 from tl_edgeprune.part_cuts import PartCuts
-from tl_edgeprune.positions import task_for
-from tl_edgeprune.teacher import Teacher
+from tl_edgeprune.runs.targets import Teacher
+from tl_edgeprune.runs.task_checks import task_for
 from tl_edgeprune.whole_cuts import WholeCuts
 
 NAMES = ("A", "B", "rest")

@@ -15,10 +15,10 @@ import zoo
 
 from tl_edgeprune import EdgeGraph, EdgePruner, discover
 from tl_edgeprune.forward.masked_model import check_ablation
-from tl_edgeprune.methods import saved as saved_module
 from tl_edgeprune.methods.registry import GIVE_CIRCUITS, METHODS, TRAINED, settings_of
 from tl_edgeprune.part_cuts import PartCuts
-from tl_edgeprune.teacher import Teacher
+from tl_edgeprune.runs import resume as saved_module
+from tl_edgeprune.runs.targets import Teacher
 
 SUMS = sorted(set(METHODS) - {"exact", "random", *GIVE_CIRCUITS, *TRAINED})
 QUICK = ("eap", "hisp", "ifr", "exact")

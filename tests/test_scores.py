@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from test_circuit import GRAPHS, graphs, heads_behind, seeds
 
 from tl_edgeprune import Circuit, EdgeScores, discover
-from tl_edgeprune.checkpoints import save as save_checkpoint
 from tl_edgeprune.graph.edge_graph import EdgeGraph
+from tl_edgeprune.runs.checkpoint import save as save_checkpoint
 
 GRAPH = GRAPHS["grouped"]
 SMOLLM2 = EdgeGraph(30, 9, 3)

@@ -47,9 +47,10 @@ from tl_edgeprune.evaluate import Evaluation
 from tl_edgeprune.explanation import COLUMNS, PATTERN_COLUMNS
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.graph.edge_graph import MOST_EDGES
-from tl_edgeprune.methods import acdc, exact, totals
-from tl_edgeprune.methods.saved import Saved
+from tl_edgeprune.methods import acdc, exact
 from tl_edgeprune.objectives import find_objective
+from tl_edgeprune.runs import totals
+from tl_edgeprune.runs.resume import Saved
 from tl_edgeprune.training import Training
 from tl_edgeprune.utils.profiling import Cost
 from tl_edgeprune.utils.reading import MOST_BYTES, parse_json

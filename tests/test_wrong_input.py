@@ -16,7 +16,7 @@ from tl_edgeprune.evaluate import check_circuit
 from tl_edgeprune.forward import masked_model as masked
 from tl_edgeprune.hooks import unsupported as refusals
 from tl_edgeprune.hooks.modules import dropouts, longest_prompt
-from tl_edgeprune.task_checks_tmp import check_tokens
+from tl_edgeprune.runs.task_checks import check_tokens
 
 NAMES = [name for name in ("bridge-gpt2", "hooked-gpt2-ln") if name in zoo.ARCHITECTURES]
 each_class = pytest.mark.parametrize("name", NAMES)

@@ -21,8 +21,8 @@ import zoo
 from tl_edgeprune import EdgePruner, ExactBudget, Lagrangian, discover, evaluate, sharding
 from tl_edgeprune.distributed import LostProcess, Ranks
 from tl_edgeprune.hooks.shards import is_sharded
-from tl_edgeprune.methods import saved as saved_state
 from tl_edgeprune.objectives import kl
+from tl_edgeprune.runs import resume as saved_state
 from tl_edgeprune.sharding import sharded
 
 MODEL = "bridge-gpt2"

@@ -17,8 +17,8 @@ from tl_edgeprune.circuits.circuit import Circuit
 from tl_edgeprune.distributed import Ranks
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.objectives import Objective, losses
+from tl_edgeprune.runs.targets import Teacher
 from tl_edgeprune.tasks.batch import Batch
-from tl_edgeprune.teacher import Teacher
 
 LATE = 0.2  # the part of a run that is looked at
 JUDGES = 32  # pairs

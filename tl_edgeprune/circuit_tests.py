@@ -51,7 +51,8 @@ from tl_edgeprune.graph.spans import refuse_spans
 from tl_edgeprune.knockouts import cut_edge
 from tl_edgeprune.measures import find_measure
 from tl_edgeprune.objectives import Objective
-from tl_edgeprune.sweep import Measured, check_origin, measure_circuits
+from tl_edgeprune.runs.circuit_runs import Measured, measure_circuits
+from tl_edgeprune.runs.provenance import check_origin
 from tl_edgeprune.tasks.task import Task
 
 TIE = 1e-4

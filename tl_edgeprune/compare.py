@@ -28,7 +28,7 @@ from tl_edgeprune.evaluate import Evaluation, evaluate_all
 from tl_edgeprune.forward.masked_model import check_ablation
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.methods import registry
-from tl_edgeprune.task_checks_tmp import check_tokens
+from tl_edgeprune.runs.task_checks import check_tokens
 from tl_edgeprune.tasks.batch import Batch
 from tl_edgeprune.tasks.task import Task, prompts_differ
 from tl_edgeprune.utils.locks import held

@@ -14,7 +14,7 @@ from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.forward.self_check import relative, tolerance
 from tl_edgeprune.objectives import Objective
 from tl_edgeprune.part_cuts import MAX_BYTES, PartCuts
-from tl_edgeprune.teacher import Lesson, Teacher
+from tl_edgeprune.runs.targets import Lesson, Teacher
 from tl_edgeprune.whole_cuts import WholeCuts, first_pairs
 
 

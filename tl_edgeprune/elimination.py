@@ -36,13 +36,13 @@ from tl_edgeprune.cuts import find_cuts
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.graph.reachability import leading_edges
 from tl_edgeprune.methods.bisect import GRADIENT_RUNS
-from tl_edgeprune.methods.gradients import at, origin, path_scores
-from tl_edgeprune.methods.saved import Saved, saving
+from tl_edgeprune.methods.gradients import at, path_scores
 from tl_edgeprune.objectives import Objective, find_objective
-from tl_edgeprune.sweep import check_origin
-from tl_edgeprune.task_checks_tmp import check_tokens
+from tl_edgeprune.runs.provenance import check_origin, origin
+from tl_edgeprune.runs.resume import Saved, saving
+from tl_edgeprune.runs.targets import Teacher
+from tl_edgeprune.runs.task_checks import check_tokens
 from tl_edgeprune.tasks.task import Task
-from tl_edgeprune.teacher import Teacher
 from tl_edgeprune.utils.reading import of_kind
 from tl_edgeprune.whole_cuts import WholeCuts
 

@@ -31,13 +31,12 @@ from tl_edgeprune.graph.names import kind_of
 from tl_edgeprune.hooks.attach import attached
 from tl_edgeprune.lens import Score, answer_direction, answer_score
 from tl_edgeprune.methods.exact import each_rise
-from tl_edgeprune.methods.gradients import origin
 from tl_edgeprune.objectives import Objective, find_objective
+from tl_edgeprune.runs.provenance import check_origin, origin
+from tl_edgeprune.runs.targets import Lesson, Teacher
+from tl_edgeprune.runs.task_checks import check_tokens
 from tl_edgeprune.slots import Layout, Slots
-from tl_edgeprune.sweep import check_origin
-from tl_edgeprune.task_checks_tmp import check_tokens
 from tl_edgeprune.tasks.task import Task
-from tl_edgeprune.teacher import Lesson, Teacher
 
 MOST_EDGES = 500
 NAMED = 3  # positions named in a text

@@ -29,7 +29,8 @@ from tl_edgeprune.circuits.scores import EdgeScores
 from tl_edgeprune.graph.edge_counts import edge_counts, longest_run
 from tl_edgeprune.measures import find_measure
 from tl_edgeprune.objectives import Objective
-from tl_edgeprune.sweep import check_origin, measure_circuits
+from tl_edgeprune.runs.circuit_runs import measure_circuits
+from tl_edgeprune.runs.provenance import check_origin
 from tl_edgeprune.tasks.task import Task
 
 MIB_SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)

@@ -30,7 +30,8 @@ from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.graph.edge_indices import edge_ends
 from tl_edgeprune.measures import find_measure
 from tl_edgeprune.objectives import Objective
-from tl_edgeprune.sweep import check_origin, measure_circuits
+from tl_edgeprune.runs.circuit_runs import measure_circuits
+from tl_edgeprune.runs.provenance import check_origin
 from tl_edgeprune.tasks.task import Task
 
 

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tl_edgeprune import checkpoints
 from tl_edgeprune.ablation.constants import NAMES, Constants
 from tl_edgeprune.ablation.reference import Reference
 from tl_edgeprune.forward.masked_model import MaskedModel
+from tl_edgeprune.runs import checkpoint as checkpoints
 
 
 class LearnedConstants:

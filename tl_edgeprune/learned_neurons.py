@@ -15,10 +15,10 @@ from torch import Tensor
 
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.masks import ExactBudget, first_log_alpha, open_probability, top_gates
-from tl_edgeprune.methods.totals import each_lesson
 from tl_edgeprune.objectives import Objective, losses
+from tl_edgeprune.runs.targets import Lesson, Teacher
+from tl_edgeprune.runs.totals import each_lesson
 from tl_edgeprune.settings import PrunerSettings
-from tl_edgeprune.teacher import Lesson, Teacher
 
 
 class LearnedNeurons:

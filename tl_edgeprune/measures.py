@@ -22,10 +22,10 @@ from tl_edgeprune.objectives import (
     mean_squared_error,
     negative_log_prob,
 )
-from tl_edgeprune.sweep import Figures
+from tl_edgeprune.runs.circuit_runs import Figures
+from tl_edgeprune.runs.targets import Lesson
 from tl_edgeprune.tasks.answer_logits import logit_diff, prob_diff
 from tl_edgeprune.tasks.task import Task
-from tl_edgeprune.teacher import Lesson
 
 
 def jensen_shannon(

@@ -31,7 +31,7 @@ from tl_edgeprune.graph.edge_graph import Read
 from tl_edgeprune.hooks.shards import in_turns
 from tl_edgeprune.hooks.sites import AttentionSite
 from tl_edgeprune.objectives import Objective, losses
-from tl_edgeprune.teacher import Lesson
+from tl_edgeprune.runs.targets import Lesson
 from tl_edgeprune.whole_cuts import WholeCuts
 
 _Inputs = Callable[[int], Tensor]  # candidate -> what destinations read, [dst, row, d_model]

@@ -21,12 +21,12 @@ from tl_edgeprune.circuits.circuit import Circuit
 from tl_edgeprune.circuits.metadata import ablation_of
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.methods.gradients import at, path_scores
-from tl_edgeprune.methods.totals import each_lesson
 from tl_edgeprune.objectives import Objective, find_objective, losses
-from tl_edgeprune.sweep import check_origin
-from tl_edgeprune.task_checks_tmp import check_tokens
+from tl_edgeprune.runs.provenance import check_origin
+from tl_edgeprune.runs.targets import Teacher
+from tl_edgeprune.runs.task_checks import check_tokens
+from tl_edgeprune.runs.totals import each_lesson
 from tl_edgeprune.tasks.task import Task
-from tl_edgeprune.teacher import Teacher
 
 
 def polish(

@@ -37,14 +37,13 @@ from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.hooks.find import find_sites
 from tl_edgeprune.hooks.modules import model_kind
 from tl_edgeprune.hooks.placement import placed
-from tl_edgeprune.identities import of_weights
 from tl_edgeprune.masks import (
     Lagrangian,
 )
 from tl_edgeprune.objectives import find_objective
-from tl_edgeprune.positions import graph_at
+from tl_edgeprune.runs.fingerprint import of_weights
+from tl_edgeprune.runs.task_checks import check_tokens, graph_at
 from tl_edgeprune.settings import Optimizer, PrunerSettings
-from tl_edgeprune.task_checks_tmp import check_tokens
 from tl_edgeprune.tasks.stream import AnyTask, checked, sample
 from tl_edgeprune.tasks.task import Task
 from tl_edgeprune.training import History, Training

@@ -19,7 +19,7 @@ from torch import Tensor
 from tl_edgeprune.circuits.circuit import Circuit, check_budget
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.methods import registry
-from tl_edgeprune.positions import graph_at
+from tl_edgeprune.runs.task_checks import graph_at
 from tl_edgeprune.tasks.task import Task
 
 

@@ -15,7 +15,6 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_edgeprune import checkpoints
 from tl_edgeprune.ablation.constants import OPTIMAL, Constants
 from tl_edgeprune.candidates import Candidates
 from tl_edgeprune.circuits.scores import EdgeScores
@@ -24,7 +23,6 @@ from tl_edgeprune.feed import Feed
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.graph.edge_indices import edge_ends
 from tl_edgeprune.hooks.modules import is_folded
-from tl_edgeprune.identities import differences, digest, of_setting, of_task
 from tl_edgeprune.learned_constants import LearnedConstants
 from tl_edgeprune.learned_neurons import LearnedNeurons, gate_scores
 from tl_edgeprune.masks import (
@@ -38,10 +36,12 @@ from tl_edgeprune.methods.gradients import path_scores
 from tl_edgeprune.methods.mask_ig import mask_path
 from tl_edgeprune.objectives import Objective
 from tl_edgeprune.objectives import losses as losses_of
-from tl_edgeprune.positions import any_task_for
+from tl_edgeprune.runs import checkpoint as checkpoints
+from tl_edgeprune.runs.fingerprint import differences, digest, of_setting, of_task
+from tl_edgeprune.runs.targets import Teacher
+from tl_edgeprune.runs.task_checks import any_task_for
 from tl_edgeprune.settings import PrunerSettings
 from tl_edgeprune.tasks.stream import AnyTask, sample
-from tl_edgeprune.teacher import Teacher
 from tl_edgeprune.utils.reading import damaged, of_kind
 
 History = list[dict[str, float | int]]

@@ -16,7 +16,7 @@ from torch import Tensor
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.graph.reachability import lead_to_logits
 from tl_edgeprune.objectives import Objective, losses
-from tl_edgeprune.teacher import Lesson
+from tl_edgeprune.runs.targets import Lesson
 
 
 class WholeCuts:

@@ -42,7 +42,7 @@ def plan(
         step_bytes,
         step_floor,
     )
-    from tl_edgeprune.teacher import MAX_BYTES
+    from tl_edgeprune.runs.targets import MAX_BYTES
 
     shape, element = find_shape(model), BYTES[dtype]
     if pos < 1 or (pairs is not None and pairs < 1):
@@ -86,7 +86,7 @@ def plan(
 
 
 def _text(planned: Mapping[str, Any], gpu_memory: float, pairs: int | None) -> str:
-    from tl_edgeprune.teacher import MAX_BYTES
+    from tl_edgeprune.runs.targets import MAX_BYTES
 
     lines = [
         f"{planned['model']}: {planned['edges']:,} edges, {planned['dtype']}, prompts of "

@@ -13,7 +13,7 @@ from tl_edgeprune.commands.method_settings import method_settings
 from tl_edgeprune.commands.run_folder import AGAIN, CHECKPOINT, SETTINGS, Run
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.methods.registry import checkpointed, discover, settings_of
-from tl_edgeprune.positions import graph_at
+from tl_edgeprune.runs.task_checks import graph_at
 from tl_edgeprune.tasks import Task
 from tl_edgeprune.utils.locks import held
 from tl_edgeprune.utils.reading import damaged, of_kind

@@ -31,7 +31,7 @@ from tl_edgeprune.methods.gradients import Path, at, path_scores
 from tl_edgeprune.methods.mask_ig import mask_path
 from tl_edgeprune.methods.sequence import to_decide
 from tl_edgeprune.methods.singles import Singles, try_each
-from tl_edgeprune.teacher import Teacher
+from tl_edgeprune.runs.targets import Teacher
 from tl_edgeprune.whole_cuts import WholeCuts
 
 ORDER_STEPS = 5

@@ -16,8 +16,8 @@ from tl_edgeprune.circuits.scores import EdgeScores
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.methods.gradients import Point, differentiable_at_one, scores_along
 from tl_edgeprune.objectives import Objective
+from tl_edgeprune.runs.targets import Lesson
 from tl_edgeprune.tasks.task import Task
-from tl_edgeprune.teacher import Lesson
 
 
 def eap(

@@ -23,8 +23,8 @@ from tl_edgeprune.methods.gradients import (
     scores_along,
 )
 from tl_edgeprune.objectives import Objective
+from tl_edgeprune.runs.targets import Lesson
 from tl_edgeprune.tasks.task import Task
-from tl_edgeprune.teacher import Lesson
 
 
 def eap_ig(

@@ -18,8 +18,8 @@ from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.methods.gradients import Point, check_steps, scores_along
 from tl_edgeprune.objectives import Objective
+from tl_edgeprune.runs.targets import Lesson
 from tl_edgeprune.tasks.task import Task
-from tl_edgeprune.teacher import Lesson
 
 
 def eap_ig_activations(

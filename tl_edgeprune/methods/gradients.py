@@ -18,14 +18,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_edgeprune.ablation.constants import Ablation
-from tl_edgeprune.chance import ChanceWatch
 from tl_edgeprune.circuits.scores import EdgeScores
 from tl_edgeprune.forward.forward_pass import Held
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.graph.edge_graph import EdgeGraph
-from tl_edgeprune.hooks.modules import is_folded
-from tl_edgeprune.methods.saved import UNSAVED, Saved, saving
-from tl_edgeprune.methods.totals import total_over_pairs
 from tl_edgeprune.objectives import (
     WITHOUT_TARGETS,
     Objective,
@@ -35,10 +31,13 @@ from tl_edgeprune.objectives import (
     losses,
     mean_squared_error,
 )
-from tl_edgeprune.positions import graph_at
-from tl_edgeprune.task_checks_tmp import check_tokens
+from tl_edgeprune.runs.chance_warning import ChanceWatch
+from tl_edgeprune.runs.provenance import origin
+from tl_edgeprune.runs.resume import UNSAVED, Saved, saving
+from tl_edgeprune.runs.targets import Lesson, Teacher
+from tl_edgeprune.runs.task_checks import check_tokens, graph_at
+from tl_edgeprune.runs.totals import total_over_pairs
 from tl_edgeprune.tasks.task import Task
-from tl_edgeprune.teacher import Lesson, Teacher
 from tl_edgeprune.utils.grad_mode import with_gradients
 
 
@@ -214,24 +213,6 @@ def edge_gradient(
         loss = losses(loss_of, logits, lesson.full, batch).sum()
         (grad,) = torch.autograd.grad(loss, mask)
     return grad
-
-
-def origin(model: Any, task: Task, **fields: Any) -> dict[str, Any]:
-    """What scores say of where they come from: model, task, objective, folding, and `fields`."""
-    objective = fields.pop("objective", None) or task.objective
-    name = objective if isinstance(objective, str) else getattr(objective, "__name__", "function")
-    ablation = fields.pop("ablation", "counterfactual")
-    return {
-        "model": getattr(model.cfg, "model_name", type(model).__name__),
-        "task": task.name,
-        "n_pairs": len(task),
-        "prepend_bos": task.prepend_bos,
-        "objective": name,
-        "ablation": str(ablation),
-        "folded": is_folded(model),
-        "d_model": int(model.cfg.d_model),
-        **fields,
-    }
 
 
 def check_steps(steps: int) -> None:

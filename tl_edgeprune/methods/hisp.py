@@ -27,11 +27,11 @@ from tl_edgeprune.methods.gradients import (
     edge_gradient,
     scored,
 )
-from tl_edgeprune.methods.saved import Saved
-from tl_edgeprune.methods.totals import total_over_pairs
 from tl_edgeprune.objectives import Objective, find_objective
+from tl_edgeprune.runs.resume import Saved
+from tl_edgeprune.runs.targets import Lesson, Teacher
+from tl_edgeprune.runs.totals import total_over_pairs
 from tl_edgeprune.tasks.task import Task
-from tl_edgeprune.teacher import Lesson, Teacher
 
 
 def hisp(

@@ -16,10 +16,10 @@ from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.graph.spans import refuse_spans
 from tl_edgeprune.methods.gradients import scored
-from tl_edgeprune.methods.saved import UNSAVED, Saved
-from tl_edgeprune.methods.totals import total_over_pairs
+from tl_edgeprune.runs.resume import UNSAVED, Saved
+from tl_edgeprune.runs.targets import Lesson, Teacher
+from tl_edgeprune.runs.totals import total_over_pairs
 from tl_edgeprune.tasks.task import Task
-from tl_edgeprune.teacher import Lesson, Teacher
 
 Gram = Float[Tensor, "source source"]
 

@@ -10,7 +10,7 @@ from tl_edgeprune.ablation.constants import Ablation
 from tl_edgeprune.circuits.scores import EdgeScores
 from tl_edgeprune.forward.masked_model import check_ablation
 from tl_edgeprune.graph.edge_graph import EdgeGraph
-from tl_edgeprune.methods.gradients import origin
+from tl_edgeprune.runs.provenance import origin
 from tl_edgeprune.tasks.task import Task
 
 

@@ -28,10 +28,10 @@ from tl_edgeprune.hooks.attach import Hook, attached
 from tl_edgeprune.hooks.norms import Norm, identity, norm_function
 from tl_edgeprune.methods.eap import whole
 from tl_edgeprune.methods.gradients import differentiable_at_one, path_scores, scored
-from tl_edgeprune.methods.saved import Saved
 from tl_edgeprune.objectives import Objective, find_objective
+from tl_edgeprune.runs.resume import Saved
+from tl_edgeprune.runs.targets import Teacher
 from tl_edgeprune.tasks.task import Task
-from tl_edgeprune.teacher import Teacher
 
 TINY = 1e-6
 

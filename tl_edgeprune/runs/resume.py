@@ -14,11 +14,11 @@ from typing import Any
 
 from torch import Tensor
 
-from tl_edgeprune import checkpoints
 from tl_edgeprune.distributed import Ranks
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.hooks.shards import is_sharded
-from tl_edgeprune.identities import differences, of_setting, of_task, of_weights
+from tl_edgeprune.runs import checkpoint as checkpoints
+from tl_edgeprune.runs.fingerprint import differences, of_setting, of_task, of_weights
 from tl_edgeprune.tasks.stream import AnyTask
 from tl_edgeprune.utils.locks import held_file
 from tl_edgeprune.utils.reading import damaged, of_kind

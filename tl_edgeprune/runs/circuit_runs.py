@@ -17,17 +17,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_edgeprune.ablation.constants import Ablation
-from tl_edgeprune.chance import ChanceWatch
-from tl_edgeprune.circuits.metadata import several
 from tl_edgeprune.circuits.neurons import Neurons
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.graph.edge_graph import EdgeGraph
-from tl_edgeprune.hooks.modules import is_folded
 from tl_edgeprune.objectives import Objective, losses
-from tl_edgeprune.positions import task_for
-from tl_edgeprune.task_checks_tmp import check_tokens
+from tl_edgeprune.runs.chance_warning import ChanceWatch
+from tl_edgeprune.runs.targets import Lesson, full_logits
+from tl_edgeprune.runs.task_checks import check_tokens, task_for
 from tl_edgeprune.tasks.task import Task, prompts_differ
-from tl_edgeprune.teacher import Lesson, full_logits
 
 Figures = Callable[[Tensor, Lesson], Mapping[str, Tensor]]
 """(logits [batch, read, vocab], lesson) -> figures by name, each [batch]."""
@@ -96,28 +93,6 @@ def measure_circuits(
             "and dtype, or the measure."
         )
     return Measured(full["measure"], torch.stack(rows) if rows else torch.empty(0, len(task)))
-
-
-def check_origin(
-    model: Any, graph: EdgeGraph, metadata: Mapping[str, Any], what: str = "circuit"
-) -> None:
-    """Raise ValueError unless the graph, and where it matters the weights, are the model's."""
-    actual = EdgeGraph.from_model(
-        model, split_qkv=graph.split_qkv, split_embeddings=graph.split_embeddings
-    ).at(graph.spans)
-    if graph != actual:
-        raise ValueError(
-            f"the {what} is for another model: its graph is {graph}, this model's is {actual}."
-        )
-    kinds, folded = several(metadata, "ablation"), several(metadata, "folded")
-    other = [kind for kind in kinds if kind != "counterfactual"]
-    if other and folded and folded != [is_folded(model)]:
-        found_on = " and one with ".join("folded" if each else "unfolded" for each in folded)
-        raise ValueError(
-            f"the {what} was found under {' and '.join(other)} ablation on a model with {found_on} "
-            f"norm weights, and this model's are {'' if is_folded(model) else 'un'}folded: what an "
-            "ablated source leaves differs between the two. Load the model as it was then."
-        )
 
 
 def _lessons(

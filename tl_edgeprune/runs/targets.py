@@ -20,9 +20,9 @@ from tqdm.auto import tqdm
 
 from tl_edgeprune.ablation.constants import Ablation
 from tl_edgeprune.ablation.reference import Reference
-from tl_edgeprune.chance import ChanceWatch
 from tl_edgeprune.forward.masked_model import MaskedModel
-from tl_edgeprune.positions import any_task_for
+from tl_edgeprune.runs.chance_warning import ChanceWatch
+from tl_edgeprune.runs.task_checks import any_task_for
 from tl_edgeprune.tasks.batch import Batch
 from tl_edgeprune.tasks.stream import AnyTask, sample
 from tl_edgeprune.tasks.task import prompts_differ

@@ -7,9 +7,9 @@ from itertools import islice
 
 from torch import Tensor
 
-from tl_edgeprune.methods.saved import UNSAVED, Saved
+from tl_edgeprune.runs.resume import UNSAVED, Saved
+from tl_edgeprune.runs.targets import Lesson, Teacher, shown
 from tl_edgeprune.tasks.batch import Batch
-from tl_edgeprune.teacher import Lesson, Teacher, shown
 from tl_edgeprune.utils.reading import of_kind
 from tl_edgeprune.utils.tensor_files import floats
 

@@ -1,14 +1,4 @@
-"""Edges with a mask of their own at every position, or in every named span of a task's prompts.
-
-1. The residual stream is local: what a destination reads at a position is a sum over sources at
-   that position. So an edge can be kept where it matters and cut elsewhere.
-2. `graph.at(names)` has such edges. `positions="span"` takes a task's own spans (IO, S1, S2, …),
-   which lie elsewhere in every prompt; `positions="position"` each position by its number, for
-   prompts of one length.
-3. A task's spans are put into the graph's order before a run, so circuits serve other prompts.
-
-Haklay, Orgad, Bau, Mueller and Belinkov 2025, "Position-aware Automatic Circuit Discovery".
-"""
+"""tmp"""
 
 from __future__ import annotations
 
@@ -18,8 +8,24 @@ from typing import Any
 import torch
 
 from tl_edgeprune.graph.edge_graph import EdgeGraph
+from tl_edgeprune.hooks.prompt_checks import _check_length, _check_vocabulary
 from tl_edgeprune.tasks.stream import AnyTask, sample
 from tl_edgeprune.tasks.task import Task
+
+
+def check_tokens(task: Task, model: Any) -> None:
+    """Raise ValueError where a task's tokens are not in the model's vocabulary, or its prompts are
+    longer than the model has positions for.
+    """
+    prompts = (*task.clean, *task.corrupted)
+    rest = (task.answers, task.distractors, task.right, task.wrong)
+    _check_vocabulary(model, [*prompts, *(t for field in rest for t in field)], _name(task))
+    _check_length(model, max(map(len, prompts), default=0), _name(task))
+
+
+def _name(task: Task) -> str:
+    return f"task {task.name!r}"
+
 
 POSITIONS = ("span", "position")
 
