@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_edgeprune.ablation import reference as ablations
+from tl_edgeprune.ablation.recording import split_inputs
 from tl_edgeprune.ablation.reference import Reference
 from tl_edgeprune.forward.buffers import BufferPool
 from tl_edgeprune.forward.neuron_gates import NeuronGates
@@ -227,7 +227,7 @@ class Forward:
         products = None if self.spans is None else self.spans.products
         like = resid.flatten(0, 1)
         self.stream = kind(self.graph.n_sources, like, self.pool, self.contract, products)
-        inputs = ablations.split_inputs(self.graph, resid, self.embedding)
+        inputs = split_inputs(self.graph, resid, self.embedding)
         for source, (value, reference) in enumerate(
             zip(inputs, self.reference.inputs, strict=True)
         ):

@@ -24,9 +24,10 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from tl_edgeprune.ablation import reference as ablations
 from tl_edgeprune.ablation.constants import OPTIMAL, Ablation, Constants
-from tl_edgeprune.ablation.reference import Reference
+from tl_edgeprune.ablation.fixed import mean_reference, zero_reference
+from tl_edgeprune.ablation.recording import record
+from tl_edgeprune.ablation.reference import ABLATIONS, ZERO_WITH_BIASES, Reference
 from tl_edgeprune.circuits.neurons import MLP, Neurons, kind_of
 from tl_edgeprune.forward.buffers import BufferPool
 from tl_edgeprune.forward.forward_pass import Forward, Held, Inputs
@@ -87,8 +88,7 @@ def check_ablation(kind: Ablation) -> None:
     """Raise ValueError for an unknown name, TypeError for what is neither a name nor constants."""
     if not isinstance(kind, str | Constants):
         raise TypeError(
-            f"ablation={kind!r:.100}: expected one of {', '.join(ablations.ABLATIONS)}, or "
-            "Constants."
+            f"ablation={kind!r:.100}: expected one of {', '.join(ABLATIONS)}, or Constants."
         )
     if kind == OPTIMAL:
         raise ValueError(
@@ -96,10 +96,9 @@ def check_ablation(kind: Ablation) -> None:
             "from optimal_constants(model, task, circuit), from EdgePruner(ablation='optimal'), as "
             "result.constants, or from Constants.load(path)."
         )
-    if isinstance(kind, str) and kind not in ablations.ABLATIONS:
+    if isinstance(kind, str) and kind not in ABLATIONS:
         raise ValueError(
-            f"unknown ablation {kind!r}: expected one of {', '.join(ablations.ABLATIONS)}, or "
-            "Constants."
+            f"unknown ablation {kind!r}: expected one of {', '.join(ABLATIONS)}, or Constants."
         )
 
 
@@ -236,15 +235,15 @@ class MaskedModel:
             nowhere = corrupted.new_empty((len(corrupted), 0))
             return self.record(corrupted, nowhere)[0]
         with self._plain():
-            if kind in ("zero", ablations.ZERO_WITH_BIASES):
-                like, biases = self.sites.attention[0].output, kind == ablations.ZERO_WITH_BIASES
-                zero = ablations.zero_reference(self.sites, self.graph, like, bias_in_heads=biases)
+            if kind in ("zero", ZERO_WITH_BIASES):
+                like, biases = self.sites.attention[0].output, kind == ZERO_WITH_BIASES
+                zero = zero_reference(self.sites, self.graph, like, bias_in_heads=biases)
                 if self.neurons != MLP:
                     return zero
                 n_layers, width = self.neuron_shape
                 return replace(zero, hidden=like.new_zeros(n_layers, 1, 1, width))
             self._refuse_dropout()
-            return ablations.mean_reference(
+            return mean_reference(
                 self.model, self.sites, self.graph, prompts, positional=kind == "mean-positional"
             )
 
@@ -282,7 +281,7 @@ class MaskedModel:
         """
         self._refuse_dropout()
         with self._plain():
-            return ablations.record(self.model, self.sites, self.graph, tokens, positions)
+            return record(self.model, self.sites, self.graph, tokens, positions)
 
     @contextmanager
     def shadowed(self) -> Iterator[None]:

@@ -31,7 +31,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tl_edgeprune.ablation import reference as ablations
+from tl_edgeprune.ablation.recording import split_inputs
 from tl_edgeprune.ablation.reference import Reference
 from tl_edgeprune.circuits.neurons import Neurons
 from tl_edgeprune.forward.buffers import SOURCES_APART, BufferPool, add_rows
@@ -117,7 +117,7 @@ class RecomputedModel(MaskedModel):
         self.halves.record(tokens)
         with torch.no_grad():
             resid, embedding = self.halves.embedded(tokens)
-            inputs = ablations.split_inputs(self.graph, resid, embedding)
+            inputs = split_inputs(self.graph, resid, embedding)
         positions = checked_positions(positions, tokens, resid.device)
         reference = fitting(reference, tokens)
         job = _Job(self, inputs, reference, positions, held, contract)

@@ -7,9 +7,10 @@ from typing import Any
 from torch import Tensor
 
 from tl_edgeprune.graph.edge_graph import EdgeGraph
+from tl_edgeprune.hooks import shards
 from tl_edgeprune.hooks.modules import model_kind
 from tl_edgeprune.hooks.norms import Norm, identity, norm_function, weight_is_offset
-from tl_edgeprune.hooks.sites import AttentionSite, MlpSite, PostNorm, Sites, shards
+from tl_edgeprune.hooks.sites import AttentionSite, MlpSite, PostNorm, Sites
 from tl_edgeprune.hooks.unsupported import refuse_unsupported
 
 # ------------------------------------------------------------------------------- finding the sites
