@@ -17,8 +17,7 @@ import torch
 import zoo
 from torch import Tensor
 
-from tl_edgeprune import EdgeGraph, Task, discover
-from tl_edgeprune.forward import masked_model as masked
+from tl_edgeprune import EdgeGraph, Task, discover, masked
 
 ANSWER, DISTRACTOR = 3, 5
 

@@ -22,9 +22,8 @@ from test_evaluate import pronouns, random_task
 from torch import Tensor
 from tqdm import tqdm
 
-from tl_edgeprune import Circuit, EdgeGraph, Task, cuts, models, part_cuts, tasks
+from tl_edgeprune import Circuit, EdgeGraph, Task, cuts, masked, models, part_cuts, tasks
 from tl_edgeprune.ablation.reference import ZERO_WITH_BIASES
-from tl_edgeprune.forward import masked_model as masked
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.hooks.find import find_sites
 from tl_edgeprune.methods import acdc as acdc_module

@@ -12,9 +12,8 @@ import pytest
 import torch
 import zoo
 
-from tl_edgeprune import Circuit, EdgeGraph, Explanation, explain, models, tasks
+from tl_edgeprune import Circuit, EdgeGraph, Explanation, explain, masked, models, tasks
 from tl_edgeprune.explain import MOST_EDGES, kind_of
-from tl_edgeprune.forward import masked_model as masked
 from tl_edgeprune.slots import Slots
 from tl_edgeprune.tasks.task import Task
 

@@ -21,8 +21,7 @@ from families import FAMILIES, OTHERS, REFUSED, Family, Refused
 from statements import Statements
 from torch import Tensor
 
-from tl_edgeprune import EdgeGraph
-from tl_edgeprune.forward import masked_model as masked
+from tl_edgeprune import EdgeGraph, masked
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.forward.recompute import RecomputedModel
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 import zoo
 
-from tl_edgeprune import Circuit, EdgeGraph, models, necessary_edges, possible_edges, tasks
-from tl_edgeprune.forward import masked_model as masked
+from tl_edgeprune import Circuit, EdgeGraph, masked, models, necessary_edges, possible_edges, tasks
 from tl_edgeprune.models import rasp as compiled
 from tl_edgeprune.models import tracr
 

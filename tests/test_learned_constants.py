@@ -10,8 +10,16 @@ import torch
 import zoo
 from test_training import StopAfter
 
-from tl_edgeprune import Constants, EdgeGraph, EdgePruner, Optimizer, compare, discover, evaluate
-from tl_edgeprune.forward import masked_model as masked
+from tl_edgeprune import (
+    Constants,
+    EdgeGraph,
+    EdgePruner,
+    Optimizer,
+    compare,
+    discover,
+    evaluate,
+    masked,
+)
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.learned_constants import LearnedConstants
 from tl_edgeprune.objectives import kl

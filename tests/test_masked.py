@@ -19,9 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tl_edgeprune import Circuit, EdgeGraph
+from tl_edgeprune import Circuit, EdgeGraph, masked
 from tl_edgeprune.ablation.reference import ABLATIONS, ZERO_WITH_BIASES
-from tl_edgeprune.forward import masked_model as masked
 from tl_edgeprune.hooks.find import find_sites
 
 # With TransformerLens 3, which has HookedTransformers besides, most of the Bridge's models are slow

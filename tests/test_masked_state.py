@@ -16,9 +16,8 @@ import torch
 import zoo
 from torch import Tensor, nn
 
-from tl_edgeprune import EdgeGraph
+from tl_edgeprune import EdgeGraph, masked
 from tl_edgeprune.forward import forward_pass as forward
-from tl_edgeprune.forward import masked_model as masked
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.forward.residual import Stream
 from tl_edgeprune.hooks.find import find_sites

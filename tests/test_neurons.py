@@ -28,11 +28,11 @@ from tl_edgeprune import (
     Penalty,
     evaluate,
     learned_neurons,
+    masked,
 )
-from tl_edgeprune.forward import masked_model as masked
+from tl_edgeprune.attribution.mask_gradient import gate_scores
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.forward.recompute import RecomputedModel
-from tl_edgeprune.learned_neurons import gate_scores
 from tl_edgeprune.objectives import kl
 from tl_edgeprune.runs.targets import Teacher
 from tl_edgeprune.training import Training

@@ -9,9 +9,8 @@ import pytest
 import torch
 import zoo
 
-from tl_edgeprune import EdgeGraph, EdgePruner, discover
+from tl_edgeprune import EdgeGraph, EdgePruner, discover, masked
 from tl_edgeprune.ablation.constants import Constants
-from tl_edgeprune.forward import masked_model as masked
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.methods.random_scores import random_scores
 from tl_edgeprune.objectives import kl

@@ -35,6 +35,7 @@ from tl_edgeprune import (
     explain,
     faithfulness_curve,
     independence_test,
+    masked,
     minimality,
     minimality_test,
     optimal_constants,
@@ -42,7 +43,6 @@ from tl_edgeprune import (
     stability,
 )
 from tl_edgeprune.cuts import find_cuts
-from tl_edgeprune.forward import masked_model as masked
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.methods.registry import METHODS, TRAINED
 from tl_edgeprune.objectives import kl

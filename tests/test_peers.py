@@ -16,8 +16,7 @@ import torch
 import zoo
 from torch import Tensor
 
-from tl_edgeprune import Circuit, EdgeGraph, Task, discover, models, tasks
-from tl_edgeprune.forward import masked_model as masked
+from tl_edgeprune import Circuit, EdgeGraph, Task, discover, masked, models, tasks
 from tl_edgeprune.methods.acdc import acdc
 
 GPT2, TRACR = "hooked-gpt2-ln", ("tracr-xproportion", "tracr-reverse")

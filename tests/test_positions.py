@@ -23,10 +23,10 @@ from tl_edgeprune import (
     Task,
     discover,
     evaluate,
+    masked,
     models,
     tasks,
 )
-from tl_edgeprune.forward import masked_model as masked
 from tl_edgeprune.forward.buffers import BufferPool
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.forward.residual import Stream

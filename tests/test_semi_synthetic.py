@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tl_edgeprune import Circuit, EdgeGraph, EdgePruner, discover, models, roc, tasks
-from tl_edgeprune.forward import masked_model as masked
+from tl_edgeprune import Circuit, EdgeGraph, EdgePruner, discover, masked, models, roc, tasks
 from tl_edgeprune.models import semi_synthetic
 from tl_edgeprune.siit import EXAMPLES, CausalModel, Variable, network, training
 

@@ -15,8 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tl_edgeprune import Circuit, EdgeGraph, models, tasks
-from tl_edgeprune.forward import masked_model as masked
+from tl_edgeprune import Circuit, EdgeGraph, masked, models, tasks
 from tl_edgeprune.models import tracr
 
 NAMES = ("tracr-xproportion", "tracr-reverse")

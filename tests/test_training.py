@@ -19,10 +19,10 @@ from tl_edgeprune import (
     Task,
     discover,
     evaluate,
+    masked,
     training,
 )
 from tl_edgeprune.evaluate import evaluate_all
-from tl_edgeprune.forward import masked_model as masked
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.training import Training
 

@@ -11,9 +11,8 @@ import transformers
 import zoo
 from torch import Tensor, nn
 
-from tl_edgeprune import Circuit, EdgeGraph, EdgePruner, Task, discover, evaluate
+from tl_edgeprune import Circuit, EdgeGraph, EdgePruner, Task, discover, evaluate, masked
 from tl_edgeprune.evaluate import check_circuit
-from tl_edgeprune.forward import masked_model as masked
 from tl_edgeprune.hooks import unsupported as refusals
 from tl_edgeprune.hooks.modules import dropouts, longest_prompt
 from tl_edgeprune.runs.task_checks import check_tokens

@@ -26,10 +26,10 @@ from tl_edgeprune import (
     compare,
     discover,
     evaluate,
+    masked,
     optimal_constants,
 )
 from tl_edgeprune.ablation.reference import ABLATIONS
-from tl_edgeprune.forward import masked_model as masked
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.methods.registry import METHODS
 

@@ -29,6 +29,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_edgeprune.ablation.constants import Ablation
+from tl_edgeprune.attribution.mask_gradient import path_scores
+from tl_edgeprune.attribution.paths import at
 from tl_edgeprune.circuits.circuit import Circuit
 from tl_edgeprune.circuits.metadata import ablation_of
 from tl_edgeprune.circuits.scores import EdgeScores
@@ -36,7 +38,6 @@ from tl_edgeprune.cuts import find_cuts
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.graph.reachability import leading_edges
 from tl_edgeprune.methods.bisect import GRADIENT_RUNS
-from tl_edgeprune.methods.gradients import at, path_scores
 from tl_edgeprune.objectives import Objective, find_objective
 from tl_edgeprune.runs.provenance import check_origin, origin
 from tl_edgeprune.runs.resume import Saved, saving

@@ -15,9 +15,6 @@ from torch import Tensor
 
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.masks import ExactBudget, first_log_alpha, open_probability, top_gates
-from tl_edgeprune.objectives import Objective, losses
-from tl_edgeprune.runs.targets import Lesson, Teacher
-from tl_edgeprune.runs.totals import each_lesson
 from tl_edgeprune.settings import PrunerSettings
 
 
@@ -79,52 +76,3 @@ class LearnedNeurons:
         if self.has_budget:
             return self.pruner.n_neurons
         return max(1, round(float(torch.sigmoid(self.ranking()).sum())))
-
-
-def gate_scores(
-    run: MaskedModel,
-    teacher: Teacher,
-    loss_of: Objective,
-    *,
-    steps: int = 5,
-    batch_size: int = 8,
-    max_pairs: int | None = None,
-    progress: bool = False,
-) -> Float[Tensor, "place unit"]:
-    """-d loss/d gate, mean over the teacher's pairs and over gates (1/2, 3/2, …)/steps, on the CPU.
-
-    Every edge is kept. `max_pairs`: look at no more than about so many pairs.
-    """
-    total, pairs = torch.zeros(run.neuron_shape), 0
-    for lesson in each_lesson(
-        teacher,
-        batch_size=batch_size,
-        max_pairs=max_pairs,
-        progress=progress,
-        doing="scoring neurons",
-    ):
-        pairs += len(lesson.batch)
-        for step in range(steps):
-            total -= _gradient(run, lesson, (step + 0.5) / steps, loss_of) / steps
-    return total / pairs
-
-
-def _gradient(
-    run: MaskedModel, lesson: Lesson, at: float, loss_of: Objective
-) -> Float[Tensor, "place unit"]:
-    """d (sum of the prompts' losses) / d gates, every gate at the same value."""
-    batch = lesson.batch
-    mask = torch.ones(run.graph.n_edges, device=batch.clean.device)
-    gates = mask.new_full(run.neuron_shape, at).requires_grad_()
-    with torch.enable_grad():
-        logits = run(
-            batch.clean,
-            mask,
-            lesson.reference,
-            batch.positions,
-            whole=True,
-            spans=batch.spans,
-            neurons=gates,
-        )
-        (grad,) = torch.autograd.grad(losses(loss_of, logits, lesson.full, batch).sum(), gates)
-    return grad.cpu()

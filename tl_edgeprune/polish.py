@@ -17,10 +17,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_edgeprune.ablation.constants import Ablation
+from tl_edgeprune.attribution.mask_gradient import path_scores
+from tl_edgeprune.attribution.paths import at
 from tl_edgeprune.circuits.circuit import Circuit
 from tl_edgeprune.circuits.metadata import ablation_of
 from tl_edgeprune.forward.masked_model import MaskedModel
-from tl_edgeprune.methods.gradients import at, path_scores
 from tl_edgeprune.objectives import Objective, find_objective, losses
 from tl_edgeprune.runs.provenance import check_origin
 from tl_edgeprune.runs.targets import Teacher

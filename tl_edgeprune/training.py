@@ -16,6 +16,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_edgeprune.ablation.constants import OPTIMAL, Constants
+from tl_edgeprune.attribution.mask_gradient import gate_scores, path_scores
+from tl_edgeprune.attribution.paths import mask_path
 from tl_edgeprune.candidates import Candidates
 from tl_edgeprune.circuits.scores import EdgeScores
 from tl_edgeprune.distributed import LostProcess, Ranks
@@ -24,7 +26,7 @@ from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.graph.edge_indices import edge_ends
 from tl_edgeprune.hooks.modules import is_folded
 from tl_edgeprune.learned_constants import LearnedConstants
-from tl_edgeprune.learned_neurons import LearnedNeurons, gate_scores
+from tl_edgeprune.learned_neurons import LearnedNeurons
 from tl_edgeprune.masks import (
     ExactBudget,
     first_log_alpha,
@@ -32,8 +34,6 @@ from tl_edgeprune.masks import (
     sample_gates,
     top_gates,
 )
-from tl_edgeprune.methods.gradients import path_scores
-from tl_edgeprune.methods.mask_ig import mask_path
 from tl_edgeprune.objectives import Objective
 from tl_edgeprune.objectives import losses as losses_of
 from tl_edgeprune.runs import checkpoint as checkpoints

@@ -27,8 +27,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_edgeprune.methods.gradients import Path, at, path_scores
-from tl_edgeprune.methods.mask_ig import mask_path
+from tl_edgeprune.attribution.mask_gradient import path_scores
+from tl_edgeprune.attribution.paths import Path, at, mask_path
 from tl_edgeprune.methods.sequence import to_decide
 from tl_edgeprune.methods.singles import Singles, try_each
 from tl_edgeprune.runs.targets import Teacher

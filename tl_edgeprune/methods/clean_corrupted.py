@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from tl_edgeprune.attribution.mask_gradient import scores_along
+from tl_edgeprune.attribution.paths import input_path
 from tl_edgeprune.circuits.scores import EdgeScores
-from tl_edgeprune.methods.eap_ig import input_path
-from tl_edgeprune.methods.gradients import scores_along
 from tl_edgeprune.objectives import Objective
 from tl_edgeprune.tasks.task import Task
 

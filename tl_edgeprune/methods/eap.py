@@ -7,16 +7,12 @@ Syed, Rager and Conmy 2023, "Attribution Patching Outperforms Automated Circuit 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-import torch
-
+from tl_edgeprune.attribution.mask_gradient import differentiable_at_one, scores_along
+from tl_edgeprune.attribution.paths import whole
 from tl_edgeprune.circuits.scores import EdgeScores
-from tl_edgeprune.forward.masked_model import MaskedModel
-from tl_edgeprune.methods.gradients import Point, differentiable_at_one, scores_along
 from tl_edgeprune.objectives import Objective
-from tl_edgeprune.runs.targets import Lesson
 from tl_edgeprune.tasks.task import Task
 
 
@@ -31,8 +27,3 @@ def eap(
     """
     objective = differentiable_at_one(objective, task, "EAP")
     return scores_along(whole, model, task, objective, metadata={"method": "eap"}, **settings)
-
-
-def whole(run: MaskedModel, lesson: Lesson) -> Iterator[Point]:
-    """The full model, once."""
-    yield Point(torch.ones(run.graph.n_edges))

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
+from tl_edgeprune.attribution.mask_gradient import differentiable_at_one, scores_along
+from tl_edgeprune.attribution.paths import Point
 from tl_edgeprune.circuits.scores import EdgeScores
 from tl_edgeprune.forward.forward_pass import Held
 from tl_edgeprune.forward.masked_model import MaskedModel
-from tl_edgeprune.methods.gradients import Point, differentiable_at_one, scores_along
 from tl_edgeprune.objectives import Objective
 from tl_edgeprune.runs.targets import Lesson
 from tl_edgeprune.tasks.task import Task

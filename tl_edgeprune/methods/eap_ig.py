@@ -7,23 +7,12 @@ Faithfulness", eq. 5. `clean_corrupted` takes the line's two ends alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
-
+from tl_edgeprune.attribution.mask_gradient import differentiable_at_one, scores_along
+from tl_edgeprune.attribution.paths import check_steps, input_path
 from tl_edgeprune.circuits.scores import EdgeScores
-from tl_edgeprune.forward.forward_pass import Held
-from tl_edgeprune.forward.masked_model import MaskedModel
-from tl_edgeprune.methods.gradients import (
-    Path,
-    Point,
-    check_steps,
-    differentiable_at_one,
-    scores_along,
-)
 from tl_edgeprune.objectives import Objective
-from tl_edgeprune.runs.targets import Lesson
 from tl_edgeprune.tasks.task import Task
 
 
@@ -46,15 +35,3 @@ def eap_ig(
     shares = [step / steps for step in range(1, steps + 1)]
     metadata = {"method": "eap-ig", "steps": steps}
     return scores_along(input_path(shares), model, task, objective, metadata=metadata, **settings)
-
-
-def input_path(shares: Sequence[float]) -> Path:
-    """The full model, its input held at these shares of the way to the clean one."""
-
-    def path(run: MaskedModel, lesson: Lesson) -> Iterator[Point]:
-        contract = run.differences(lesson.batch.clean, lesson.reference)
-        inputs = range(run.graph.n_inputs)
-        for share in shares:
-            yield Point(torch.ones(run.graph.n_edges), Held(inputs, share), contract)
-
-    return path

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
+from tl_edgeprune.attribution.mask_gradient import scores_along
+from tl_edgeprune.attribution.paths import Point, check_steps
 from tl_edgeprune.circuits.scores import EdgeScores
 from tl_edgeprune.forward.forward_pass import Held
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.graph.edge_graph import EdgeGraph
-from tl_edgeprune.methods.gradients import Point, check_steps, scores_along
 from tl_edgeprune.objectives import Objective
 from tl_edgeprune.runs.targets import Lesson
 from tl_edgeprune.tasks.task import Task

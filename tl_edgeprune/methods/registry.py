@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tl_edgeprune.attribution.mask_gradient import scores_along
+from tl_edgeprune.attribution.output_gram import scores_of_gram
 from tl_edgeprune.circuits.circuit import Circuit
 from tl_edgeprune.circuits.scores import EdgeScores
 from tl_edgeprune.methods.acdc import acdc
@@ -17,12 +19,10 @@ from tl_edgeprune.methods.eap_ig import eap_ig
 from tl_edgeprune.methods.eap_ig_activations import eap_ig_activations
 from tl_edgeprune.methods.edge_pruning import edge_pruning
 from tl_edgeprune.methods.exact import exact
-from tl_edgeprune.methods.gradients import scores_along
 from tl_edgeprune.methods.greedy_output import greedy_output
 from tl_edgeprune.methods.hisp import hisp
 from tl_edgeprune.methods.ifr import ifr
 from tl_edgeprune.methods.mask_ig import mask_ig
-from tl_edgeprune.methods.output_gram import scores_of_gram
 from tl_edgeprune.methods.random_scores import random_scores
 from tl_edgeprune.methods.relp import relp
 from tl_edgeprune.methods.subnetwork_probing import subnetwork_probing

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from tl_edgeprune.ablation.constants import Ablation
+from tl_edgeprune.attribution.mask_gradient import differentiable_at_one, path_scores, scored
+from tl_edgeprune.attribution.paths import whole
 from tl_edgeprune.circuits.scores import EdgeScores
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.hooks.attach import Hook, attached
 from tl_edgeprune.hooks.norms import Norm, identity, norm_function
-from tl_edgeprune.methods.eap import whole
-from tl_edgeprune.methods.gradients import differentiable_at_one, path_scores, scored
 from tl_edgeprune.objectives import Objective, find_objective
 from tl_edgeprune.runs.resume import Saved
 from tl_edgeprune.runs.targets import Teacher

@@ -14,10 +14,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_edgeprune.attribution.output_gram import scores_of_gram
 from tl_edgeprune.circuits.scores import EdgeScores
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.methods.hisp import node_to_edge_scores
-from tl_edgeprune.methods.output_gram import scores_of_gram
 from tl_edgeprune.tasks.task import Task
 
 

@@ -10,16 +10,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from tl_edgeprune.ablation.constants import Ablation
+from tl_edgeprune.attribution.paths import Path, Point
 from tl_edgeprune.circuits.scores import EdgeScores
-from tl_edgeprune.forward.forward_pass import Held
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.objectives import (
@@ -36,20 +36,9 @@ from tl_edgeprune.runs.provenance import origin
 from tl_edgeprune.runs.resume import UNSAVED, Saved, saving
 from tl_edgeprune.runs.targets import Lesson, Teacher
 from tl_edgeprune.runs.task_checks import check_tokens, graph_at
-from tl_edgeprune.runs.totals import total_over_pairs
+from tl_edgeprune.runs.totals import each_lesson, total_over_pairs
 from tl_edgeprune.tasks.task import Task
 from tl_edgeprune.utils.grad_mode import with_gradients
-
-
-class Point(NamedTuple):
-    """Where a gradient is taken."""
-
-    mask: Float[Tensor, " edge"]
-    held: Held | None = None
-    contract: Float[Tensor, "source row d_model"] | None = None
-
-
-Path = Callable[[MaskedModel, Lesson], Iterator[Point]]
 
 
 def scores_along(
@@ -174,15 +163,6 @@ def path_scores(
     return (total / pairs).cpu()
 
 
-def at(mask: Bool[Tensor, " edge"]) -> Path:
-    """The path of one point: a circuit as it is."""
-
-    def path(run: MaskedModel, lesson: Lesson) -> Iterator[Point]:
-        yield Point(mask.float())
-
-    return path
-
-
 def edge_gradient(
     run: MaskedModel,
     lesson: Lesson,
@@ -215,12 +195,6 @@ def edge_gradient(
     return grad
 
 
-def check_steps(steps: int) -> None:
-    """Raise ValueError for a path without points."""
-    if steps < 1:
-        raise ValueError(f"steps={steps}: a path needs at least one point.")
-
-
 def differentiable_at_one(
     objective: str | Objective | None, task: Task, method: str
 ) -> str | Objective:
@@ -240,3 +214,52 @@ def differentiable_at_one(
             "'log-prob', or a method that looks further: mask-ig, eap-ig."
         )
     return wanted
+
+
+def gate_scores(
+    run: MaskedModel,
+    teacher: Teacher,
+    loss_of: Objective,
+    *,
+    steps: int = 5,
+    batch_size: int = 8,
+    max_pairs: int | None = None,
+    progress: bool = False,
+) -> Float[Tensor, "place unit"]:
+    """-d loss/d gate, mean over the teacher's pairs and over gates (1/2, 3/2, …)/steps, on the CPU.
+
+    Every edge is kept. `max_pairs`: look at no more than about so many pairs.
+    """
+    total, pairs = torch.zeros(run.neuron_shape), 0
+    for lesson in each_lesson(
+        teacher,
+        batch_size=batch_size,
+        max_pairs=max_pairs,
+        progress=progress,
+        doing="scoring neurons",
+    ):
+        pairs += len(lesson.batch)
+        for step in range(steps):
+            total -= _gradient(run, lesson, (step + 0.5) / steps, loss_of) / steps
+    return total / pairs
+
+
+def _gradient(
+    run: MaskedModel, lesson: Lesson, at: float, loss_of: Objective
+) -> Float[Tensor, "place unit"]:
+    """d (sum of the prompts' losses) / d gates, every gate at the same value."""
+    batch = lesson.batch
+    mask = torch.ones(run.graph.n_edges, device=batch.clean.device)
+    gates = mask.new_full(run.neuron_shape, at).requires_grad_()
+    with torch.enable_grad():
+        logits = run(
+            batch.clean,
+            mask,
+            lesson.reference,
+            batch.positions,
+            whole=True,
+            spans=batch.spans,
+            neurons=gates,
+        )
+        (grad,) = torch.autograd.grad(losses(loss_of, logits, lesson.full, batch).sum(), gates)
+    return grad.cpu()

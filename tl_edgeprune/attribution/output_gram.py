@@ -11,11 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_edgeprune.ablation.constants import Ablation
+from tl_edgeprune.attribution.mask_gradient import scored
 from tl_edgeprune.circuits.scores import EdgeScores
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.graph.spans import refuse_spans
-from tl_edgeprune.methods.gradients import scored
 from tl_edgeprune.runs.resume import UNSAVED, Saved
 from tl_edgeprune.runs.targets import Lesson, Teacher
 from tl_edgeprune.runs.totals import total_over_pairs
