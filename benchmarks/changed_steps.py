@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from unittest.mock import patch
 
-from tl_edgeprune import masks
 from tl_edgeprune.runs.targets import Lesson
 from tl_edgeprune.tasks.batch import Batch
-from tl_edgeprune.training import Training
+from tl_edgeprune.training import gates as masks
+from tl_edgeprune.training.trainer import Training
 
 PlainStep = Callable[[Training, int], None]
 Step = Callable[[PlainStep, Training, int], None]

@@ -30,7 +30,7 @@ from tl_edgeprune.forward.cost_model import Shape, Work, find_shape, step_bytes,
 from tl_edgeprune.forward.recompute import RecomputedModel
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.hooks.modules import all_parameters
-from tl_edgeprune.masks import sample_gates
+from tl_edgeprune.training.gates import sample_gates
 from tl_edgeprune.utils.profiling import LiveBytes
 from tl_edgeprune.utils.versions import versions
 

@@ -27,11 +27,11 @@ from torch import Tensor
 
 from tl_edgeprune import EdgePruner, EdgeScores, discover, models, polish, tasks
 from tl_edgeprune.evaluate import evaluate_all
-from tl_edgeprune.masks import ExactBudget
 from tl_edgeprune.objectives import kl, negative_log_prob
-from tl_edgeprune.pruner import Optimizer
 from tl_edgeprune.tasks.batch import Batch
-from tl_edgeprune.training import WARM_PAIRS
+from tl_edgeprune.training.controllers import ExactBudget
+from tl_edgeprune.training.pruner import Optimizer
+from tl_edgeprune.training.trainer import WARM_PAIRS
 
 
 def kl_and_excess(logits: Tensor, full: Tensor, batch: Batch) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tl_edgeprune.training import Training
+from tl_edgeprune.training.trainer import Training
 
 
 def stop_at_step(monkeypatch: pytest.MonkeyPatch, at: int) -> None:

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tl_edgeprune import Circuit, EdgePruner, evaluate
-from tl_edgeprune.candidates import JUDGES, LATE, Candidates
 from tl_edgeprune.distributed import Ranks
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.objectives import kl
 from tl_edgeprune.runs.targets import Teacher
-from tl_edgeprune.training import Training
+from tl_edgeprune.training.best_ranking import JUDGES, LATE, Candidates
+from tl_edgeprune.training.trainer import Training
 
 MODEL = "bridge-gpt2"
 

@@ -16,7 +16,7 @@ from tl_edgeprune.methods.registry import GIVE_CIRCUITS, METHODS
 from tl_edgeprune.part_cuts import PartCuts
 from tl_edgeprune.runs import resume as saved
 from tl_edgeprune.runs.targets import Teacher
-from tl_edgeprune.training import Training
+from tl_edgeprune.training.trainer import Training
 
 
 def test_discover_saves_scores_and_a_circuit(llama: str, gifts: str, tmp_path: Path) -> None:

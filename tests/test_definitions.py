@@ -21,7 +21,7 @@ from torch import Tensor
 from tl_edgeprune import EdgeScores, Task, discover
 from tl_edgeprune.methods.greedy_output import greedy_gains
 from tl_edgeprune.methods.subspace_nodes import variance_left
-from tl_edgeprune.training import Training
+from tl_edgeprune.training.trainer import Training
 
 KINDS = ("bridge-gpt2", "bridge-gemma2")  # the second with shared keys, and norms after heads
 

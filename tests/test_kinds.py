@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tl_edgeprune import EdgePruner, Lagrangian
-from tl_edgeprune.settings import check_kinds
+from tl_edgeprune.training.settings import check_kinds
 
 WRONG: list[tuple[str, Any, str]] = [
     ("steps", 2.5, "steps=2.5: expected a whole number."),

@@ -21,9 +21,9 @@ from tl_edgeprune import (
     masked,
 )
 from tl_edgeprune.forward.masked_model import MaskedModel
-from tl_edgeprune.learned_constants import LearnedConstants
 from tl_edgeprune.objectives import kl
 from tl_edgeprune.runs.targets import Teacher
+from tl_edgeprune.training.learned_constants import LearnedConstants
 
 MODEL = "bridge-gpt2"
 PARTS = ("inputs", "z", "mlp")

@@ -10,15 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tl_edgeprune.masks import (
-    ExactBudget,
-    Lagrangian,
-    Penalty,
-    budget_shift,
-    gates_at,
-    open_probability,
-    sample_gates,
-)
+from tl_edgeprune.training.controllers import ExactBudget, Lagrangian, Penalty
+from tl_edgeprune.training.gates import budget_shift, gates_at, open_probability, sample_gates
 
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
 LOG_ALPHAS = st.floats(-12, 12)

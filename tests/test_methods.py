@@ -18,9 +18,9 @@ from tl_edgeprune.methods.ifr import proximity
 from tl_edgeprune.methods.registry import METHODS, parameters_of, settings_of
 from tl_edgeprune.methods.ugs import sample_window
 from tl_edgeprune.objectives import find_objective
-from tl_edgeprune.regularisers import Attachment
 from tl_edgeprune.runs.targets import Teacher
-from tl_edgeprune.training import Training
+from tl_edgeprune.training.regularisers import Attachment
+from tl_edgeprune.training.trainer import Training
 
 MODEL = "bridge-gpt2"
 TRAINED = ("edge-pruning", "ugs", "subnetwork-probing")

@@ -27,7 +27,6 @@ from tl_edgeprune import (
     Neurons,
     Penalty,
     evaluate,
-    learned_neurons,
     masked,
 )
 from tl_edgeprune.attribution.mask_gradient import gate_scores
@@ -35,7 +34,8 @@ from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.forward.recompute import RecomputedModel
 from tl_edgeprune.objectives import kl
 from tl_edgeprune.runs.targets import Teacher
-from tl_edgeprune.training import Training
+from tl_edgeprune.training import gate_group as learned_neurons
+from tl_edgeprune.training.trainer import Training
 
 KINDS = ("mlp", "dimensions")
 HOOKED = {"hooked-llama-gqa", "hooked-pythia"} & {*zoo.ARCHITECTURES}

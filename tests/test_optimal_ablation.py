@@ -14,8 +14,8 @@ from tl_edgeprune.ablation.constants import Constants
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.methods.random_scores import random_scores
 from tl_edgeprune.objectives import kl
-from tl_edgeprune.optimal_ablation import optimal_constants
 from tl_edgeprune.runs.targets import Teacher
+from tl_edgeprune.training.optimal_constants import optimal_constants
 
 MODEL = "bridge-gpt2"
 PARTS = ("inputs", "z", "mlp")

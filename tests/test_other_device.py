@@ -48,7 +48,7 @@ from tl_edgeprune.methods.registry import METHODS, TRAINED
 from tl_edgeprune.objectives import kl
 from tl_edgeprune.part_cuts import PartCuts
 from tl_edgeprune.runs.targets import Teacher
-from tl_edgeprune.training import Training
+from tl_edgeprune.training.trainer import Training
 
 pytestmark = pytest.mark.skipif(
     not other_device.supported(), reason="this torch does not let a device be pretended"

@@ -21,14 +21,14 @@ from tl_edgeprune import (
     evaluate,
     models,
     tasks,
-    training,
 )
 from tl_edgeprune.circuits.scores import EdgeScores
 from tl_edgeprune.hooks.placement import placed
-from tl_edgeprune.masks import rank_quantiles
 from tl_edgeprune.objectives import kl
-from tl_edgeprune.pruner import Optimizer
-from tl_edgeprune.training import Training
+from tl_edgeprune.training import trainer as training
+from tl_edgeprune.training.gates import rank_quantiles
+from tl_edgeprune.training.pruner import Optimizer
+from tl_edgeprune.training.trainer import Training
 
 MODEL = "bridge-gpt2"
 LENGTHS = (5, 6, 8)

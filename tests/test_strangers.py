@@ -51,7 +51,7 @@ from tl_edgeprune.methods import acdc, exact
 from tl_edgeprune.objectives import find_objective
 from tl_edgeprune.runs import totals
 from tl_edgeprune.runs.resume import Saved
-from tl_edgeprune.training import Training
+from tl_edgeprune.training.trainer import Training
 from tl_edgeprune.utils.profiling import Cost
 from tl_edgeprune.utils.reading import MOST_BYTES, parse_json
 

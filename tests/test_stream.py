@@ -20,12 +20,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tl_edgeprune import EdgePruner, tasks
-from tl_edgeprune.feed import Feed
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.objectives import kl
 from tl_edgeprune.runs.targets import Teacher, sizes
 from tl_edgeprune.tasks import Task, TaskStream
 from tl_edgeprune.tasks.permutation import Order
+from tl_edgeprune.training.batch_stream import Feed
 
 MODEL = "bridge-gpt2"
 

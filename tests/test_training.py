@@ -20,11 +20,11 @@ from tl_edgeprune import (
     discover,
     evaluate,
     masked,
-    training,
 )
 from tl_edgeprune.evaluate import evaluate_all
 from tl_edgeprune.forward.masked_model import MaskedModel
-from tl_edgeprune.training import Training
+from tl_edgeprune.training import trainer as training
+from tl_edgeprune.training.trainer import Training
 
 MODEL = "bridge-gpt2"
 

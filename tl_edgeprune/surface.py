@@ -24,15 +24,16 @@ from tl_edgeprune.forward.context import masked
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.ground_truth import necessary_edges, possible_edges
 from tl_edgeprune.knockouts import Completeness, Minimality, completeness, minimality
-from tl_edgeprune.masks import ExactBudget, Lagrangian, Penalty
 from tl_edgeprune.methods.registry import discover
-from tl_edgeprune.optimal_ablation import optimal_constants
 from tl_edgeprune.polish import polish
-from tl_edgeprune.pruner import EdgePruner, Optimizer, PruneResult
-from tl_edgeprune.regularisers import Attachment
 from tl_edgeprune.roc import Roc, precision_recall, roc
 from tl_edgeprune.stability import Stability, stability
 from tl_edgeprune.tasks import Task
+from tl_edgeprune.training.controllers import ExactBudget, Lagrangian, Penalty
+from tl_edgeprune.training.optimal_constants import optimal_constants
+from tl_edgeprune.training.pruner import EdgePruner, Optimizer
+from tl_edgeprune.training.regularisers import Attachment
+from tl_edgeprune.training.result import PruneResult
 
 __all__ = [
     "Attachment",

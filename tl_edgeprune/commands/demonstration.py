@@ -10,9 +10,10 @@ from tl_edgeprune.circuits.circuit import Circuit
 from tl_edgeprune.commands.inputs import HELD_OUT, PAIRS
 from tl_edgeprune.evaluate import Evaluation, evaluate_all, evaluate_groups
 from tl_edgeprune.methods.eap import eap
-from tl_edgeprune.pruner import EdgePruner, PruneResult
 from tl_edgeprune.tasks import Task
 from tl_edgeprune.tasks import load as load_task
+from tl_edgeprune.training.pruner import EdgePruner
+from tl_edgeprune.training.result import PruneResult
 
 
 def run(task: str, n_edges: int, steps: int, seed: int, out: Path) -> None:

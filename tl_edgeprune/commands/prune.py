@@ -192,7 +192,7 @@ def _run(inputs: Inputs, given: dict[str, Any], paper: bool) -> Run:
     """The run with every setting resolved. Raises ValueError for settings that cannot work."""
     from tl_edgeprune.commands.pruner_settings import resolved
     from tl_edgeprune.commands.training import pruner_of
-    from tl_edgeprune.masks import ExactBudget
+    from tl_edgeprune.training.controllers import ExactBudget
 
     _check_objective(given["objective"])
     settings = resolved({k: v for k, v in given.items() if v is not None}, paper=paper)

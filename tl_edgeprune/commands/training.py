@@ -31,10 +31,11 @@ from tl_edgeprune.commands.run_folder import (
 )
 from tl_edgeprune.commands.told import processes
 from tl_edgeprune.evaluate import Evaluation, evaluate
-from tl_edgeprune.pruner import EdgePruner, PruneResult
 from tl_edgeprune.report import plot_history
 from tl_edgeprune.report.readable import title_of
 from tl_edgeprune.tasks import Task
+from tl_edgeprune.training.pruner import EdgePruner
+from tl_edgeprune.training.result import PruneResult
 from tl_edgeprune.utils.locks import held
 from tl_edgeprune.utils.reading import damaged
 

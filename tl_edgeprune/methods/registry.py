@@ -28,8 +28,8 @@ from tl_edgeprune.methods.relp import relp
 from tl_edgeprune.methods.subnetwork_probing import subnetwork_probing
 from tl_edgeprune.methods.subspace_nodes import subspace_nodes
 from tl_edgeprune.methods.ugs import ugs
-from tl_edgeprune.pruner import EdgePruner
 from tl_edgeprune.tasks.stream import AnyTask, TaskStream
+from tl_edgeprune.training.pruner import EdgePruner
 from tl_edgeprune.utils.suggest import did_you_mean
 
 METHODS: dict[str, Callable[..., EdgeScores | Circuit]] = {

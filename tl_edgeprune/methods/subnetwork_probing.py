@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from tl_edgeprune.circuits.scores import EdgeScores
-from tl_edgeprune.masks import Penalty
-from tl_edgeprune.pruner import EdgePruner
 from tl_edgeprune.tasks.task import Task
+from tl_edgeprune.training.controllers import Penalty
+from tl_edgeprune.training.pruner import EdgePruner
 
 
 def subnetwork_probing(

@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tl_edgeprune.circuits.scores import EdgeScores
-from tl_edgeprune.masks import Penalty
-from tl_edgeprune.pruner import EdgePruner
 from tl_edgeprune.tasks.task import Task
+from tl_edgeprune.training.controllers import Penalty
+from tl_edgeprune.training.pruner import EdgePruner
 
 
 def ugs(

@@ -18,16 +18,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jaxtyping import Float
-from torch import Tensor
-
-from tl_edgeprune.ablation.constants import Constants
-from tl_edgeprune.circuits.circuit import Circuit, check_budget
-from tl_edgeprune.circuits.neurons import Neurons
+from tl_edgeprune.circuits.circuit import check_budget
 from tl_edgeprune.circuits.neurons import check_budget as check_neuron_budget
 from tl_edgeprune.circuits.scores import EdgeScores
 from tl_edgeprune.distributed import Ranks
@@ -37,80 +32,17 @@ from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.hooks.find import find_sites
 from tl_edgeprune.hooks.modules import model_kind
 from tl_edgeprune.hooks.placement import placed
-from tl_edgeprune.masks import (
-    Lagrangian,
-)
 from tl_edgeprune.objectives import find_objective
 from tl_edgeprune.runs.fingerprint import of_weights
 from tl_edgeprune.runs.task_checks import check_tokens, graph_at
-from tl_edgeprune.settings import Optimizer, PrunerSettings
 from tl_edgeprune.tasks.stream import AnyTask, checked, sample
 from tl_edgeprune.tasks.task import Task
-from tl_edgeprune.training import History, Training
+from tl_edgeprune.training.controllers import Lagrangian
+from tl_edgeprune.training.result import PruneResult
+from tl_edgeprune.training.settings import Optimizer, PrunerSettings
+from tl_edgeprune.training.trainer import Training
 from tl_edgeprune.utils.grad_mode import needs_gradients
 from tl_edgeprune.utils.locks import held_file
-
-
-@dataclass(frozen=True, repr=False)
-class PruneResult:
-    """What a run found. `log_alpha` ranks every edge; `circuit` has the size asked for.
-
-    `constants`: what removed edges carried, under ablation="optimal" or Constants: the `ablation`
-    to evaluate the circuit with. `neuron_log_alpha` ranks every neuron of a run with
-    neurons="mlp" or "dimensions"; `neurons` are as many as asked for.
-    """
-
-    graph: EdgeGraph
-    log_alpha: Float[Tensor, " edge"]
-    history: History
-    n_edges: int | None
-    metadata: dict[str, Any]
-    finished: bool = True
-    constants: Constants | None = None
-    neuron_kind: str | None = None
-    neuron_log_alpha: Float[Tensor, "place unit"] | None = None
-    n_neurons: int | None = None
-
-    @property
-    def circuit(self) -> Circuit:
-        """The top edges by log alpha, exactly as many as asked for."""
-        if self.n_edges is None:
-            raise ValueError("this run was for no one size (n_edges=None): use result.top(k).")
-        return self.top(self.n_edges)
-
-    @property
-    def neurons(self) -> Neurons | None:
-        """The top neurons by log alpha, exactly as many as asked for; None in a run without."""
-        if self.neuron_log_alpha is None:
-            return None
-        if self.n_neurons is None:
-            raise ValueError(
-                "this run was for no one number of neurons (n_neurons=None): use "
-                "result.top_neurons(k)."
-            )
-        return self.top_neurons(self.n_neurons)
-
-    def top_neurons(self, k: int) -> Neurons:
-        """The k neurons of highest log alpha. Raises ValueError in a run without neurons."""
-        if self.neuron_kind is None or self.neuron_log_alpha is None:
-            raise ValueError("this run had no gates on neurons: use EdgePruner(neurons=…).")
-        scores, kind = self.neuron_log_alpha, self.neuron_kind
-        return Neurons.top(self.graph, kind, scores, k, **self.metadata)
-
-    @property
-    def scores(self) -> EdgeScores:
-        """log alpha as edge scores, ranked as they are (`top` takes no magnitudes)."""
-        return EdgeScores(self.graph, self.log_alpha, dict(self.metadata), by_magnitude=False)
-
-    def top(self, k: int) -> Circuit:
-        """The k edges of highest log alpha."""
-        return Circuit.top(self.graph, self.log_alpha, k, **self.metadata)
-
-    def __repr__(self) -> str:
-        steps = len(self.history)
-        size = f"{self.n_edges:,} edges" if self.n_edges else "any size"
-        early = "" if self.finished else ", stopped early"
-        return f"PruneResult({size} of {self.graph.n_edges:,}, {steps} steps{early})"
 
 
 class EdgePruner(PrunerSettings):

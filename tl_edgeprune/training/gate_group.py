@@ -14,8 +14,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_edgeprune.forward.masked_model import MaskedModel
-from tl_edgeprune.masks import ExactBudget, first_log_alpha, open_probability, top_gates
-from tl_edgeprune.settings import PrunerSettings
+from tl_edgeprune.training.controllers import ExactBudget
+from tl_edgeprune.training.gates import first_log_alpha, open_probability, top_gates
+from tl_edgeprune.training.settings import PrunerSettings
 
 
 class LearnedNeurons:

@@ -23,11 +23,12 @@ from tl_edgeprune.circuits.neurons import check_kind
 from tl_edgeprune.circuits.scores import EdgeScores
 from tl_edgeprune.forward.masked_model import check_ablation
 from tl_edgeprune.forward.neuron_gates import check_constants
-from tl_edgeprune.masks import Controller, ExactBudget, sample_gates
 from tl_edgeprune.objectives import Objective
-from tl_edgeprune.regularisers import Attachment
 from tl_edgeprune.runs.fingerprint import digest, of_setting
 from tl_edgeprune.runs.task_checks import check_positions
+from tl_edgeprune.training.controllers import Controller, ExactBudget
+from tl_edgeprune.training.gates import sample_gates
+from tl_edgeprune.training.regularisers import Attachment
 
 Sampler = Callable[[Tensor, torch.Generator], Tensor]
 

@@ -24,12 +24,12 @@ from tl_edgeprune.ablation.constants import Constants
 from tl_edgeprune.circuits.circuit import Circuit
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.graph.edge_graph import EdgeGraph
-from tl_edgeprune.learned_constants import LearnedConstants
 from tl_edgeprune.objectives import Objective, find_objective, losses
 from tl_edgeprune.runs.targets import Teacher
 from tl_edgeprune.runs.task_checks import check_tokens, task_for
 from tl_edgeprune.tasks.batch import Batch
 from tl_edgeprune.tasks.task import Task
+from tl_edgeprune.training.learned_constants import LearnedConstants
 from tl_edgeprune.utils.grad_mode import needs_gradients
 
 

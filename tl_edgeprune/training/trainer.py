@@ -18,35 +18,28 @@ from tqdm.auto import tqdm
 from tl_edgeprune.ablation.constants import OPTIMAL, Constants
 from tl_edgeprune.attribution.mask_gradient import gate_scores, path_scores
 from tl_edgeprune.attribution.paths import mask_path
-from tl_edgeprune.candidates import Candidates
 from tl_edgeprune.circuits.scores import EdgeScores
 from tl_edgeprune.distributed import LostProcess, Ranks
-from tl_edgeprune.feed import Feed
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.graph.edge_indices import edge_ends
 from tl_edgeprune.hooks.modules import is_folded
-from tl_edgeprune.learned_constants import LearnedConstants
-from tl_edgeprune.learned_neurons import LearnedNeurons
-from tl_edgeprune.masks import (
-    ExactBudget,
-    first_log_alpha,
-    open_probability,
-    sample_gates,
-    top_gates,
-)
 from tl_edgeprune.objectives import Objective
 from tl_edgeprune.objectives import losses as losses_of
 from tl_edgeprune.runs import checkpoint as checkpoints
 from tl_edgeprune.runs.fingerprint import differences, digest, of_setting, of_task
 from tl_edgeprune.runs.targets import Teacher
 from tl_edgeprune.runs.task_checks import any_task_for
-from tl_edgeprune.settings import PrunerSettings
 from tl_edgeprune.tasks.stream import AnyTask, sample
+from tl_edgeprune.training.batch_stream import Feed
+from tl_edgeprune.training.best_ranking import Candidates
+from tl_edgeprune.training.controllers import ExactBudget
+from tl_edgeprune.training.gate_group import LearnedNeurons
+from tl_edgeprune.training.gates import first_log_alpha, open_probability, sample_gates, top_gates
+from tl_edgeprune.training.learned_constants import LearnedConstants
+from tl_edgeprune.training.result import History, _entry
+from tl_edgeprune.training.settings import PrunerSettings
 from tl_edgeprune.utils.reading import damaged, of_kind
 
-History = list[dict[str, float | int]]
-HISTORY = ("step", "loss", "edges", "target", "seconds")
-OF_NEURONS = ("neurons", "neuron_target")
 WARM_STEPS, WARM_PAIRS = 5, 32
 EPOCHS = 10_000_000  # epochs' seeds lie beyond those of steps
 
@@ -538,14 +531,6 @@ class Training:
             f"{last['target']:,.0f}"
         )
         bar.update()
-
-
-def _entry(step: int, entry: Any) -> dict[str, float | int]:
-    """The history's entry of a step. Raises KeyError or ValueError for none."""
-    if entry["step"] != step:
-        raise ValueError(f"history has step {entry['step']} in place of {step}")
-    names = (*HISTORY, *(name for name in OF_NEURONS if name in entry))
-    return {name: of_kind(entry[name], float, name) for name in names}
 
 
 def _mixed(seed: int, step: int) -> int:

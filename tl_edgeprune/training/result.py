@@ -1,0 +1,91 @@
+"""What a run gives: the ranking of edges, its circuit and its history."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_edgeprune.ablation.constants import Constants
+from tl_edgeprune.circuits.circuit import Circuit
+from tl_edgeprune.circuits.neurons import Neurons
+from tl_edgeprune.circuits.scores import EdgeScores
+from tl_edgeprune.graph.edge_graph import EdgeGraph
+from tl_edgeprune.utils.reading import of_kind
+
+
+@dataclass(frozen=True, repr=False)
+class PruneResult:
+    """What a run found. `log_alpha` ranks every edge; `circuit` has the size asked for.
+
+    `constants`: what removed edges carried, under ablation="optimal" or Constants: the `ablation`
+    to evaluate the circuit with. `neuron_log_alpha` ranks every neuron of a run with
+    neurons="mlp" or "dimensions"; `neurons` are as many as asked for.
+    """
+
+    graph: EdgeGraph
+    log_alpha: Float[Tensor, " edge"]
+    history: History
+    n_edges: int | None
+    metadata: dict[str, Any]
+    finished: bool = True
+    constants: Constants | None = None
+    neuron_kind: str | None = None
+    neuron_log_alpha: Float[Tensor, "place unit"] | None = None
+    n_neurons: int | None = None
+
+    @property
+    def circuit(self) -> Circuit:
+        """The top edges by log alpha, exactly as many as asked for."""
+        if self.n_edges is None:
+            raise ValueError("this run was for no one size (n_edges=None): use result.top(k).")
+        return self.top(self.n_edges)
+
+    @property
+    def neurons(self) -> Neurons | None:
+        """The top neurons by log alpha, exactly as many as asked for; None in a run without."""
+        if self.neuron_log_alpha is None:
+            return None
+        if self.n_neurons is None:
+            raise ValueError(
+                "this run was for no one number of neurons (n_neurons=None): use "
+                "result.top_neurons(k)."
+            )
+        return self.top_neurons(self.n_neurons)
+
+    def top_neurons(self, k: int) -> Neurons:
+        """The k neurons of highest log alpha. Raises ValueError in a run without neurons."""
+        if self.neuron_kind is None or self.neuron_log_alpha is None:
+            raise ValueError("this run had no gates on neurons: use EdgePruner(neurons=…).")
+        scores, kind = self.neuron_log_alpha, self.neuron_kind
+        return Neurons.top(self.graph, kind, scores, k, **self.metadata)
+
+    @property
+    def scores(self) -> EdgeScores:
+        """log alpha as edge scores, ranked as they are (`top` takes no magnitudes)."""
+        return EdgeScores(self.graph, self.log_alpha, dict(self.metadata), by_magnitude=False)
+
+    def top(self, k: int) -> Circuit:
+        """The k edges of highest log alpha."""
+        return Circuit.top(self.graph, self.log_alpha, k, **self.metadata)
+
+    def __repr__(self) -> str:
+        steps = len(self.history)
+        size = f"{self.n_edges:,} edges" if self.n_edges else "any size"
+        early = "" if self.finished else ", stopped early"
+        return f"PruneResult({size} of {self.graph.n_edges:,}, {steps} steps{early})"
+
+
+History = list[dict[str, float | int]]
+HISTORY = ("step", "loss", "edges", "target", "seconds")
+OF_NEURONS = ("neurons", "neuron_target")
+
+
+def _entry(step: int, entry: Any) -> dict[str, float | int]:
+    """The history's entry of a step. Raises KeyError or ValueError for none."""
+    if entry["step"] != step:
+        raise ValueError(f"history has step {entry['step']} in place of {step}")
+    names = (*HISTORY, *(name for name in OF_NEURONS if name in entry))
+    return {name: of_kind(entry[name], float, name) for name in names}
