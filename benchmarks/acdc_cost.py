@@ -18,11 +18,11 @@ import torch
 from step_cost import BATCH, KINDS, POS, available, load, plain_step, prompts, seconds
 
 from tl_edgeprune import Task
-from tl_edgeprune.cuts import find_cuts
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.objectives import OBJECTIVES
 from tl_edgeprune.runs.targets import Teacher
-from tl_edgeprune.whole_cuts import WholeCuts
+from tl_edgeprune.search.cuts import find_cuts
+from tl_edgeprune.search.full_cuts import WholeCuts
 
 
 def late_mask(cuts: WholeCuts, place: int, share: float) -> torch.Tensor:

@@ -22,21 +22,23 @@ from test_evaluate import pronouns, random_task
 from torch import Tensor
 from tqdm import tqdm
 
-from tl_edgeprune import Circuit, EdgeGraph, Task, cuts, masked, models, part_cuts, tasks
+from tl_edgeprune import Circuit, EdgeGraph, Task, masked, models, tasks
 from tl_edgeprune.ablation.reference import ZERO_WITH_BIASES
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.hooks.find import find_sites
 from tl_edgeprune.methods import acdc as acdc_module
 from tl_edgeprune.methods.acdc import acdc
-from tl_edgeprune.methods.bisect import Stage
 from tl_edgeprune.methods.exact import exact
-from tl_edgeprune.methods.singles import Singles
 from tl_edgeprune.objectives import OBJECTIVES, kl
-from tl_edgeprune.part_cuts import PartCuts
 from tl_edgeprune.runs import resume as saved_module
 from tl_edgeprune.runs.resume import Saved
 from tl_edgeprune.runs.targets import Teacher
-from tl_edgeprune.whole_cuts import WholeCuts
+from tl_edgeprune.search import cuts
+from tl_edgeprune.search import partial_cuts as part_cuts
+from tl_edgeprune.search.full_cuts import WholeCuts
+from tl_edgeprune.search.grouped import Stage
+from tl_edgeprune.search.partial_cuts import PartCuts
+from tl_edgeprune.search.single_edges import Singles
 
 ABLATIONS = ("counterfactual", "zero")
 TINY = [

@@ -13,9 +13,9 @@ from command_line import left, mistake, told
 import tl_edgeprune
 from tl_edgeprune import Circuit, EdgeScores
 from tl_edgeprune.methods.registry import GIVE_CIRCUITS, METHODS
-from tl_edgeprune.part_cuts import PartCuts
 from tl_edgeprune.runs import resume as saved
 from tl_edgeprune.runs.targets import Teacher
+from tl_edgeprune.search.partial_cuts import PartCuts
 from tl_edgeprune.training.trainer import Training
 
 

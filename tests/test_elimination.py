@@ -13,15 +13,15 @@ from torch import Tensor
 
 from tl_edgeprune import Circuit, EdgeGraph, EdgeScores, discover, eliminate, evaluate
 from tl_edgeprune.ablation.reference import ABLATIONS
-from tl_edgeprune.cuts import find_cuts
-from tl_edgeprune.elimination import single_cuts
 from tl_edgeprune.evaluate import evaluate_all
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.graph.reachability import leading_edges
 from tl_edgeprune.objectives import kl
 from tl_edgeprune.runs import resume as saved_state
 from tl_edgeprune.runs.targets import Teacher
-from tl_edgeprune.whole_cuts import WholeCuts
+from tl_edgeprune.search.cuts import find_cuts
+from tl_edgeprune.search.elimination import single_cuts
+from tl_edgeprune.search.full_cuts import WholeCuts
 
 MODELS = ("bridge-gpt2", "bridge-llama-gqa")
 ONE_QUICK = (MODELS[0], pytest.param(MODELS[1], marks=pytest.mark.slow))
@@ -56,7 +56,9 @@ def test_one_edge_at_a_time_is_textbook_elimination(name: str, monkeypatch) -> N
     first = scores.greedy(20, alive=True)
     assert first.n_edges >= 10
     scores = EdgeScores(graph, 1 + scores.ranking() * first.mask, {}, False)
-    monkeypatch.setattr("tl_edgeprune.elimination.AT_LEAST", graph.n_edges)  # all, in each round
+    monkeypatch.setattr(
+        "tl_edgeprune.search.elimination.AT_LEAST", graph.n_edges
+    )  # all, in each round
     found = eliminate(model, task, scores, start=first.n_edges, stop=2, share=0.01)
     expected = by_definition(model, task, first.mask, graph, 2)
     assert len(expected) >= 5
@@ -204,13 +206,13 @@ def test_a_stopped_run_goes_on_to_the_same_ranking(tmp_path, monkeypatch) -> Non
         return single_cuts(cuts, edges)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("tl_edgeprune.elimination.single_cuts", stopped)
+        patch.setattr("tl_edgeprune.search.elimination.single_cuts", stopped)
         eliminate(model, task, scores, **sizes, checkpoint=file)
-    monkeypatch.setattr("tl_edgeprune.elimination.single_cuts", counted := Counted())
+    monkeypatch.setattr("tl_edgeprune.search.elimination.single_cuts", counted := Counted())
     again = eliminate(model, task, scores, **sizes, checkpoint=file)
     assert again.tensor.equal(whole.tensor)
     rest = counted.calls
-    monkeypatch.setattr("tl_edgeprune.elimination.single_cuts", counted := Counted())
+    monkeypatch.setattr("tl_edgeprune.search.elimination.single_cuts", counted := Counted())
     eliminate(model, task, scores, **sizes)
     assert rest == counted.calls - 5
     with pytest.raises(ValueError, match="is of another run"):

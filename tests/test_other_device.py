@@ -42,12 +42,12 @@ from tl_edgeprune import (
     polish,
     stability,
 )
-from tl_edgeprune.cuts import find_cuts
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.methods.registry import METHODS, TRAINED
 from tl_edgeprune.objectives import kl
-from tl_edgeprune.part_cuts import PartCuts
 from tl_edgeprune.runs.targets import Teacher
+from tl_edgeprune.search.cuts import find_cuts
+from tl_edgeprune.search.partial_cuts import PartCuts
 from tl_edgeprune.training.trainer import Training
 
 pytestmark = pytest.mark.skipif(

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tl_edgeprune import Circuit, EdgeGraph, EdgeScores, discover, eliminate, evaluate
-from tl_edgeprune.polish import exchanged, polish
+from tl_edgeprune.search.polish import exchanged, polish
 
 
 @given(st.integers(2, 12), st.integers(1, 12), st.integers(0, 999))
@@ -90,7 +90,7 @@ def test_no_round_tries_an_exchange_again(worth: int, monkeypatch) -> None:
         tried.append(int((other & ~mask).sum()))
         return 0.0
 
-    module = sys.modules["tl_edgeprune.polish"]  # the package's own name is the function
+    module = sys.modules["tl_edgeprune.search.polish"]  # the package's own name is the function
     monkeypatch.setattr(module, "path_scores", lambda *_, **__: guess)
     monkeypatch.setattr(module, "_mean_loss", loss)
     polish(model, task, Circuit(graph, mask), swap=1.0)

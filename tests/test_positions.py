@@ -32,10 +32,10 @@ from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.forward.residual import Stream
 from tl_edgeprune.forward.span_masks import Spans, read_at_spans_naive
 from tl_edgeprune.objectives import OBJECTIVES
-from tl_edgeprune.part_cuts import PartCuts
 from tl_edgeprune.runs.targets import Teacher
 from tl_edgeprune.runs.task_checks import task_for
-from tl_edgeprune.whole_cuts import WholeCuts
+from tl_edgeprune.search.full_cuts import WholeCuts
+from tl_edgeprune.search.partial_cuts import PartCuts
 
 NAMES = ("A", "B", "rest")
 QUICK = {"bridge-gpt2", "bridge-olmo2", "native-no-norm"}

@@ -16,9 +16,9 @@ import zoo
 from tl_edgeprune import EdgeGraph, EdgePruner, discover
 from tl_edgeprune.forward.masked_model import check_ablation
 from tl_edgeprune.methods.registry import GIVE_CIRCUITS, METHODS, TRAINED, settings_of
-from tl_edgeprune.part_cuts import PartCuts
 from tl_edgeprune.runs import resume as saved_module
 from tl_edgeprune.runs.targets import Teacher
+from tl_edgeprune.search.partial_cuts import PartCuts
 
 SUMS = sorted(set(METHODS) - {"exact", "random", *GIVE_CIRCUITS, *TRAINED})
 QUICK = ("eap", "hisp", "ifr", "exact")

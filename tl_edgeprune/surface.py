@@ -15,7 +15,6 @@ from tl_edgeprune.circuits.neurons import Neurons
 from tl_edgeprune.circuits.scores import EdgeScores
 from tl_edgeprune.compare import compare
 from tl_edgeprune.comparison import Comparison
-from tl_edgeprune.elimination import eliminate
 from tl_edgeprune.evaluate import Evaluation, evaluate
 from tl_edgeprune.explain import explain
 from tl_edgeprune.explanation import Explanation
@@ -25,8 +24,9 @@ from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.ground_truth import necessary_edges, possible_edges
 from tl_edgeprune.knockouts import Completeness, Minimality, completeness, minimality
 from tl_edgeprune.methods.registry import discover
-from tl_edgeprune.polish import polish
 from tl_edgeprune.roc import Roc, precision_recall, roc
+from tl_edgeprune.search.elimination import eliminate
+from tl_edgeprune.search.polish import polish
 from tl_edgeprune.stability import Stability, stability
 from tl_edgeprune.tasks import Task
 from tl_edgeprune.training.controllers import ExactBudget, Lagrangian, Penalty

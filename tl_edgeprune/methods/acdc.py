@@ -35,21 +35,21 @@ from tqdm.auto import tqdm
 
 from tl_edgeprune.ablation.constants import Ablation
 from tl_edgeprune.circuits.circuit import Circuit
-from tl_edgeprune.cuts import find_cuts
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.graph.edge_graph import EdgeGraph
-from tl_edgeprune.methods.bisect import Stage, in_groups
-from tl_edgeprune.methods.sequence import one_by_one
-from tl_edgeprune.methods.singles import Singles
 from tl_edgeprune.objectives import Objective, find_objective
-from tl_edgeprune.part_cuts import PartCuts
 from tl_edgeprune.runs.provenance import origin
 from tl_edgeprune.runs.resume import Saved, saving
 from tl_edgeprune.runs.targets import BAR_AFTER, Teacher
 from tl_edgeprune.runs.task_checks import check_tokens, graph_at
+from tl_edgeprune.search.cuts import find_cuts
+from tl_edgeprune.search.full_cuts import WholeCuts
+from tl_edgeprune.search.grouped import Stage, in_groups
+from tl_edgeprune.search.partial_cuts import PartCuts
+from tl_edgeprune.search.sequential import one_by_one
+from tl_edgeprune.search.single_edges import Singles
 from tl_edgeprune.tasks.task import Task
 from tl_edgeprune.utils.reading import of_kind
-from tl_edgeprune.whole_cuts import WholeCuts
 
 SEARCHES = ("exact", "bisect")
 FIRST = Stage()

@@ -8,17 +8,15 @@ Conmy et al. 2023.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_edgeprune.ablation.constants import Ablation
 from tl_edgeprune.circuits.scores import EdgeScores
-from tl_edgeprune.cuts import find_cuts
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.objectives import Objective, find_objective
@@ -26,10 +24,11 @@ from tl_edgeprune.runs.provenance import origin
 from tl_edgeprune.runs.resume import Saved, saving
 from tl_edgeprune.runs.targets import BAR_AFTER, Teacher
 from tl_edgeprune.runs.task_checks import check_tokens, graph_at
+from tl_edgeprune.search.cuts import find_cuts
+from tl_edgeprune.search.edge_effects import each_rise
 from tl_edgeprune.tasks.task import Task
 from tl_edgeprune.utils.reading import of_kind
 from tl_edgeprune.utils.tensor_files import floats
-from tl_edgeprune.whole_cuts import WholeCuts
 
 
 def exact(
@@ -98,31 +97,3 @@ def _before(saved: Saved, graph: EdgeGraph, wanted: int) -> tuple[Tensor, int, i
         if not 0 <= done <= wanted or runs < 0:
             raise ValueError(f"it says {done} edges in {runs} runs")
     return scores, done, runs
-
-
-def each_rise(
-    cuts: WholeCuts, edges: Iterable[int]
-) -> Iterator[tuple[list[int], Float[Tensor, " edge"]]]:
-    """How much the mean objective of the current mask rises when each edge alone is cut, some edges
-    at a time, in the order of the graph.
-    """
-    wanted = sorted(edges)
-    for place in range(len(cuts.graph.reads)):
-        for some in _chunks(cuts, place, wanted):
-            yield some, _rises(cuts, place, some)
-
-
-def _chunks(cuts: WholeCuts, place: int, wanted: Iterable[int]) -> list[list[int]]:
-    """The wanted edges of a read, as many at a time as run side by side."""
-    read = cuts.graph.reads[place].edges
-    mine = [edge for edge in wanted if read.start <= edge < read.stop]
-    size = cuts.candidates(place)
-    return [mine[first : first + size] for first in range(0, len(mine), size)]
-
-
-def _rises(cuts: WholeCuts, place: int, edges: list[int]) -> Float[Tensor, " edge"]:
-    read = cuts.graph.reads[place]
-    cut = torch.zeros(len(edges), read.n_destinations * read.n_sources, dtype=torch.bool)
-    cut[torch.arange(len(edges)), torch.tensor(edges) - read.first_edge] = True
-    losses = cuts.losses(place, cut.view(len(edges), read.n_destinations, read.n_sources))
-    return (losses - cuts.per_pair).mean(1)

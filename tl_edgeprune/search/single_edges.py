@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_edgeprune.methods.sequence import decide, to_decide
-from tl_edgeprune.whole_cuts import WholeCuts
+from tl_edgeprune.search.full_cuts import WholeCuts
+from tl_edgeprune.search.sequential import decide, to_decide
 
 CLEAR = 3.0
 

@@ -34,18 +34,18 @@ from tl_edgeprune.attribution.paths import at
 from tl_edgeprune.circuits.circuit import Circuit
 from tl_edgeprune.circuits.metadata import ablation_of
 from tl_edgeprune.circuits.scores import EdgeScores
-from tl_edgeprune.cuts import find_cuts
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.graph.reachability import leading_edges
-from tl_edgeprune.methods.bisect import GRADIENT_RUNS
 from tl_edgeprune.objectives import Objective, find_objective
 from tl_edgeprune.runs.provenance import check_origin, origin
 from tl_edgeprune.runs.resume import Saved, saving
 from tl_edgeprune.runs.targets import Teacher
 from tl_edgeprune.runs.task_checks import check_tokens
+from tl_edgeprune.search.cuts import find_cuts
+from tl_edgeprune.search.full_cuts import WholeCuts
+from tl_edgeprune.search.grouped import GRADIENT_RUNS
 from tl_edgeprune.tasks.task import Task
 from tl_edgeprune.utils.reading import of_kind
-from tl_edgeprune.whole_cuts import WholeCuts
 
 LOOKED_AT, AT_LEAST = 3, 8
 TOLERANCE = 1.5

@@ -13,9 +13,9 @@ from torch import Tensor
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.forward.self_check import relative, tolerance
 from tl_edgeprune.objectives import Objective
-from tl_edgeprune.part_cuts import MAX_BYTES, PartCuts
 from tl_edgeprune.runs.targets import Lesson, Teacher
-from tl_edgeprune.whole_cuts import WholeCuts, first_pairs
+from tl_edgeprune.search.full_cuts import WholeCuts, first_pairs
+from tl_edgeprune.search.partial_cuts import MAX_BYTES, PartCuts
 
 
 def find_cuts(

@@ -29,10 +29,10 @@ from torch import Tensor
 
 from tl_edgeprune.attribution.mask_gradient import path_scores
 from tl_edgeprune.attribution.paths import Path, at, mask_path
-from tl_edgeprune.methods.sequence import to_decide
-from tl_edgeprune.methods.singles import Singles, try_each
 from tl_edgeprune.runs.targets import Teacher
-from tl_edgeprune.whole_cuts import WholeCuts
+from tl_edgeprune.search.full_cuts import WholeCuts
+from tl_edgeprune.search.sequential import to_decide
+from tl_edgeprune.search.single_edges import Singles, try_each
 
 ORDER_STEPS = 5
 GRADIENT_RUNS = 3  # what a forward and a backward under masks count as

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_edgeprune.graph.reachability import leading
-from tl_edgeprune.whole_cuts import WholeCuts
+from tl_edgeprune.search.full_cuts import WholeCuts
 
 RECENT = 16  # decisions that the guess of the next ones rests on
 
