@@ -38,7 +38,7 @@ import torch
 
 from tl_edgeprune import Circuit, EdgePruner, Task, explain, models, tasks
 from tl_edgeprune.circuits.scores import EdgeScores
-from tl_edgeprune.evaluate import evaluate_all
+from tl_edgeprune.evaluation.evaluate import evaluate_all
 from tl_edgeprune.report.axes import log_axis
 from tl_edgeprune.report.figures import saved_figure
 from tl_edgeprune.report.palette import MUTED

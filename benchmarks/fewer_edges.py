@@ -22,7 +22,7 @@ import torch
 from settings import HELD_OUT, MOST_PAIRS
 
 from tl_edgeprune import Circuit, EdgeScores, Task, eliminate, models, tasks
-from tl_edgeprune.evaluate import evaluate, evaluate_all
+from tl_edgeprune.evaluation.evaluate import evaluate, evaluate_all
 from tl_edgeprune.methods.acdc import acdc
 
 AT_ONCE = 8

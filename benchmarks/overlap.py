@@ -21,8 +21,8 @@ import torch
 from settings import HELD_OUT, MOST_PAIRS, SIZES
 
 from tl_edgeprune import Circuit, EdgeScores, Task, models, tasks
-from tl_edgeprune.evaluate import evaluate_all
-from tl_edgeprune.stability import Stability
+from tl_edgeprune.evaluation.evaluate import evaluate_all
+from tl_edgeprune.evaluation.stability import Stability
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ from changed_steps import cooling, late_16, stepping, two_masks
 from torch import Tensor
 
 from tl_edgeprune import EdgePruner, EdgeScores, discover, models, polish, tasks
-from tl_edgeprune.evaluate import evaluate_all
+from tl_edgeprune.evaluation.evaluate import evaluate_all
 from tl_edgeprune.objectives import kl, negative_log_prob
 from tl_edgeprune.tasks.batch import Batch
 from tl_edgeprune.training.controllers import ExactBudget

@@ -15,22 +15,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tl_edgeprune import evaluate, models, tasks
-from tl_edgeprune.circuit_tests import (
-    EquivalenceTest,
-    IndependenceTest,
+from tl_edgeprune.circuits.circuit import Circuit
+from tl_edgeprune.evaluation.hypothesis_tests import (
     MinimalityTest,
-    binomial,
     equivalence_test,
-    exceedance_test,
-    holm,
-    hsic_test,
     independence_test,
     inflate,
     minimality_test,
     random_path,
+)
+from tl_edgeprune.evaluation.statistics import (
+    EquivalenceTest,
+    IndependenceTest,
+    binomial,
+    exceedance_test,
+    holm,
+    hsic_test,
     sign_test,
 )
-from tl_edgeprune.circuits.circuit import Circuit
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 
 GRAPH = EdgeGraph(n_layers=2, n_heads=2, n_kv_heads=1)

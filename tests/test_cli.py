@@ -353,7 +353,7 @@ def test_help_teaches_by_examples_and_loads_no_torch() -> None:
 
 
 def test_public_names_are_what_they_were() -> None:
-    import tl_edgeprune.evaluate
+    import tl_edgeprune.evaluation.evaluate
     from tl_edgeprune import surface
 
     assert set(surface.__all__) == set(tl_edgeprune.__all__) <= set(dir(tl_edgeprune))

@@ -15,7 +15,7 @@ import torch
 import zoo
 
 from tl_edgeprune import Circuit, Comparison, EdgePruner, compare, discover, evaluate, models, tasks
-from tl_edgeprune.comparison import COLUMNS
+from tl_edgeprune.evaluation.comparison import COLUMNS
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.methods import registry
 from tl_edgeprune.objectives import kl

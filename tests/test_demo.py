@@ -12,7 +12,7 @@ from command_line import left, told
 
 from tl_edgeprune import Circuit, tasks
 from tl_edgeprune.commands import demonstration
-from tl_edgeprune.evaluate import evaluate, evaluate_groups
+from tl_edgeprune.evaluation.evaluate import evaluate, evaluate_groups
 from tl_edgeprune.methods.eap import eap
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tl_edgeprune import Circuit, EdgeGraph, EdgeScores, discover, eliminate, evaluate
 from tl_edgeprune.ablation.reference import ABLATIONS
-from tl_edgeprune.evaluate import evaluate_all
+from tl_edgeprune.evaluation.evaluate import evaluate_all
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.graph.reachability import leading_edges
 from tl_edgeprune.objectives import kl
@@ -56,9 +56,8 @@ def test_one_edge_at_a_time_is_textbook_elimination(name: str, monkeypatch) -> N
     first = scores.greedy(20, alive=True)
     assert first.n_edges >= 10
     scores = EdgeScores(graph, 1 + scores.ranking() * first.mask, {}, False)
-    monkeypatch.setattr(
-        "tl_edgeprune.search.elimination.AT_LEAST", graph.n_edges
-    )  # all, in each round
+    everything = "tl_edgeprune.search.elimination.AT_LEAST"  # all, in each round
+    monkeypatch.setattr(everything, graph.n_edges)
     found = eliminate(model, task, scores, start=first.n_edges, stop=2, share=0.01)
     expected = by_definition(model, task, first.mask, graph, 2)
     assert len(expected) >= 5

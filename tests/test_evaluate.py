@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from tl_edgeprune import EdgePruner, explain, minimality, models, polish, tasks
 from tl_edgeprune.circuits.circuit import Circuit
-from tl_edgeprune.evaluate import check_circuit, evaluate, evaluate_all, evaluate_groups
+from tl_edgeprune.evaluation.evaluate import check_circuit, evaluate, evaluate_all, evaluate_groups
 from tl_edgeprune.forward.context import masked
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.graph.edge_graph import EdgeGraph

@@ -13,8 +13,8 @@ import torch
 import zoo
 
 from tl_edgeprune import Circuit, EdgeGraph, Explanation, explain, masked, models, tasks
-from tl_edgeprune.explain import MOST_EDGES, kind_of
-from tl_edgeprune.slots import Slots
+from tl_edgeprune.evaluation.explain.explain import MOST_EDGES, kind_of
+from tl_edgeprune.evaluation.explain.position_means import Slots
 from tl_edgeprune.tasks.task import Task
 
 KINDS = [

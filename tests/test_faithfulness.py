@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from tl_edgeprune.circuits.circuit import Circuit
 from tl_edgeprune.circuits.scores import EdgeScores
-from tl_edgeprune.evaluate import evaluate
-from tl_edgeprune.faithfulness import (
+from tl_edgeprune.evaluation.evaluate import evaluate
+from tl_edgeprune.evaluation.faithfulness import (
     MIB_SHARES,
     FaithfulnessCurve,
     area,

@@ -18,8 +18,8 @@ from command_line import SMALL, mistake, told
 
 from tl_edgeprune import Circuit, Constants, EdgeGraph, EdgePruner, EdgeScores, Explanation
 from tl_edgeprune.commands.run_folder import write_json
-from tl_edgeprune.comparison_folder import Folder, Run
-from tl_edgeprune.explanation import COLUMNS
+from tl_edgeprune.evaluation.comparison_folder import Folder, Run
+from tl_edgeprune.evaluation.explain.explanation import COLUMNS
 from tl_edgeprune.runs import checkpoint as checkpoints
 from tl_edgeprune.utils.writing import clear_leftovers
 

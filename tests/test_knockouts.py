@@ -7,9 +7,8 @@ import torch
 
 from tl_edgeprune import models, tasks
 from tl_edgeprune.circuits.circuit import Circuit
-from tl_edgeprune.evaluate import evaluate
-from tl_edgeprune.graph.edge_graph import EdgeGraph
-from tl_edgeprune.knockouts import (
+from tl_edgeprune.evaluation.evaluate import evaluate
+from tl_edgeprune.evaluation.knockouts import (
     Completeness,
     Knockout,
     Minimality,
@@ -18,6 +17,7 @@ from tl_edgeprune.knockouts import (
     knock_out,
     minimality,
 )
+from tl_edgeprune.graph.edge_graph import EdgeGraph
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tl_edgeprune.circuits.circuit import Circuit
-from tl_edgeprune.evaluate import evaluate
+from tl_edgeprune.evaluation.evaluate import evaluate
+from tl_edgeprune.evaluation.measures import jensen_shannon, standard_error, wrong_agreement
 from tl_edgeprune.forward.context import masked
 from tl_edgeprune.graph.edge_graph import EdgeGraph
-from tl_edgeprune.measures import jensen_shannon, standard_error, wrong_agreement
 from tl_edgeprune.objectives import find_objective, has_prob_diff, negative_prob_diff
 from tl_edgeprune.tasks import Task
 from tl_edgeprune.tasks.answer_logits import prob_diff

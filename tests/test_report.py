@@ -19,7 +19,8 @@ from matplotlib.figure import Figure
 
 from tl_edgeprune.circuits.circuit import Circuit
 from tl_edgeprune.circuits.scores import EdgeScores
-from tl_edgeprune.faithfulness import FaithfulnessCurve
+from tl_edgeprune.evaluation.faithfulness import FaithfulnessCurve
+from tl_edgeprune.evaluation.stability import Stability
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.graph.names import parse_edge, parse_node
 from tl_edgeprune.report import (
@@ -36,7 +37,6 @@ from tl_edgeprune.report.curves import smooth
 from tl_edgeprune.report.heads import flows
 from tl_edgeprune.report.layout import Curve, Layout, circuit_layout, lay_out
 from tl_edgeprune.report.series import legend_below, series_style
-from tl_edgeprune.stability import Stability
 
 XPROPORTION = (
     "input->m0",

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from tl_edgeprune.circuits.circuit import Circuit
 from tl_edgeprune.circuits.scores import EdgeScores
+from tl_edgeprune.evaluation.roc import node_scores, precision_recall, roc, roc_of
 from tl_edgeprune.graph.edge_graph import EdgeGraph
-from tl_edgeprune.roc import node_scores, precision_recall, roc, roc_of
 
 GRAPH = EdgeGraph(n_layers=1, n_heads=2, n_kv_heads=1)
 ranked = st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=2, max_size=25).filter(

@@ -12,9 +12,9 @@ from stopping import stop_at_step
 
 from tl_edgeprune import EdgePruner, discover
 from tl_edgeprune.circuits.circuit import Circuit
-from tl_edgeprune.evaluate import evaluate
+from tl_edgeprune.evaluation.evaluate import evaluate
+from tl_edgeprune.evaluation.stability import Stability, bootstrap, stability, takes_seed
 from tl_edgeprune.graph.edge_graph import EdgeGraph
-from tl_edgeprune.stability import Stability, bootstrap, stability, takes_seed
 
 MODEL = "native-ln"
 

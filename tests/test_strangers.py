@@ -42,9 +42,9 @@ from tl_edgeprune.commands.inputs import Inputs
 from tl_edgeprune.commands.run_folder import Run as CommandRun
 from tl_edgeprune.commands.run_folder import write_json
 from tl_edgeprune.commands.show import _figures
-from tl_edgeprune.comparison_folder import Folder, Run
-from tl_edgeprune.evaluate import Evaluation
-from tl_edgeprune.explanation import COLUMNS, PATTERN_COLUMNS
+from tl_edgeprune.evaluation.comparison_folder import Folder, Run
+from tl_edgeprune.evaluation.evaluate import Evaluation
+from tl_edgeprune.evaluation.explain.explanation import COLUMNS, PATTERN_COLUMNS
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.graph.edge_graph import MOST_EDGES
 from tl_edgeprune.methods import acdc, exact

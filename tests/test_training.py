@@ -21,7 +21,7 @@ from tl_edgeprune import (
     evaluate,
     masked,
 )
-from tl_edgeprune.evaluate import evaluate_all
+from tl_edgeprune.evaluation.evaluate import evaluate_all
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.training import trainer as training
 from tl_edgeprune.training.trainer import Training

@@ -12,7 +12,7 @@ import zoo
 from torch import Tensor, nn
 
 from tl_edgeprune import Circuit, EdgeGraph, EdgePruner, Task, discover, evaluate, masked
-from tl_edgeprune.evaluate import check_circuit
+from tl_edgeprune.evaluation.evaluate import check_circuit
 from tl_edgeprune.hooks import unsupported as refusals
 from tl_edgeprune.hooks.modules import dropouts, longest_prompt
 from tl_edgeprune.runs.task_checks import check_tokens

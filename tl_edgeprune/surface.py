@@ -2,32 +2,35 @@
 
 from tl_edgeprune import models, tasks
 from tl_edgeprune.ablation.constants import Constants
-from tl_edgeprune.circuit_tests import (
-    EquivalenceTest,
-    IndependenceTest,
+from tl_edgeprune.circuits.circuit import Circuit
+from tl_edgeprune.circuits.neurons import Neurons
+from tl_edgeprune.circuits.scores import EdgeScores
+from tl_edgeprune.evaluation.compare import compare
+from tl_edgeprune.evaluation.comparison import Comparison
+from tl_edgeprune.evaluation.evaluate import Evaluation, evaluate
+from tl_edgeprune.evaluation.explain.explain import explain
+from tl_edgeprune.evaluation.explain.explanation import Explanation
+from tl_edgeprune.evaluation.faithfulness import (
+    FaithfulnessCurve,
+    faithfulness_curve,
+    mib_faithfulness,
+)
+from tl_edgeprune.evaluation.ground_truth import necessary_edges, possible_edges
+from tl_edgeprune.evaluation.hypothesis_tests import (
     MinimalityTest,
     equivalence_test,
     independence_test,
     minimality_test,
 )
-from tl_edgeprune.circuits.circuit import Circuit
-from tl_edgeprune.circuits.neurons import Neurons
-from tl_edgeprune.circuits.scores import EdgeScores
-from tl_edgeprune.compare import compare
-from tl_edgeprune.comparison import Comparison
-from tl_edgeprune.evaluate import Evaluation, evaluate
-from tl_edgeprune.explain import explain
-from tl_edgeprune.explanation import Explanation
-from tl_edgeprune.faithfulness import FaithfulnessCurve, faithfulness_curve, mib_faithfulness
+from tl_edgeprune.evaluation.knockouts import Completeness, Minimality, completeness, minimality
+from tl_edgeprune.evaluation.roc import Roc, precision_recall, roc
+from tl_edgeprune.evaluation.stability import Stability, stability
+from tl_edgeprune.evaluation.statistics import EquivalenceTest, IndependenceTest
 from tl_edgeprune.forward.context import masked
 from tl_edgeprune.graph.edge_graph import EdgeGraph
-from tl_edgeprune.ground_truth import necessary_edges, possible_edges
-from tl_edgeprune.knockouts import Completeness, Minimality, completeness, minimality
 from tl_edgeprune.methods.registry import discover
-from tl_edgeprune.roc import Roc, precision_recall, roc
 from tl_edgeprune.search.elimination import eliminate
 from tl_edgeprune.search.polish import polish
-from tl_edgeprune.stability import Stability, stability
 from tl_edgeprune.tasks import Task
 from tl_edgeprune.training.controllers import ExactBudget, Lagrangian, Penalty
 from tl_edgeprune.training.optimal_constants import optimal_constants

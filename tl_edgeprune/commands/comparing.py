@@ -8,8 +8,8 @@ from typing import Any
 
 from tl_edgeprune.commands.method_settings import compared_settings
 from tl_edgeprune.commands.run_folder import AGAIN, PICTURE, SETTINGS, TABLE, Run, check_free
-from tl_edgeprune.compare import compare
-from tl_edgeprune.comparison import Comparison
+from tl_edgeprune.evaluation.compare import compare
+from tl_edgeprune.evaluation.comparison import Comparison
 from tl_edgeprune.utils.locks import held
 from tl_edgeprune.utils.reading import damaged, of_kind
 from tl_edgeprune.utils.writing import write_whole

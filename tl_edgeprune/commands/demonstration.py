@@ -8,7 +8,7 @@ from pathlib import Path
 from tl_edgeprune import models
 from tl_edgeprune.circuits.circuit import Circuit
 from tl_edgeprune.commands.inputs import HELD_OUT, PAIRS
-from tl_edgeprune.evaluate import Evaluation, evaluate_all, evaluate_groups
+from tl_edgeprune.evaluation.evaluate import Evaluation, evaluate_all, evaluate_groups
 from tl_edgeprune.methods.eap import eap
 from tl_edgeprune.tasks import Task
 from tl_edgeprune.tasks import load as load_task

@@ -51,7 +51,7 @@ def evaluate(
 
     On another task: tl-edgeprune evaluate runs/ioi/circuit.json --task my-pairs.jsonl
     """
-    from tl_edgeprune.evaluate import evaluate as judge
+    from tl_edgeprune.evaluation.evaluate import evaluate as judge
 
     if batch_size < 1:
         raise ValueError(f"--batch-size {batch_size}: expected 1 or more.")

@@ -16,7 +16,7 @@ from tl_edgeprune.commands.run_folder import (
     SCORES,
     write_json,
 )
-from tl_edgeprune.evaluate import Evaluation, evaluate
+from tl_edgeprune.evaluation.evaluate import Evaluation, evaluate
 from tl_edgeprune.tasks import Task
 
 

@@ -30,7 +30,7 @@ from tl_edgeprune.commands.run_folder import (
     write_json,
 )
 from tl_edgeprune.commands.told import processes
-from tl_edgeprune.evaluate import Evaluation, evaluate
+from tl_edgeprune.evaluation.evaluate import Evaluation, evaluate
 from tl_edgeprune.report import plot_history
 from tl_edgeprune.report.readable import title_of
 from tl_edgeprune.tasks import Task

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-from tl_edgeprune.faithfulness import FaithfulnessCurve
+from tl_edgeprune.evaluation.faithfulness import FaithfulnessCurve
 from tl_edgeprune.report.axes import log_axis
 from tl_edgeprune.report.figures import saved_figure
 from tl_edgeprune.report.palette import MUTED

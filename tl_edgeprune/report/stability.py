@@ -9,9 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from tl_edgeprune.evaluation.stability import Stability
 from tl_edgeprune.report.figures import saved_figure
 from tl_edgeprune.report.palette import BLUE, INK
-from tl_edgeprune.stability import Stability
 
 _NUMBERED = 10  # runs whose agreements are written into the map
 

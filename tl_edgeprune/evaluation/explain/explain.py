@@ -22,20 +22,20 @@ from tqdm.auto import tqdm
 from tl_edgeprune.ablation.constants import Ablation
 from tl_edgeprune.circuits.circuit import Circuit
 from tl_edgeprune.circuits.metadata import ablation_of
-from tl_edgeprune.explanation import Explanation, Row
+from tl_edgeprune.evaluation.explain.explanation import Explanation, Row
+from tl_edgeprune.evaluation.explain.logit_lens import Score, answer_direction, answer_score
+from tl_edgeprune.evaluation.explain.position_means import Layout, Slots
 from tl_edgeprune.forward.forward_pass import fitting
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.graph.names import kind_of
 from tl_edgeprune.hooks.attach import attached
-from tl_edgeprune.lens import Score, answer_direction, answer_score
 from tl_edgeprune.objectives import Objective, find_objective
 from tl_edgeprune.runs.provenance import check_origin, origin
 from tl_edgeprune.runs.targets import Lesson, Teacher
 from tl_edgeprune.runs.task_checks import check_tokens
 from tl_edgeprune.search.cuts import find_cuts
 from tl_edgeprune.search.edge_effects import each_rise
-from tl_edgeprune.slots import Layout, Slots
 from tl_edgeprune.tasks.task import Task
 
 MOST_EDGES = 500

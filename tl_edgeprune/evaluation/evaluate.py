@@ -15,7 +15,7 @@ from tl_edgeprune.ablation.constants import Ablation
 from tl_edgeprune.circuits.circuit import Circuit
 from tl_edgeprune.circuits.metadata import ablation_of
 from tl_edgeprune.circuits.neurons import Neurons
-from tl_edgeprune.measures import figures_for, standard_error, wrong_agreement
+from tl_edgeprune.evaluation.measures import figures_for, standard_error, wrong_agreement
 from tl_edgeprune.runs.circuit_runs import PairFigures, sweep
 from tl_edgeprune.runs.provenance import check_origin
 from tl_edgeprune.tasks.task import Task

@@ -22,9 +22,9 @@ from tqdm.auto import tqdm
 
 from tl_edgeprune.circuits.circuit import Circuit, check_budget
 from tl_edgeprune.circuits.scores import EdgeScores
-from tl_edgeprune.comparison import FIGURES, Comparison, Row
-from tl_edgeprune.comparison_folder import Folder, Found, Run
-from tl_edgeprune.evaluate import Evaluation, evaluate_all
+from tl_edgeprune.evaluation.comparison import FIGURES, Comparison, Row
+from tl_edgeprune.evaluation.comparison_folder import Folder, Found, Run
+from tl_edgeprune.evaluation.evaluate import Evaluation, evaluate_all
 from tl_edgeprune.forward.masked_model import check_ablation
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.methods import registry

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from tl_edgeprune.circuits.circuit import Circuit
 from tl_edgeprune.circuits.scores import EdgeScores
-from tl_edgeprune.evaluate import Evaluation
+from tl_edgeprune.evaluation.evaluate import Evaluation
 from tl_edgeprune.runs.fingerprint import of_setting, of_task, of_weights
 from tl_edgeprune.tasks.task import Task
 from tl_edgeprune.utils.profiling import Cost
