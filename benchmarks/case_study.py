@@ -39,9 +39,9 @@ import torch
 from tl_edgeprune import Circuit, EdgePruner, Task, explain, models, tasks
 from tl_edgeprune.circuits.scores import EdgeScores
 from tl_edgeprune.evaluation.evaluate import evaluate_all
-from tl_edgeprune.report.axes import log_axis
 from tl_edgeprune.report.figures import saved_figure
 from tl_edgeprune.report.palette import MUTED
+from tl_edgeprune.report.plots.axes import log_axis
 from tl_edgeprune.tasks.answer_logits import logit_diff
 from tl_edgeprune.tasks.solved import is_right
 from tl_edgeprune.utils.writing import write_whole

@@ -18,9 +18,9 @@ import settings
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from tl_edgeprune.report.curves import smooth
 from tl_edgeprune.report.figures import saved_figure
 from tl_edgeprune.report.palette import BLUE, FAINT, INK, MUTED, SERIES
+from tl_edgeprune.report.plots.history_curves import smooth
 
 STEPS, N_EDGES = 150, 1000
 Runs = dict[str, dict[int, float]]

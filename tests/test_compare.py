@@ -20,8 +20,8 @@ from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.methods import registry
 from tl_edgeprune.objectives import kl
 from tl_edgeprune.report import plot_comparison
-from tl_edgeprune.report.axes import round_ticks
-from tl_edgeprune.report.comparison import _floor
+from tl_edgeprune.report.plots.axes import round_ticks
+from tl_edgeprune.report.plots.comparison import _floor
 from tl_edgeprune.runs import resume as saved
 from tl_edgeprune.utils import profiling as measuring
 from tl_edgeprune.utils.profiling import measured

@@ -32,11 +32,11 @@ from tl_edgeprune.report import (
     plot_stability,
     write_html,
 )
-from tl_edgeprune.report import layout as layout_module
-from tl_edgeprune.report.curves import smooth
-from tl_edgeprune.report.heads import flows
-from tl_edgeprune.report.layout import Curve, Layout, circuit_layout, lay_out
-from tl_edgeprune.report.series import legend_below, series_style
+from tl_edgeprune.report.circuit import layout as layout_module
+from tl_edgeprune.report.circuit.layout import Curve, Layout, circuit_layout, lay_out
+from tl_edgeprune.report.plots.heads import flows
+from tl_edgeprune.report.plots.history_curves import smooth
+from tl_edgeprune.report.plots.series import legend_below, series_style
 
 XPROPORTION = (
     "input->m0",

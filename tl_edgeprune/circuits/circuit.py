@@ -33,7 +33,7 @@ HINT = "Expected one written by Circuit.save."
 _write_html = late("tl_edgeprune.report", "write_html")
 _draw_circuit = late("tl_edgeprune.report", "draw_circuit")
 _to_dot = late("tl_edgeprune.report", "to_dot")
-_html_of_cell = late("tl_edgeprune.report.circuit_html", "html_of_cell")
+_html_of_cell = late("tl_edgeprune.report.circuit.html_page", "html_of_cell")
 
 
 @dataclass(frozen=True, eq=False, repr=False)

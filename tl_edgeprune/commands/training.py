@@ -32,7 +32,7 @@ from tl_edgeprune.commands.run_folder import (
 from tl_edgeprune.commands.told import processes
 from tl_edgeprune.evaluation.evaluate import Evaluation, evaluate
 from tl_edgeprune.report import plot_history
-from tl_edgeprune.report.readable import title_of
+from tl_edgeprune.report.circuit.labels import title_of
 from tl_edgeprune.tasks import Task
 from tl_edgeprune.training.pruner import EdgePruner
 from tl_edgeprune.training.result import PruneResult

@@ -9,14 +9,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tl_edgeprune.report.circuit_figure import draw_circuit
-    from tl_edgeprune.report.circuit_html import write_html
-    from tl_edgeprune.report.comparison import plot_comparison
-    from tl_edgeprune.report.dot import to_dot
-    from tl_edgeprune.report.faithfulness import plot_faithfulness
-    from tl_edgeprune.report.heads import plot_heads
-    from tl_edgeprune.report.history import plot_history
-    from tl_edgeprune.report.stability import plot_stability
+    from tl_edgeprune.report.circuit.dot import to_dot
+    from tl_edgeprune.report.circuit.figure import draw_circuit
+    from tl_edgeprune.report.circuit.html_page import write_html
+    from tl_edgeprune.report.plots.comparison import plot_comparison
+    from tl_edgeprune.report.plots.faithfulness import plot_faithfulness
+    from tl_edgeprune.report.plots.heads import plot_heads
+    from tl_edgeprune.report.plots.history import plot_history
+    from tl_edgeprune.report.plots.stability import plot_stability
 
 __all__ = [
     "draw_circuit",

@@ -6,10 +6,10 @@ import os
 from collections.abc import Mapping
 
 from tl_edgeprune.evaluation.faithfulness import FaithfulnessCurve
-from tl_edgeprune.report.axes import log_axis
 from tl_edgeprune.report.figures import saved_figure
 from tl_edgeprune.report.palette import MUTED
-from tl_edgeprune.report.series import legend_below, series_style
+from tl_edgeprune.report.plots.axes import log_axis
+from tl_edgeprune.report.plots.series import legend_below, series_style
 
 
 def plot_faithfulness(

@@ -10,9 +10,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from tl_edgeprune.report.curves import Curves, curves_of
 from tl_edgeprune.report.figures import saved_figure
 from tl_edgeprune.report.palette import BLUE, GREEN, INK, MUTED
+from tl_edgeprune.report.plots.history_curves import Curves, curves_of
 
 LOSS_COLOR, EDGES_COLOR = BLUE, GREEN
 _DOTS = {"linestyle": "none", "marker": ".", "markeredgewidth": 0}

@@ -18,8 +18,8 @@ from matplotlib.path import Path
 
 from tl_edgeprune.circuits.circuit import Circuit
 from tl_edgeprune.graph.names import KIND_LABELS, KINDS
-from tl_edgeprune.report.figures import saved_figure
-from tl_edgeprune.report.layout import (
+from tl_edgeprune.report.circuit.labels import pair_names
+from tl_edgeprune.report.circuit.layout import (
     FONT_SIZE,
     LAYER_LABEL_X,
     NODE_HEIGHT,
@@ -28,15 +28,8 @@ from tl_edgeprune.report.layout import (
     Layout,
     circuit_layout,
 )
-from tl_edgeprune.report.palette import (
-    FAINT,
-    INK,
-    KIND_COLORS,
-    KIND_MARKERS,
-    MUTED,
-    SIDE_COLORS,
-)
-from tl_edgeprune.report.readable import pair_names
+from tl_edgeprune.report.figures import saved_figure
+from tl_edgeprune.report.palette import FAINT, INK, KIND_COLORS, KIND_MARKERS, MUTED, SIDE_COLORS
 
 _POINTS_PER_INCH = 72.0
 _LEGEND_HEIGHT = 34.0

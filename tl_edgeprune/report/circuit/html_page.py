@@ -21,8 +21,8 @@ from torch import Tensor
 
 from tl_edgeprune.circuits.circuit import Circuit
 from tl_edgeprune.circuits.scores import EdgeScores
-from tl_edgeprune.report.document import Page, page_of
-from tl_edgeprune.report.readable import title_of
+from tl_edgeprune.report.circuit.labels import title_of
+from tl_edgeprune.report.circuit.page_data import Page, page_of
 from tl_edgeprune.utils.writing import write_whole
 
 SCRIPTS = ("model", "scene", "camera", "pointer", "panel", "charts", "tools", "save", "main")

@@ -9,10 +9,10 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
-from tl_edgeprune.report.axes import log_axis
 from tl_edgeprune.report.figures import saved_figure
 from tl_edgeprune.report.palette import INK, MUTED
-from tl_edgeprune.report.series import legend_below, series_style
+from tl_edgeprune.report.plots.axes import log_axis
+from tl_edgeprune.report.plots.series import legend_below, series_style
 
 NAMES = {"kl": "KL to the full model (nats)", "mse": "Mean squared error"}
 _WIDTH = 9.6  # inches

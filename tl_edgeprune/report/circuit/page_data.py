@@ -18,8 +18,15 @@ from torch import Tensor
 from tl_edgeprune.circuits.circuit import Circuit, check_scores
 from tl_edgeprune.circuits.scores import EdgeScores
 from tl_edgeprune.graph.names import KIND_LABELS, KINDS
-from tl_edgeprune.report.curves import curves_of, thinned
-from tl_edgeprune.report.layout import (
+from tl_edgeprune.report.circuit.labels import (
+    Lines,
+    measure_lines,
+    pair_names,
+    plain,
+    setting_lines,
+    title_of,
+)
+from tl_edgeprune.report.circuit.layout import (
     FONT_SIZE,
     LAYER_LABEL_X,
     NODE_HEIGHT,
@@ -28,14 +35,7 @@ from tl_edgeprune.report.layout import (
     Layout,
     circuit_layout,
 )
-from tl_edgeprune.report.readable import (
-    Lines,
-    measure_lines,
-    pair_names,
-    plain,
-    setting_lines,
-    title_of,
-)
+from tl_edgeprune.report.plots.history_curves import curves_of, thinned
 
 CURVE_POINTS = 300  # steps of the training in a page, at most
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from tl_edgeprune.circuits.circuit import Circuit
 from tl_edgeprune.graph.names import Node
-from tl_edgeprune.report.layout import circuit_layout
+from tl_edgeprune.report.circuit.labels import title_of
+from tl_edgeprune.report.circuit.layout import circuit_layout
 from tl_edgeprune.report.palette import KIND_COLORS
-from tl_edgeprune.report.readable import title_of
 
 _SHAPES = {"input": "oval", "head": "box", "kv": "box", "mlp": "box", "logits": "oval"}
 _STYLES = {"head": "rounded", "mlp": "filled", "input": "filled", "logits": "filled"}
