@@ -71,7 +71,7 @@ def test_a_folder_goes_on_and_takes_further_methods(
     def stopped(*args: Any, **settings: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tl_edgeprune.commands.comparing, "compare", stopped)
+    monkeypatch.setattr(tl_edgeprune.commands.jobs.compare, "compare", stopped)
     result = told("resume", out)
     assert result.exit_code == 130 and f"Go on with tl-edgeprune resume {out}" in result.stderr
 

@@ -18,8 +18,9 @@ from command_line import mistake, told
 
 from tl_edgeprune import Attachment, EdgePruner, ExactBudget, Lagrangian, Optimizer
 from tl_edgeprune.cli import app
-from tl_edgeprune.commands import pruner_settings, training
-from tl_edgeprune.commands.run_folder import Run
+from tl_edgeprune.commands.common.run_folder import Run
+from tl_edgeprune.commands.jobs import prune as training
+from tl_edgeprune.commands.jobs import pruner_settings
 
 FLAGS = """--n-edges 20 --steps 6 --batch-size 4 --controller lagrangian --controller warmup=0.5
 --optimizer betas=[0.9,0.98] --optimizer warmup=2 --init-log-alpha 1 0.5 --node-masks
@@ -200,7 +201,7 @@ def test_a_run_without_a_size(llama: str, gifts: str, prune: Any) -> None:
 def test_nobody_reads_the_output() -> None:
     code = (
         "import typer\n"
-        "from tl_edgeprune.commands.told import told\n"
+        "from tl_edgeprune.commands.common.errors import told\n"
         "app = typer.Typer()\n"
         "app.command()(told(lambda: print('line\\n' * 100_000)))\n"
         "app()"

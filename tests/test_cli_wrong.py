@@ -11,8 +11,8 @@ import torch
 from command_line import mistake, told
 
 from tl_edgeprune import EdgeGraph, EdgeScores
-from tl_edgeprune.commands.inputs import Inputs
-from tl_edgeprune.commands.run_folder import Run, write_json
+from tl_edgeprune.commands.common.inputs import Inputs
+from tl_edgeprune.commands.common.run_folder import Run, write_json
 
 INPUTS = Inputs("smollm2-135m", "ioi", device="cpu")
 GPT2 = {"model_type": "gpt2", "n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024}

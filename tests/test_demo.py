@@ -11,7 +11,7 @@ import talkative
 from command_line import left, told
 
 from tl_edgeprune import Circuit, tasks
-from tl_edgeprune.commands import demonstration
+from tl_edgeprune.commands.jobs import demo as demonstration
 from tl_edgeprune.evaluation.evaluate import evaluate, evaluate_groups
 from tl_edgeprune.methods.eap import eap
 

@@ -17,7 +17,7 @@ import zoo
 from command_line import SMALL, mistake, told
 
 from tl_edgeprune import Circuit, Constants, EdgeGraph, EdgePruner, EdgeScores, Explanation
-from tl_edgeprune.commands.run_folder import write_json
+from tl_edgeprune.commands.common.run_folder import write_json
 from tl_edgeprune.evaluation.comparison_folder import Folder, Run
 from tl_edgeprune.evaluation.explain.explanation import COLUMNS
 from tl_edgeprune.runs import checkpoint as checkpoints

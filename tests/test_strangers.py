@@ -37,10 +37,10 @@ from tl_edgeprune import (
     Neurons,
     tasks,
 )
-from tl_edgeprune.commands import config
-from tl_edgeprune.commands.inputs import Inputs
-from tl_edgeprune.commands.run_folder import Run as CommandRun
-from tl_edgeprune.commands.run_folder import write_json
+from tl_edgeprune.commands.common import config
+from tl_edgeprune.commands.common.inputs import Inputs
+from tl_edgeprune.commands.common.run_folder import Run as CommandRun
+from tl_edgeprune.commands.common.run_folder import write_json
 from tl_edgeprune.commands.show import _figures
 from tl_edgeprune.evaluation.comparison_folder import Folder, Run
 from tl_edgeprune.evaluation.evaluate import Evaluation

@@ -15,6 +15,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from tl_edgeprune.commands.common.errors import error_json
+from tl_edgeprune.commands.common.run_folder import COMMAND_LINE
 from tl_edgeprune.commands.compare import compare
 from tl_edgeprune.commands.demo import demo
 from tl_edgeprune.commands.discover import discover
@@ -23,9 +25,7 @@ from tl_edgeprune.commands.lists import methods, models, tasks
 from tl_edgeprune.commands.plan import plan
 from tl_edgeprune.commands.prune import prune
 from tl_edgeprune.commands.resume import resume
-from tl_edgeprune.commands.run_folder import COMMAND_LINE
 from tl_edgeprune.commands.show import show
-from tl_edgeprune.commands.told import error_json
 from tl_edgeprune.utils.versions import __version__
 
 NAME = "tl-edgeprune"

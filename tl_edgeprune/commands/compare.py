@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from tl_edgeprune.commands import options
-from tl_edgeprune.commands.inputs import Inputs
-from tl_edgeprune.commands.named import parsed, word
-from tl_edgeprune.commands.run_folder import Run
-from tl_edgeprune.commands.told import told
+from tl_edgeprune.commands.common import options
+from tl_edgeprune.commands.common.errors import told
+from tl_edgeprune.commands.common.inputs import Inputs
+from tl_edgeprune.commands.common.run_folder import Run
+from tl_edgeprune.commands.common.values import parsed, word
 
 HALF = 0.5  # of the pairs is held out: what is judged is as large as what is found on
 METHODS = ["edge-pruning", "eap", "eap-ig", "mask-ig", "random"]
@@ -72,8 +72,8 @@ def compare(
     With settings: tl-edgeprune compare smollm2-135m ioi-t1 --methods eap-ig,acdc --sizes 200,1000
     --set eap-ig.steps=10 --set acdc.threshold=[0.01,0.1] --out runs/compare
     """
-    from tl_edgeprune.commands.comparing import check_same, compare_in
-    from tl_edgeprune.commands.method_settings import compared_settings, runs_settings
+    from tl_edgeprune.commands.jobs.compare import check_same, compare_in
+    from tl_edgeprune.commands.jobs.method_settings import compared_settings, runs_settings
     from tl_edgeprune.forward.masked_model import check_ablation
     from tl_edgeprune.methods.registry import GIVE_CIRCUITS
 
@@ -105,7 +105,7 @@ def compare(
     run = Run.new("compare", inputs, settings)
     check_same(out, run)
     if dry_run:
-        from tl_edgeprune.commands.dry_run import discovering, show_plan
+        from tl_edgeprune.commands.jobs.dry_run import discovering, show_plan
 
         runs = {name: own.get(name, {}) for name in names}
         plan = discovering(inputs, runs, wanted, pos)

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from tl_edgeprune.commands.told import told
+from tl_edgeprune.commands.common.errors import told
 
 
 @told
@@ -22,6 +22,6 @@ def demo(
 
     Example: tl-edgeprune demo --n-edges 500
     """
-    from tl_edgeprune.commands.demonstration import run
+    from tl_edgeprune.commands.jobs.demo import run
 
     run(task, n_edges, steps, seed, out)

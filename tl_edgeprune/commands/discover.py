@@ -7,11 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
-from tl_edgeprune.commands import options
-from tl_edgeprune.commands.inputs import HELD_OUT, Inputs
-from tl_edgeprune.commands.named import parsed, whole_path
-from tl_edgeprune.commands.run_folder import Run, check_free
-from tl_edgeprune.commands.told import told
+from tl_edgeprune.commands.common import options
+from tl_edgeprune.commands.common.errors import told
+from tl_edgeprune.commands.common.inputs import HELD_OUT, Inputs
+from tl_edgeprune.commands.common.run_folder import Run, check_free
+from tl_edgeprune.commands.common.values import parsed, whole_path
 
 
 @told
@@ -60,8 +60,8 @@ def discover(
     With a setting: tl-edgeprune discover gpt2 ioi --method acdc --set threshold=0.01
     --out runs/acdc
     """
-    from tl_edgeprune.commands.method_settings import method_settings
-    from tl_edgeprune.commands.searching import search_in
+    from tl_edgeprune.commands.jobs.discover import search_in
+    from tl_edgeprune.commands.jobs.method_settings import method_settings
     from tl_edgeprune.methods.registry import settings_of
 
     task_options = parsed("--task-set", task_set or [])
@@ -80,7 +80,7 @@ def discover(
     run = Run.new("discover", inputs, wanted)
     check_free(out, run)
     if dry_run:
-        from tl_edgeprune.commands.dry_run import discovering, show_plan
+        from tl_edgeprune.commands.jobs.dry_run import discovering, show_plan
 
         sizes = [] if n_edges is None else [n_edges]
         show_plan(discovering(inputs, {method: given}, sizes, pos) | {"out": str(out)}, as_json)

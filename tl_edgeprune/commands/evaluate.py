@@ -9,11 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
-from tl_edgeprune.commands import options
-from tl_edgeprune.commands.inputs import CLASSES, DTYPES, Inputs
-from tl_edgeprune.commands.named import parsed
-from tl_edgeprune.commands.run_folder import CONSTANTS, NEURONS, SETTINGS, Run, write_json
-from tl_edgeprune.commands.told import told
+from tl_edgeprune.commands.common import options
+from tl_edgeprune.commands.common.errors import told
+from tl_edgeprune.commands.common.inputs import CLASSES, DTYPES, Inputs
+from tl_edgeprune.commands.common.run_folder import CONSTANTS, NEURONS, SETTINGS, Run, write_json
+from tl_edgeprune.commands.common.values import parsed
 
 
 @told

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 
-from tl_edgeprune.commands import options
-from tl_edgeprune.commands.told import told
+from tl_edgeprune.commands.common import options
+from tl_edgeprune.commands.common.errors import told
 
 
 @told

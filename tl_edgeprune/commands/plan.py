@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from tl_edgeprune.commands.options import BYTES, Json
-from tl_edgeprune.commands.told import told
+from tl_edgeprune.commands.common.errors import told
+from tl_edgeprune.commands.common.options import BYTES, Json
 
 RESERVED = 2e9  # a GPU's own context and its libraries' workspaces
 

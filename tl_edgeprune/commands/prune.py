@@ -7,11 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
-from tl_edgeprune.commands import options
-from tl_edgeprune.commands.inputs import HELD_OUT, Inputs
-from tl_edgeprune.commands.named import parsed, whole_path
-from tl_edgeprune.commands.run_folder import Run, check_free
-from tl_edgeprune.commands.told import told
+from tl_edgeprune.commands.common import options
+from tl_edgeprune.commands.common.errors import told
+from tl_edgeprune.commands.common.inputs import HELD_OUT, Inputs
+from tl_edgeprune.commands.common.run_folder import Run, check_free
+from tl_edgeprune.commands.common.values import parsed, whole_path
 
 
 @told
@@ -179,19 +179,19 @@ def prune(
     run = _run(inputs, given, paper)
     check_free(out, run)
     if dry_run:
-        from tl_edgeprune.commands.dry_run import pruning, show_plan
+        from tl_edgeprune.commands.jobs.dry_run import pruning, show_plan
 
         show_plan(pruning(run, pos) | {"out": str(out)}, as_json)
         return
-    from tl_edgeprune.commands.training import train
+    from tl_edgeprune.commands.jobs.prune import train
 
     train(out, run, new=True, as_json=as_json, progress=progress)
 
 
 def _run(inputs: Inputs, given: dict[str, Any], paper: bool) -> Run:
     """The run with every setting resolved. Raises ValueError for settings that cannot work."""
-    from tl_edgeprune.commands.pruner_settings import resolved
-    from tl_edgeprune.commands.training import pruner_of
+    from tl_edgeprune.commands.jobs.prune import pruner_of
+    from tl_edgeprune.commands.jobs.pruner_settings import resolved
     from tl_edgeprune.training.controllers import ExactBudget
 
     _check_objective(given["objective"])

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from tl_edgeprune.commands import options
-from tl_edgeprune.commands.run_folder import CIRCUIT, SCORES, Run
-from tl_edgeprune.commands.told import told
+from tl_edgeprune.commands.common import options
+from tl_edgeprune.commands.common.errors import told
+from tl_edgeprune.commands.common.run_folder import CIRCUIT, SCORES, Run
 
 
 @told
@@ -41,15 +41,15 @@ def resume(
                 file=sys.stderr,
             )
     if run.command == "prune":
-        from tl_edgeprune.commands.training import train
+        from tl_edgeprune.commands.jobs.prune import train
 
         train(folder, run, new=False, as_json=as_json, progress=progress)
     elif run.command == "discover":
-        from tl_edgeprune.commands.searching import search_in
+        from tl_edgeprune.commands.jobs.discover import search_in
 
         search_in(folder, run, new=False, as_json=as_json, progress=progress)
     else:
-        from tl_edgeprune.commands.comparing import compare_in
+        from tl_edgeprune.commands.jobs.compare import compare_in
 
         compare_in(folder, run, as_json=as_json, progress=progress)
 

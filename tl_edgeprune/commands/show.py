@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from tl_edgeprune.commands.run_folder import EVALUATION
-from tl_edgeprune.commands.told import told
+from tl_edgeprune.commands.common.errors import told
+from tl_edgeprune.commands.common.run_folder import EVALUATION
 from tl_edgeprune.utils.reading import damaged, of_kind, read_json
 from tl_edgeprune.utils.writing import write_whole
 

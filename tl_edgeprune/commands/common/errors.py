@@ -21,13 +21,12 @@ from typing import Annotated, Any
 
 import typer
 
-from tl_edgeprune.commands.config import Config
+from tl_edgeprune.commands.common.config import Config
 
 MISTAKES = (ValueError, OSError, NotImplementedError, ImportError)
 MISTAKE, USAGE, STOPPED, UNREAD = 1, 2, 130, 141
 ROOM = "Try --recompute, a smaller --batch-size with more --accumulate, or --dtype bfloat16."
 SHOWN_FIRST = 5.0  # seconds that the first process has to tell what all of them ran into
-
 Debug = Annotated[
     bool,
     typer.Option("--debug", envvar="TL_EDGEPRUNE_DEBUG", help="Show where an error came from."),

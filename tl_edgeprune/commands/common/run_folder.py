@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tl_edgeprune.commands.inputs import Inputs
-from tl_edgeprune.commands.told import MISTAKES
+from tl_edgeprune.commands.common.errors import MISTAKES
+from tl_edgeprune.commands.common.inputs import Inputs
 from tl_edgeprune.utils.reading import damaged, of_kind, read_json
 from tl_edgeprune.utils.writing import write_whole
 
@@ -30,8 +30,6 @@ FILES = (
     *(SETTINGS, CHECKPOINT, CIRCUIT, SCORES, EVALUATION, CONSTANTS, NEURONS, HISTORY, PAGE),
     *(TABLE, PICTURE),
 )
-
-
 COMMAND_LINE = ContextVar("command_line", default="")
 
 

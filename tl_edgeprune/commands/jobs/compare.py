@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tl_edgeprune.commands.method_settings import compared_settings
-from tl_edgeprune.commands.run_folder import AGAIN, PICTURE, SETTINGS, TABLE, Run, check_free
+from tl_edgeprune.commands.common.run_folder import AGAIN, PICTURE, SETTINGS, TABLE, Run, check_free
+from tl_edgeprune.commands.jobs.method_settings import compared_settings
 from tl_edgeprune.evaluation.compare import compare
 from tl_edgeprune.evaluation.comparison import Comparison
 from tl_edgeprune.utils.locks import held

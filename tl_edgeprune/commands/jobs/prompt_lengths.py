@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tl_edgeprune.commands.inputs import Inputs
+from tl_edgeprune.commands.common.inputs import Inputs
 
 ASSUMED = 64
 MOST = 1000  # pairs that are looked at

@@ -13,7 +13,7 @@ from typing import Any, get_type_hints
 
 from tl_edgeprune.ablation.constants import Constants
 from tl_edgeprune.circuits.scores import EdgeScores
-from tl_edgeprune.commands.named import checked, known_name
+from tl_edgeprune.commands.common.values import checked, known_name
 from tl_edgeprune.training.controllers import ExactBudget, Lagrangian, Penalty
 from tl_edgeprune.training.pruner import EdgePruner, Optimizer
 from tl_edgeprune.training.regularisers import Attachment

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 
 from tl_edgeprune.circuits.circuit import check_budget
-from tl_edgeprune.commands.inputs import Inputs
-from tl_edgeprune.commands.lengths import Lengths, prompt_lengths
-from tl_edgeprune.commands.options import BYTES
-from tl_edgeprune.commands.run_folder import Run
-from tl_edgeprune.commands.shapes import shape_of
+from tl_edgeprune.commands.common.inputs import Inputs
+from tl_edgeprune.commands.common.options import BYTES
+from tl_edgeprune.commands.common.run_folder import Run
+from tl_edgeprune.commands.jobs.model_shapes import shape_of
+from tl_edgeprune.commands.jobs.prompt_lengths import Lengths, prompt_lengths
 from tl_edgeprune.forward.cost_model import (
     Floor,
     Shape,

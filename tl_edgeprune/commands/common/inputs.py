@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tl_edgeprune.commands.named import checked
+from tl_edgeprune.commands.common.values import checked
 from tl_edgeprune.utils.reading import of_kind
 from tl_edgeprune.utils.suggest import did_you_mean
 

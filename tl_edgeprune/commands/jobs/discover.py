@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from tl_edgeprune.circuits.circuit import check_budget
-from tl_edgeprune.commands.found import circuit_of, judged, write
-from tl_edgeprune.commands.method_settings import method_settings
-from tl_edgeprune.commands.run_folder import AGAIN, CHECKPOINT, SETTINGS, Run
+from tl_edgeprune.commands.common.run_folder import AGAIN, CHECKPOINT, SETTINGS, Run
+from tl_edgeprune.commands.jobs.discover_files import circuit_of, judged, write
+from tl_edgeprune.commands.jobs.method_settings import method_settings
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.methods.registry import checkpointed, discover, settings_of
 from tl_edgeprune.runs.task_checks import graph_at

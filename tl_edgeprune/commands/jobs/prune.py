@@ -14,8 +14,8 @@ from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
-from tl_edgeprune.commands.pruner_settings import made
-from tl_edgeprune.commands.run_folder import (
+from tl_edgeprune.commands.common.errors import processes
+from tl_edgeprune.commands.common.run_folder import (
     AGAIN,
     CHECKPOINT,
     CIRCUIT,
@@ -29,7 +29,7 @@ from tl_edgeprune.commands.run_folder import (
     Run,
     write_json,
 )
-from tl_edgeprune.commands.told import processes
+from tl_edgeprune.commands.jobs.pruner_settings import made
 from tl_edgeprune.evaluation.evaluate import Evaluation, evaluate
 from tl_edgeprune.report import plot_history
 from tl_edgeprune.report.circuit.labels import title_of

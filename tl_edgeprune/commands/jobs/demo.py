@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tl_edgeprune import models
 from tl_edgeprune.circuits.circuit import Circuit
-from tl_edgeprune.commands.inputs import HELD_OUT, PAIRS
+from tl_edgeprune.commands.common.inputs import HELD_OUT, PAIRS
 from tl_edgeprune.evaluation.evaluate import Evaluation, evaluate_all, evaluate_groups
 from tl_edgeprune.methods.eap import eap
 from tl_edgeprune.tasks import Task

@@ -8,7 +8,7 @@ from typing import Any
 from tl_edgeprune.ablation.constants import Ablation, Constants
 from tl_edgeprune.circuits.circuit import Circuit
 from tl_edgeprune.circuits.scores import EdgeScores
-from tl_edgeprune.commands.run_folder import (
+from tl_edgeprune.commands.common.run_folder import (
     CIRCUIT,
     CONSTANTS,
     EVALUATION,

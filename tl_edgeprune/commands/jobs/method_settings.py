@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from tl_edgeprune.commands.named import checked, known_name
-from tl_edgeprune.commands.pruner_settings import made
+from tl_edgeprune.commands.common.values import checked, known_name
+from tl_edgeprune.commands.jobs.pruner_settings import made
 from tl_edgeprune.forward.masked_model import check_ablation
 from tl_edgeprune.methods.registry import TRAINED, parameters_of
 
