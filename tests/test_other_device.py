@@ -359,10 +359,11 @@ def test_a_step_waits_for_the_device_a_few_times(monkeypatch: pytest.MonkeyPatch
 
         monkeypatch.setattr(Training, "_step", counted)
         EdgePruner(20, **RUN, candidates=0).fit(model, task)
-    # The shift to the budget asks at each of Newton's steps whether it is there (masks.py); beside
-    # that the mask and the read positions are checked, and the loss and the edges are noted.
+    # The shift to the budget asks at each of Newton's steps whether it is there
+    # (training/gates.py); beside that the mask and the read positions are checked, and the loss and
+    # the edges are noted.
     assert all(
-        sum(n for line, n in waits.items() if not line.startswith("masks.py")) <= 5
+        sum(n for line, n in waits.items() if not line.startswith("training/gates.py")) <= 5
         for waits in steps
     )
 

@@ -5,16 +5,60 @@ Bhaskar, Wettig, Friedman and Chen, "Finding Transformer Circuits with Edge Prun
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tl_edgeprune.utils.versions import __version__ as __version__
 
-if TYPE_CHECKING:
-    from tl_edgeprune.surface import *
-
+# The public names and their modules. Each is imported on first use, since PyTorch and
+# TransformerLens take seconds, which `tl-edgeprune --help` does without. __init__.pyi has the same
+# names for type checkers.
+_MODULES = {
+    "Attachment": "training.regularisers",
+    "Circuit": "circuits.circuit",
+    "Comparison": "evaluation.comparison",
+    "Completeness": "evaluation.knockouts",
+    "Constants": "ablation.constants",
+    "EdgeGraph": "graph.edge_graph",
+    "EdgePruner": "training.pruner",
+    "EdgeScores": "circuits.scores",
+    "EquivalenceTest": "evaluation.statistics",
+    "Evaluation": "evaluation.evaluate",
+    "ExactBudget": "training.controllers",
+    "Explanation": "evaluation.explain.explanation",
+    "FaithfulnessCurve": "evaluation.faithfulness",
+    "IndependenceTest": "evaluation.statistics",
+    "Lagrangian": "training.controllers",
+    "Minimality": "evaluation.knockouts",
+    "MinimalityTest": "evaluation.hypothesis_tests",
+    "Neurons": "circuits.neurons",
+    "Optimizer": "training.pruner",
+    "Penalty": "training.controllers",
+    "PruneResult": "training.result",
+    "Roc": "evaluation.roc",
+    "Stability": "evaluation.stability",
+    "Task": "tasks.task",
+    "compare": "evaluation.compare",
+    "completeness": "evaluation.knockouts",
+    "discover": "methods.registry",
+    "eliminate": "search.elimination",
+    "equivalence_test": "evaluation.hypothesis_tests",
+    "evaluate": "evaluation.evaluate",
+    "explain": "evaluation.explain.explain",
+    "faithfulness_curve": "evaluation.faithfulness",
+    "independence_test": "evaluation.hypothesis_tests",
+    "masked": "forward.context",
+    "mib_faithfulness": "evaluation.faithfulness",
+    "minimality": "evaluation.knockouts",
+    "minimality_test": "evaluation.hypothesis_tests",
+    "necessary_edges": "evaluation.ground_truth",
+    "optimal_constants": "training.optimal_constants",
+    "polish": "search.polish",
+    "possible_edges": "evaluation.ground_truth",
+    "precision_recall": "evaluation.roc",
+    "roc": "evaluation.roc",
+    "stability": "evaluation.stability",
+}
 __all__ = [
     "Attachment",
     "Circuit",
@@ -65,29 +109,17 @@ __all__ = [
 ]
 
 
-class _Package(ModuleType):
-    """This package. Its names are imported on first use, since PyTorch and TransformerLens take
-    seconds: `tl-edgeprune --help` does without them.
-    """
-
-    def __getattr__(self, name: str) -> Any:
-        if name in __all__:
-            return getattr(import_module(f"{__name__}.surface"), name)
-        if not name.startswith("_"):
-            try:
-                return import_module(f"{__name__}.{name}")
-            except ModuleNotFoundError as error:
-                if error.name != f"{__name__}.{name}":
-                    raise
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # Importing tl_edgeprune.evaluate would put the module where the function is.
-        if not (isinstance(value, ModuleType) and name in __all__):
-            super().__setattr__(name, value)
-
-    def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *__all__})
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    if not name.startswith("_"):
+        try:
+            return import_module(f"{__name__}.{name}")
+        except ModuleNotFoundError as error:
+            if error.name != f"{__name__}.{name}":
+                raise
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-sys.modules[__name__].__class__ = _Package
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -58,8 +58,8 @@ def scores_along(
 ) -> EdgeScores:
     """The mean of -d loss / d mask over a path's points, as scores with their origin.
 
-    `positions`: "span" or "position" for edges with a mask in each (positions.py). `checkpoint`: a
-    file to save to every half minute; if it is there, the run goes on.
+    `positions`: "span" or "position" for edges with a mask in each (runs/task_checks.py).
+    `checkpoint`: a file to save to every half minute; if it is there, the run goes on.
     `magnitudes`: of each point's and batch's absolute values in place of signed ones.
     """
     loss_of = find_objective(objective, task)

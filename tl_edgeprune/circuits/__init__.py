@@ -1,1 +1,11 @@
-"""TODO."""
+"""Results, and their files: circuits, edge scores, neurons.
+
+Reading order: `circuit`, `scores`, `neurons`, `metadata` (where a result comes from); then the
+formats of others: `mib` with its `mib_table`, `networkx_graph`.
+"""
+
+from tl_edgeprune.circuits.circuit import Circuit
+from tl_edgeprune.circuits.neurons import Neurons
+from tl_edgeprune.circuits.scores import EdgeScores
+
+__all__ = ["Circuit", "EdgeScores", "Neurons"]

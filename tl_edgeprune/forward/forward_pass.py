@@ -1,4 +1,5 @@
-"""One masked forward: what each hook of `masked.py` writes into the stream and reads from it."""
+"""One masked forward: what each hook of `masked_model.py` writes into the stream and reads from
+it."""
 
 from __future__ import annotations
 

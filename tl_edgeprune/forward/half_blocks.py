@@ -3,7 +3,7 @@
 1. One run of the model records how it calls each of its blocks: masks, rotary embeddings and all
    else that a block is given beside the residual stream.
 2. Attention from queries, keys and values: the block is called again as it was, the hooks of
-   `masked.py` hand it the queries, keys and values, and it is left at `hook_z`.
+   `masked_model.py` hand it the queries, keys and values, and it is left at `hook_z`.
 3. An MLP from its input: attention is stood in for by zeros, the hooks hand over the MLP's input,
    and the block is left at `hook_mlp_out`.
 

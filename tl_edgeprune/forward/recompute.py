@@ -11,7 +11,7 @@
    backward a read's gradient takes the place of its mix, for the pass that they share.
 
 Memory is two buffers, the slots and one half block's activations, whatever the depth; the price is
-one more forward. Half blocks are run by `blocks.py`; a check on a few tokens holds logits and
+one more forward. Half blocks are run by `half_blocks.py`; a check on a few tokens holds logits and
 gradients to `MaskedModel`'s the first time that a model is seen.
 
 Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost", where one buffer of differences

@@ -104,7 +104,7 @@ class Stream:
     ) -> None:
         """`like`: rows, width, dtype and device. `contract`: differences that the mask's gradient
         is taken against in place of this forward's own (EAP-IG: the run is interpolated, they are
-        not). `products`: of masks that differ from span to span (span_products.py).
+        not). `products`: of masks that differ from span to span (span_masks.py).
         """
         self._pool = pool
         self.products = products or Products()

@@ -1,7 +1,7 @@
 """Models that have no graph of heads and MLPs, refused by name with the reason, before any run.
 
-What no line here knows of, the first look at a model catches (`first_look.py`): with every edge
-kept, and with every edge into heads and MLPs cut, it must give the logits that it should.
+What no line here knows of, the first look at a model catches (`forward/self_check.py`): with every
+edge kept, and with every edge into heads and MLPs cut, it must give the logits that it should.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """What a block computes for nothing while its edges are masked, left out.
 
-A masked run hands queries, keys, values and heads' outputs over by itself (`masked.py`). So a
-block's own first norm, its own query, key and value projections and its output projection give what
-is overwritten or unread. In this file they give their input or zeros in place of it: in the
-package's own runs, and never where the user calls the model, whose hooks and caches would see it.
+A masked run hands queries, keys, values and heads' outputs over by itself
+(`forward/masked_model.py`). So a block's own first norm, its own query, key and value projections
+and its output projection give what is overwritten or unread. In this file they give their input or
+zeros in place of it: in the package's own runs, and never where the user calls the model, whose
+hooks and caches would see it.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ Discovery for Mechanistic Interpretability" (arXiv 2304.14997), algorithm 1. As 
 code, the value to compare with is that of the last accepted removal. It leaves open how queries,
 keys and values are ordered; step 2 says it.
 
-`sequence.py` decides several edges in one run, with the sequence's own result; `search="bisect"`
-removes groups of edges instead (`bisect.py`).
+`search/sequential.py` decides several edges in one run, with the sequence's own result;
+`search="bisect"` removes groups of edges instead (`search/grouped.py`).
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ def acdc(
         objective: what should stay low; the task's own by default.
         search: "exact", the published sequence; or "bisect", many edges at once and far fewer
             runs, for an objective with a gradient.
-        positions: "span" or "position" for edges with a mask in each (positions.py); within a
-            destination, spans are visited from the last to the first.
+        positions: "span" or "position" for edges with a mask in each (runs/task_checks.py); within
+            a destination, spans are visited from the last to the first.
         batch_size: pairs that run together. Every pair of the task is used, whatever it is.
         checkpoint: a file to save to every half minute; if it is there, the run goes on.
 

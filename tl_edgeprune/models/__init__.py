@@ -75,7 +75,7 @@ def load(
 
     Args:
         name_or_object: a name of `models.list()`, a folder of safetensors (straight to the device:
-            folder.py), any other name for the Hugging Face hub, or a HookedTransformer or
+            local_folder.py), any other name for the Hugging Face hub, or a HookedTransformer or
             TransformerBridge that is already loaded: it is returned as it is.
         cls: "bridge" for a TransformerBridge, "hooked" for a HookedTransformer (TransformerLens 3).
         device: None means CUDA where it is available, else the CPU.

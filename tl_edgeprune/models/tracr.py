@@ -12,7 +12,7 @@
 
 All are bidirectional, have no norms, ReLU MLPs, and read BOS and one to `n_ctx - 1` tokens. Logits
 are the program's output itself: a number, or one column for each value; at BOS it means nothing.
-compiled.py makes such models from RASP programs; scripts/compile_tracr.py writes the shipped ones.
+rasp.py makes such models from RASP programs; scripts/compile_tracr.py writes the shipped ones.
 
 Tracr: Lindner et al. 2023, arXiv 2301.05062. The circuits: see `known_circuit`.
 """

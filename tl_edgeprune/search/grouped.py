@@ -10,8 +10,8 @@
 4. The mask's gradient at what is left tells which removed edges would lower the objective by the
    threshold if they came back; the best of them do, up to a quarter as many as are left. What
    looked dispensable before its companions went is not.
-5. Kept edges are tried by themselves (`singles.py`), until trying all of them removes none. So each
-   edge of the circuit raises the objective by at least the threshold when cut.
+5. Kept edges are tried by themselves (`single_edges.py`), until trying all of them removes none. So
+   each edge of the circuit raises the objective by at least the threshold when cut.
 
 A group goes only where all of it costs less than one edge may. Runs are a few for each edge kept,
 and few for those removed.

@@ -1,4 +1,4 @@
-"""Candidate cuts by partial runs, many at once: the same as by whole ones (`whole_cuts.py`).
+"""Candidate cuts by partial runs, many at once: the same as by whole ones (`full_cuts.py`).
 
 1. The current mask's run is kept as its buffer of differences, [source, row, d_model].
 2. Sources before the cut edges' destinations do as before, so a candidate starts at that read.
@@ -8,7 +8,7 @@
 4. Candidates lie beside one another in the batch: [candidate * pair, pos].
 5. From the last block's heads on, only the positions that the task reads are run.
 
-Half blocks are run by `blocks.py`.
+Half blocks are run by `forward/half_blocks.py`.
 """
 
 from __future__ import annotations

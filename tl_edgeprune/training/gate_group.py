@@ -1,6 +1,6 @@
 """Gates on neurons while they are learned with the edges': their start, draws and sparsity.
 
-They have hard-concrete gates, a controller and a budget of their own (masks.py), beside the edges'.
+They have hard-concrete gates, a controller and a budget of their own (gates.py), beside the edges'.
 They start from integrated gradients: the gradient of the objective by the gates, every edge kept,
 averaged over a path on which all gates rise from 0 to 1 together.
 """

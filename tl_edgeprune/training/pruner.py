@@ -1,6 +1,6 @@
 """Edge Pruning: find a circuit by training a mask on every edge.
 
-1. Every edge has a hard-concrete gate (masks.py). A step draws the gates, runs the masked model on
+1. Every edge has a hard-concrete gate (gates.py). A step draws the gates, runs the masked model on
    a batch of pairs and lowers the objective, by default the KL to the full model's output.
 2. A controller makes the gates sparse: `ExactBudget` holds the expected number of open gates at a
    budget that falls from 30 % of all edges to the size asked for; `Lagrangian` is the paper's.
@@ -72,11 +72,12 @@ class EdgePruner(PrunerSettings):
             (Izmailov et al. 2018); by default 0.6 under sampled budgets, which pull a step's log
             alphas each its own way, and 0, the last step's alone, otherwise.
         candidates: how many rankings of the last fifth of a run for a size are judged, each by its
-            circuit on up to 32 pairs of the task: the best is the result (candidates.py). 0 for the
-            last step's; so with neurons and with ablation="optimal".
+            circuit on up to 32 pairs of the task: the best is the result (best_ranking.py). 0 for
+            the last step's; so with neurons and with ablation="optimal".
         split_qkv, split_embeddings: of the graph.
         positions: "span" for edges with a mask in each span of the task, "position" with one at
-            each position (positions.py); None for one mask everywhere. n_edges counts them all.
+            each position (runs/task_checks.py); None for one mask everywhere. n_edges counts them
+            all.
         neurons: "mlp" for a gate on each hidden neuron of the MLPs too, "dimensions" for one on
             each source's dimensions (neurons.py), trained with the edges; n_neurons of them are
             kept (None: a ranking of all), which come back as `result.neurons`; neuron_controller:

@@ -2,9 +2,9 @@
 
 1. The rise: how much the objective rises when the edge alone is cut from the circuit. Cuts run as
    in exact patching, several side by side, and only what they change (cuts.py).
-2. The direct effect: the logit lens of the difference that the edge carries (lens.py).
+2. The direct effect: the logit lens of the difference that the edge carries (logit_lens.py).
 3. Where that difference is, and what the heads at the edge's ends attend to, in the circuit's own
-   run, averaged over the prompts of one length (slots.py).
+   run, averaged over the prompts of one length (position_means.py).
 """
 
 from __future__ import annotations

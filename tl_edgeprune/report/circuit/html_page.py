@@ -1,6 +1,6 @@
 """A circuit as one page of HTML that opens from disk: nothing to install, nothing from a network.
 
-1. `document.py` says what the page shows, `layout.py` where; both go into the page as JSON.
+1. `page_data.py` says what the page shows, `layout.py` where; both go into the page as JSON.
 2. The page's own markup, style and script are the files of `page/`, put into one. It loads nothing:
    its content security policy forbids it.
 """
@@ -124,4 +124,4 @@ def json_for_html(page: Page) -> str:
 
 
 def _file(name: str) -> str:
-    return (resources.files(__package__) / "page" / name).read_text("utf-8")
+    return (resources.files("tl_edgeprune.report") / "page" / name).read_text("utf-8")
