@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "models.md"
 sys.path.insert(0, str(ROOT / "tests"))
 
-import families  # noqa: E402
+from support import model_families  # noqa: E402
 
 COLUMNS = {  # heading: TransformerLens' version, class
     "HookedTransformer 3.9": ("3.9", "hooked"),
@@ -58,8 +58,8 @@ def measured(page: str) -> dict[tuple[str, str], str]:
     result = cells(page)
     for column, (of, cls) in COLUMNS.items():
         if of == installed():
-            for family in families.FAMILIES + families.OTHERS:
-                result[family.name, column] = families.verdict(family, cls)
+            for family in model_families.FAMILIES + model_families.OTHERS:
+                result[family.name, column] = model_families.verdict(family, cls)
     return result
 
 
@@ -67,7 +67,7 @@ def supported(verdicts: dict[tuple[str, str], str]) -> str:
     """The table of families from its cells."""
     lines = [["Family", "For example", *COLUMNS, "Notes"]]
     lines.append(["---"] * len(lines[0]))
-    for family in families.FAMILIES + families.OTHERS:
+    for family in model_families.FAMILIES + model_families.OTHERS:
         own = [verdicts.get((family.name, column), "?") for column in COLUMNS]
         lines.append([family.name, family.examples, *own, family.note])
     return table(lines)
@@ -76,7 +76,8 @@ def supported(verdicts: dict[tuple[str, str], str]) -> str:
 def refused() -> str:
     """The table of what is refused, and why: the words of the error."""
     lines = [["Kind", "For example", "Why"], ["---"] * 3]
-    lines += [[kind.name, kind.examples, families.reason(kind)] for kind in families.REFUSED]
+    refused = model_families.REFUSED
+    lines += [[kind.name, kind.examples, model_families.reason(kind)] for kind in refused]
     return table(lines)
 
 

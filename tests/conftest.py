@@ -32,18 +32,26 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 # What touches no TransformerLens class, or only what other tests look at on both: with
 # TransformerLens 3 these are slow tests, since with TransformerLens 4 they run every time.
 CLASSLESS = (
-    *("chance", "circuit_tests", "cli", "cli_compare", "cli_config", "cli_discover", "cli_wrong"),
+    *(
+        "chance_warning",
+        "hypothesis_tests",
+        "cli",
+        "cli_compare",
+        "cli_config",
+        "cli_discover",
+        "cli_wrong",
+    ),
     *("compare", "definitions", "demo", "distributed"),
-    *("docs", "faithfulness", "folder", "full_disk", "killed", "packaging"),
-    *("interchange", "knockouts", "learned_constants", "masks", "measures", "objectives"),
-    *("planner", "polish", "pruner", "report", "report_page", "residual", "roc", "scores"),
-    *("stability", "stream", "solved", "task_families", "task_tables", "training"),
-    *("strangers", "two_runs", "wrong_settings"),
+    *("docs", "faithfulness", "local_folder", "full_disk", "killed", "packaging"),
+    *("mib", "knockouts", "learned_constants", "gates", "measures", "objectives"),
+    *("cost_model", "polish", "pruner", "report", "report_page", "residual", "roc", "scores"),
+    *("stability", "stream", "solved", "task_families", "task_tables", "trainer"),
+    *("reading", "two_runs", "wrong_settings"),
 )
 # Of these, only what is of a HookedTransformer, or of both classes, is quick there.
 HALF = (
-    *("acdc", "evaluate", "explain", "ground_truth", "methods", "notebooks", "positions"),
-    *("semi_synthetic", "neurons", "other_device", "tracr"),
+    *("acdc", "evaluate", "explain", "ground_truth", "methods", "notebooks", "spans"),
+    *("semi_synthetic", "neurons", "second_device", "tracr"),
 )
 
 
@@ -87,7 +95,7 @@ def stories(fixtures: Path) -> Any:
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder with a tiny Llama, for commands."""
-    import command_line
+    from support import command_line
 
     return command_line.model(tmp_path_factory.mktemp("llama"))
 
@@ -95,6 +103,6 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def gifts(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A file of pairs that this Llama reads."""
-    import command_line
+    from support import command_line
 
     return command_line.task(tmp_path_factory.mktemp("gifts"))

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import two_processes
-import zoo
-from two_processes import DIES_AT, SETTINGS, STEPS, model_and_task, pruner
+from support import model_zoo, two_processes
+from support.two_processes import DIES_AT, SETTINGS, STEPS, model_and_task, pruner
 
 from tl_edgeprune import evaluate
 from tl_edgeprune.distributed import LostProcess, Ranks, started
@@ -90,8 +89,8 @@ def test_shared_out_weights_find_the_same_masks(shards, name):
     assert left == 0 and same  # let go after each step, whole again however the context ends
     assert by_turns  # also where blocks are run by halves
     assert most <= 2 and twice  # and a second context was refused
-    model = zoo.load(name, torch.float64)
-    task = zoo.pairs(model)
+    model = model_zoo.load(name, torch.float64)
+    task = model_zoo.pairs(model)
     alone = pruner().fit(model, task)
     assert first.equal(second) and figures.equal(others)
     torch.testing.assert_close(first, alone.log_alpha, atol=1e-5, rtol=0)
@@ -112,7 +111,7 @@ def test_one_process_keeps_its_weights_whole():
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 def test_every_pair_goes_to_one_process(size):
-    batch = next(zoo.pairs(zoo.load("bridge-gpt2")).batches(4))
+    batch = next(model_zoo.pairs(model_zoo.load("bridge-gpt2")).batches(4))
     rows = [Ranks(rank, size).rows(len(batch)) for rank in range(size)]
     parts = [(batch.select(mine), share) for mine, share in rows]
     dealt = [place for part, share in parts if share for place in part.indices.tolist()]
@@ -127,7 +126,7 @@ def test_every_pair_goes_to_one_process(size):
 def test_weights_cut_up_by_others_are_refused():
     from tl_edgeprune import EdgeGraph
 
-    model = zoo.build("bridge-gpt2")
+    model = model_zoo.build("bridge-gpt2")
     next(model.parameters()).placements = ()  # as a DTensor has them
     with pytest.raises(NotImplementedError, match="its weights are DTensors"):
         EdgeGraph.from_model(model)
@@ -144,7 +143,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 sys.path[:0] = {paths!r}
-from two_processes import model_and_task, pruner
+from support.two_processes import model_and_task, pruner
 from tl_edgeprune.distributed import started
 with started(timeout=60) as ranks:
     circuit = pruner(init_scores=None).fit(*model_and_task()).circuit

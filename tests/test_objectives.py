@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-import zoo
 from hypothesis import given
 from hypothesis import strategies as st
+from support import model_zoo
 from torch import Tensor
 
 from tl_edgeprune import EdgePruner, discover, faithfulness_curve
@@ -173,16 +173,16 @@ RUNS = {
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_an_objective_gives_one_number_a_pair(run, objective, message):
-    model = zoo.load("bridge-gpt2")
+    model = model_zoo.load("bridge-gpt2")
     with pytest.raises(ValueError, match=message):
-        RUNS[run](model, zoo.pairs(model, 4), objective=objective)
+        RUNS[run](model, model_zoo.pairs(model, 4), objective=objective)
 
 
 @pytest.mark.parametrize("run", ["fit", "eap"])
 def test_an_objective_without_a_gradient_is_refused_where_it_takes_one(run):
-    model = zoo.load("bridge-gpt2")
+    model = model_zoo.load("bridge-gpt2")
     with pytest.raises(ValueError, match="without_gradient: gave .batch. without a gradient"):
-        RUNS[run](model, zoo.pairs(model, 4), objective=without_gradient)
+        RUNS[run](model, model_zoo.pairs(model, 4), objective=without_gradient)
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones():

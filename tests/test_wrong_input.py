@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-import zoo
+from support import model_zoo
 from torch import Tensor, nn
 
 from tl_edgeprune import Circuit, EdgeGraph, EdgePruner, Task, discover, evaluate, masked
@@ -17,7 +17,7 @@ from tl_edgeprune.hooks import unsupported as refusals
 from tl_edgeprune.hooks.modules import dropouts, longest_prompt
 from tl_edgeprune.runs.task_checks import check_tokens
 
-NAMES = [name for name in ("bridge-gpt2", "hooked-gpt2-ln") if name in zoo.ARCHITECTURES]
+NAMES = [name for name in ("bridge-gpt2", "hooked-gpt2-ln") if name in model_zoo.ARCHITECTURES]
 each_class = pytest.mark.parametrize("name", NAMES)
 
 
@@ -41,7 +41,7 @@ def enter(model: Any, mask: Any, **options: Any) -> None:
 
 @each_class
 def test_masks_that_do_not_fit(name: str) -> None:
-    model = zoo.load(name)
+    model = model_zoo.load(name)
     mask = ones(model)
     n = len(mask)
     with refused(f"the mask has shape ({n - 1},), expected ({n},): one value for each edge"):
@@ -61,18 +61,18 @@ def test_masks_that_do_not_fit(name: str) -> None:
 
 @each_class
 def test_a_mask_that_turns_nan_inside(name: str) -> None:
-    model = zoo.load(name)
+    model = model_zoo.load(name)
     mask = ones(model)
     with masked(model, mask, ablation="zero"):
-        model(zoo.tokens(model))
+        model(model_zoo.tokens(model))
         mask[0] = float("nan")
         with refused("the mask holds NaN or infinite values"):
-            model(zoo.tokens(model))
+            model(model_zoo.tokens(model))
 
 
 @each_class
 def test_circuits_of_another_graph(name: str) -> None:
-    model = zoo.load(name)
+    model = model_zoo.load(name)
     graph = EdgeGraph(n_layers=12, n_heads=12, n_kv_heads=12)
     empty = Circuit(graph, torch.zeros(graph.n_edges, dtype=torch.bool))
     with refused(
@@ -86,7 +86,7 @@ def test_circuits_of_another_graph(name: str) -> None:
 
 
 def test_unknown_edges() -> None:
-    graph = EdgeGraph.from_model(zoo.load("bridge-gpt2"))
+    graph = EdgeGraph.from_model(model_zoo.load("bridge-gpt2"))
     with refused("unknown edge 'a0.h9->m1': this graph has no a0.h9. Nearest: a0.h", KeyError):
         Circuit.from_edges(graph, ["input->m0", "a0.h9->m1"])
 
@@ -103,42 +103,42 @@ def test_unknown_edges() -> None:
 def test_prompts_of_another_shape_than_the_corrupted(
     name: str, clean: tuple[int, int], corrupted: tuple[int, int]
 ) -> None:
-    model = zoo.load(name)
-    with masked(model, ones(model), corrupted=zoo.tokens(model, *corrupted)):
+    model = model_zoo.load(name)
+    with masked(model, ones(model), corrupted=model_zoo.tokens(model, *corrupted)):
         with refused(f"the tokens have shape {clean}, the corrupted prompts {corrupted}"):
-            model(zoo.tokens(model, *clean))
+            model(model_zoo.tokens(model, *clean))
 
 
 @each_class
-@pytest.mark.parametrize("token", [-1, zoo.VOCAB])
+@pytest.mark.parametrize("token", [-1, model_zoo.VOCAB])
 def test_tokens_that_the_model_does_not_know(name: str, token: int) -> None:
-    model = zoo.load(name)
-    wrong = zoo.tokens(model)
+    model = model_zoo.load(name)
+    wrong = model_zoo.tokens(model)
     wrong[1, 3] = token
-    known = f"has token {token}, but the model knows 0 to {zoo.VOCAB - 1}."
+    known = f"has token {token}, but the model knows 0 to {model_zoo.VOCAB - 1}."
     with refused(f"corrupted {known}"):
         enter(model, ones(model), corrupted=wrong)
     with refused(f"prompts {known}"):
         enter(model, ones(model), ablation="mean", prompts=[*wrong])
     with masked(model, ones(model), ablation="zero"), refused(f"the batch {known}"):
         model(wrong)
-    clean, read = zoo.tokens(model), [torch.tensor([6])] * 2
+    clean, read = model_zoo.tokens(model), [torch.tensor([6])] * 2
     with refused(f"task 'wrong' {known}"):
         discover(model, Task("wrong", [*clean], [*wrong], read), "mask-ig")
     with refused(f"task 'wrong' {known}"):
         EdgePruner(9, progress=False).fit(model, Task("wrong", [*wrong], [*clean], read))
 
 
-@pytest.mark.parametrize("name", zoo.ARCHITECTURES)
+@pytest.mark.parametrize("name", model_zoo.ARCHITECTURES)
 def test_prompts_past_the_last_position(name: str) -> None:
     """Refused where the model itself cannot run them."""
-    model = zoo.load(name)
-    long, limit = zoo.tokens(model, pos=zoo.N_CTX + 1), longest_prompt(model)
+    model = model_zoo.load(name)
+    long, limit = model_zoo.tokens(model, pos=model_zoo.N_CTX + 1), longest_prompt(model)
     if limit is None:
         if not name.endswith(("gptj", "native-rms-rotary-gqa")):  # which refuse them themselves
             model(long)
         return
-    assert limit == zoo.N_CTX
+    assert limit == model_zoo.N_CTX
     model(long[:, 1:])
     with pytest.raises((IndexError, RuntimeError, ValueError)):
         model(long)
@@ -152,8 +152,8 @@ def test_prompts_past_the_last_position(name: str) -> None:
 
 
 def test_ablations_without_what_they_need() -> None:
-    model = zoo.load("bridge-gpt2")
-    mask, corrupted = ones(model), zoo.tokens(model)
+    model = model_zoo.load("bridge-gpt2")
+    mask, corrupted = ones(model), model_zoo.tokens(model)
     with refused("unknown ablation 'resample': expected one of counterfactual, zero, zero-with"):
         enter(model, mask, ablation="resample")
     with refused("counterfactual ablation needs corrupted=…, tokens [batch, pos]"):
@@ -169,12 +169,12 @@ def test_ablations_without_what_they_need() -> None:
 
 @pytest.mark.parametrize("longest", [1, 5])
 def test_means_by_position_end_with_the_longest_prompt(longest: int) -> None:
-    model = zoo.load("bridge-gpt2")
-    prompts = [zoo.tokens(model, 1, longest)[0], zoo.tokens(model, 1, 1)[0]]
+    model = model_zoo.load("bridge-gpt2")
+    prompts = [model_zoo.tokens(model, 1, longest)[0], model_zoo.tokens(model, 1, 1)[0]]
     with masked(model, ones(model), ablation="mean-positional", prompts=prompts):
-        model(zoo.tokens(model, pos=longest))
+        model(model_zoo.tokens(model, pos=longest))
         with refused(f"the prompts have 7 positions…over prompts of at most {longest}"):
-            model(zoo.tokens(model))
+            model(model_zoo.tokens(model))
 
 
 # ------------------------------------------------------------------------------------------- calls
@@ -182,8 +182,8 @@ def test_means_by_position_end_with_the_longest_prompt(longest: int) -> None:
 
 @each_class
 def test_positions_that_do_not_fit(name: str) -> None:
-    model = zoo.load(name)
-    clean = zoo.tokens(model)
+    model = model_zoo.load(name)
+    clean = model_zoo.tokens(model)
     for positions, message in (
         (torch.tensor([[0, 7], [1, 2]]), "positions go from 0 to 7, expected 0 to 6"),
         (torch.tensor([[-1], [2]]), "positions go from -1 to 2, expected 0 to 6"),
@@ -197,28 +197,28 @@ def test_positions_that_do_not_fit(name: str) -> None:
 @each_class
 def test_losses_of_some_positions(name: str) -> None:
     """A loss compares each position with the next token: it has no meaning for a few of them."""
-    model = zoo.load(name)
+    model = model_zoo.load(name)
     positions = torch.tensor([[6, 1], [2, 3]])
     with masked(model, ones(model), ablation="zero", positions=positions):
         for return_type in ("loss", "both"):
             with refused("a loss needs the logits at every position"):
-                model(zoo.tokens(model), return_type=return_type)
+                model(model_zoo.tokens(model), return_type=return_type)
         with refused("a loss needs the logits at every position"):
-            model(zoo.tokens(model), "loss")
+            model(model_zoo.tokens(model), "loss")
 
 
 @each_class
 def test_a_loss_of_every_position_is_the_models(name: str) -> None:
-    model = zoo.load(name)
-    expected = model(zoo.tokens(model), return_type="loss")
+    model = model_zoo.load(name)
+    expected = model(model_zoo.tokens(model), return_type="loss")
     with masked(model, ones(model), ablation="zero"):
-        torch.testing.assert_close(model(zoo.tokens(model), return_type="loss"), expected)
+        torch.testing.assert_close(model(model_zoo.tokens(model), return_type="loss"), expected)
 
 
 @each_class
 def test_inputs_other_than_whole_batches_of_tokens(name: str) -> None:
-    model = zoo.load(name)
-    clean = zoo.tokens(model)
+    model = model_zoo.load(name)
+    clean = model_zoo.tokens(model)
     with masked(model, ones(model), ablation="zero"):
         for given, shown in (
             ("Once upon a time", "str"),
@@ -248,15 +248,15 @@ def test_inputs_other_than_whole_batches_of_tokens(name: str) -> None:
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
 def test_calls_that_masks_do_not_cover(name: str, option: dict[str, Any], message: str) -> None:
-    model = zoo.load(name)
+    model = model_zoo.load(name)
     with masked(model, ones(model), ablation="zero"), refused(message):
-        model(zoo.tokens(model), **option)
+        model(model_zoo.tokens(model), **option)
 
 
 @each_class
 def test_an_attention_mask_of_ones_is_no_padding(name: str) -> None:
-    model = zoo.load(name)
-    clean = zoo.tokens(model)
+    model = model_zoo.load(name)
+    clean = model_zoo.tokens(model)
     expected = model(clean)
     with masked(model, ones(model), ablation="zero"):
         actual = model(clean, attention_mask=torch.ones_like(clean))
@@ -278,12 +278,12 @@ def test_tokens_padded_on_the_left(stories: Any) -> None:
 
 @each_class
 def test_generation(name: str) -> None:
-    model = zoo.load(name)
+    model = model_zoo.load(name)
     with masked(model, ones(model), ablation="zero"):
         for generate in ("generate", "generate_stream", "hf_generate"):
             if hasattr(model, generate):
                 with refused("generate is not supported inside masked: its prompts grow"):
-                    getattr(model, generate)(zoo.tokens(model), max_new_tokens=2)
+                    getattr(model, generate)(model_zoo.tokens(model), max_new_tokens=2)
 
 
 # -------------------------------------------------------------------------------- the model's state
@@ -292,7 +292,7 @@ def test_generation(name: str) -> None:
 @pytest.mark.parametrize("name", ["bridge-gpt2", "bridge-opt"])
 def test_active_dropout(name: str) -> None:
     """As one module outside of the Bridge's tree (GPT-2), or as a rate in a block (OPT)."""
-    model = zoo.build(name)
+    model = model_zoo.build(name)
     if name == "bridge-gpt2":
         for module in dropouts(model):
             module.p = 0.0
@@ -301,21 +301,23 @@ def test_active_dropout(name: str) -> None:
     model.train()
     with masked(model, ones(model), ablation="zero"):
         with refused("dropout is active…training mode…Call model.eval() first"):
-            model(zoo.tokens(model))
+            model(model_zoo.tokens(model))
         model.eval()
-        model(zoo.tokens(model))
+        model(model_zoo.tokens(model))
 
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("how", ["fit", "evaluate", "masked", "means"])
 def test_active_dropout_is_refused_before_any_run(how: str, monkeypatch: Any) -> None:
-    model = zoo.build("bridge-gpt2").train()
-    task, graph = zoo.pairs(model, 30), EdgeGraph.from_model(model)
+    model = model_zoo.build("bridge-gpt2").train()
+    task, graph = model_zoo.pairs(model, 30), EdgeGraph.from_model(model)
     calls = {
         "fit": lambda: EdgePruner(9, progress=False).fit(model, task),
         "evaluate": lambda: evaluate(model, Circuit.top(graph, ones(model), 9), task),
-        "masked": lambda: enter(model, ones(model), corrupted=zoo.tokens(model)),
-        "means": lambda: enter(model, ones(model), ablation="mean", prompts=zoo.tokens(model)),
+        "masked": lambda: enter(model, ones(model), corrupted=model_zoo.tokens(model)),
+        "means": lambda: enter(
+            model, ones(model), ablation="mean", prompts=model_zoo.tokens(model)
+        ),
     }
 
     def run(*_: Any, **__: Any) -> None:
@@ -328,19 +330,19 @@ def test_active_dropout_is_refused_before_any_run(how: str, monkeypatch: Any) ->
 
 @each_class
 def test_training_mode_without_dropout(name: str) -> None:
-    model = zoo.build(name)
+    model = model_zoo.build(name)
     for module in dropouts(model):
         module.p = 0.0
-    expected = model(zoo.tokens(model))
+    expected = model(model_zoo.tokens(model))
     model.train()
     with masked(model, ones(model), ablation="zero"):
-        actual = model(zoo.tokens(model))
+        actual = model(model_zoo.tokens(model))
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
 
 
 @each_class
 def test_hooks_that_would_be_lost(name: str) -> None:
-    model = zoo.build(name)
+    model = model_zoo.build(name)
 
     def hook(tensor: Tensor, hook: Any) -> None: ...
 
@@ -352,33 +354,33 @@ def test_hooks_that_would_be_lost(name: str) -> None:
             model.reset_hooks(including_permanent=True)
         with masked(model, ones(model), ablation="zero"):
             with refused(f"hooks of your own on…{point}…would be lost. Remove them first") as told:
-                model.run_with_hooks(zoo.tokens(model), fwd_hooks=[(point, hook)])
+                model.run_with_hooks(model_zoo.tokens(model), fwd_hooks=[(point, hook)])
             assert "after leaving masked: reset_hooks inside" in str(told.value)
-            model(zoo.tokens(model))
+            model(model_zoo.tokens(model))
 
 
 def test_a_hook_before_a_norm_after_attention() -> None:
     """The masked run has that norm's output from the heads."""
-    model = zoo.load("bridge-gemma2")
+    model = model_zoo.load("bridge-gemma2")
     point = "blocks.0.attn.hook_out"
     with masked(model, ones(model), ablation="zero"), refused(f"hooks of your own on {point}"):
-        model.run_with_hooks(zoo.tokens(model), fwd_hooks=[(point, lambda x, hook: x + 1)])
+        model.run_with_hooks(model_zoo.tokens(model), fwd_hooks=[(point, lambda x, hook: x + 1)])
 
 
 @each_class
 def test_one_context_inside_another(name: str) -> None:
-    model = zoo.load(name)
+    model = model_zoo.load(name)
     with masked(model, ones(model), ablation="zero"):
         with refused("masked already: leave that context before entering another"):
             enter(model, ones(model), ablation="zero")
-        model(zoo.tokens(model))
+        model(model_zoo.tokens(model))
     with masked(model, ones(model), ablation="zero"):
-        model(zoo.tokens(model))
+        model(model_zoo.tokens(model))
 
 
 @each_class
 def test_one_shared_attention_input(name: str) -> None:
-    model = zoo.build(name)
+    model = model_zoo.build(name)
     model.set_use_attn_in(True)
     with refused("use_attn_in is on…Call model.set_use_attn_in(False) first"):
         enter(model, ones(model), ablation="zero")
@@ -387,15 +389,15 @@ def test_one_shared_attention_input(name: str) -> None:
 @each_class
 @pytest.mark.parametrize("points", ["all", "attn.hook_q", "attn.hook_z", "hook_resid_pre"])
 def test_hooks_removed_inside(name: str, points: str) -> None:
-    model = zoo.build(name)
-    with masked(model, ones(model), corrupted=zoo.tokens(model, seed=1)):
+    model = model_zoo.build(name)
+    with masked(model, ones(model), corrupted=model_zoo.tokens(model, seed=1)):
         if points == "all":
             model.reset_hooks()
         else:
             model.hook_dict[f"blocks.1.{points}"].remove_hooks()
         with refused("removed inside the context", RuntimeError):
-            model(zoo.tokens(model))
-    model(zoo.tokens(model))
+            model(model_zoo.tokens(model))
+    model(model_zoo.tokens(model))
 
 
 # ------------------------------------------------------------------------------ models that do not
@@ -419,8 +421,8 @@ def bridge(config: transformers.PretrainedConfig, name: str, **options: Any) -> 
     config._attn_implementation = "eager"
     with torch.random.fork_rng(devices=[]):
         model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    zoo.randomise(model, 0)
-    return zoo.build_bridge_from_module(
+    model_zoo.randomise(model, 0)
+    return model_zoo.build_bridge_from_module(
         model, type(model).__name__, hf_config=config, model_name=name
     )
 
@@ -429,7 +431,7 @@ def scaled_residuals() -> Any:
     """Granite multiplies what a block adds: the stream is no sum of its outputs. Its configuration
     says so, and it would be refused by that; here it does not.
     """
-    sizes = zoo._SIZES | {"num_key_value_heads": 2}
+    sizes = model_zoo._SIZES | {"num_key_value_heads": 2}
     model = bridge(transformers.GraniteConfig(**sizes, residual_multiplier=0.22), "tiny-granite")
     model.cfg.residual_multiplier = 1.0
     return model
@@ -446,12 +448,12 @@ def test_a_stream_that_is_no_sum(training: bool) -> None:
             NotImplementedError,
         ):
             enter(model, torch.ones(graph.n_edges), ablation="zero")
-    model(zoo.tokens(model))
+    model(model_zoo.tokens(model))
 
 
 @each_class
 def test_a_fresh_model_that_gives_nan(name: str) -> None:
-    model = zoo.build(name)
+    model = model_zoo.build(name)
     with torch.no_grad():
         next(iter(model.parameters())).fill_(float("nan"))
     with refused("gives NaN or infinite logits on any tokens: check its weights and dtype"):
@@ -462,7 +464,7 @@ def test_heads_whose_keys_come_from_elsewhere() -> None:
     """A model whose attention looks at hook_k and uses the keys of the plain run all the same
     would pass with every edge kept.
     """
-    model = zoo.build("bridge-llama")
+    model = model_zoo.build("bridge-llama")
     attention = model.blocks[1].attn
     forward = attention.forward
     keys: list[torch.Tensor] = []
@@ -490,12 +492,12 @@ def test_heads_whose_keys_come_from_elsewhere() -> None:
 
 def test_latent_attention() -> None:
     config = transformers.DeepseekV3Config(
-        vocab_size=zoo.VOCAB,
+        vocab_size=model_zoo.VOCAB,
         **{"hidden_size": 20, "intermediate_size": 28, "moe_intermediate_size": 8},
         **{"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4},
         **{"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
         **{"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4},
-        **{"v_head_dim": 8, "max_position_embeddings": zoo.N_CTX, "pad_token_id": None},
+        **{"v_head_dim": 8, "max_position_embeddings": model_zoo.N_CTX, "pad_token_id": None},
     )
     with refused(
         "tiny-deepseek is not supported: multi-head latent attention…its keys and values come",
@@ -505,14 +507,16 @@ def test_latent_attention() -> None:
 
 
 def test_gated_queries() -> None:
-    model = zoo.build("bridge-gpt2")
+    model = model_zoo.build("bridge-gpt2")
     model.cfg.gated_q_proj = True
     with refused("gpt2 is not supported: its query projections are gated", NotImplementedError):
         EdgeGraph.from_model(model)
 
 
 def test_blocks_without_attention() -> None:
-    config = transformers.MambaConfig(vocab_size=zoo.VOCAB, hidden_size=16, num_hidden_layers=1)
+    config = transformers.MambaConfig(
+        vocab_size=model_zoo.VOCAB, hidden_size=16, num_hidden_layers=1
+    )
     with refused("tiny-mamba is not supported: its blocks have no attention", NotImplementedError):
         EdgeGraph.from_model(bridge(config, "tiny-mamba"))
 
@@ -520,7 +524,9 @@ def test_blocks_without_attention() -> None:
 def test_a_hook_point_that_does_not_fire(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bloom's MLP reads what TransformerLens does not hand out."""
     monkeypatch.delitem(refusals.BRIDGED, "BloomForCausalLM")
-    config = transformers.BloomConfig(vocab_size=zoo.VOCAB, hidden_size=16, n_layer=1, n_head=2)
+    config = transformers.BloomConfig(
+        vocab_size=model_zoo.VOCAB, hidden_size=16, n_layer=1, n_head=2
+    )
     model = bridge(config, "tiny-bloom")
     with refused(
         "tiny-bloom: its hook point blocks.0.hook_mlp_in does not fire", NotImplementedError
@@ -530,9 +536,9 @@ def test_a_hook_point_that_does_not_fire(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_rates_of_dropout_held_in_modules() -> None:
     """Falcon keeps a module under the name that other models give a number."""
-    sizes = {"vocab_size": zoo.VOCAB, "hidden_size": 16, "num_hidden_layers": 1}
+    sizes = {"vocab_size": model_zoo.VOCAB, "hidden_size": 16, "num_hidden_layers": 1}
     config = transformers.FalconConfig(**sizes, num_attention_heads=2, alibi=False)
     model = bridge(config, "tiny-falcon")
     with torch.no_grad(), masked(model, ones(model), ablation="zero"):
-        actual = model(zoo.tokens(model))
-    torch.testing.assert_close(actual, model(zoo.tokens(model)), atol=1e-4, rtol=0)
+        actual = model(model_zoo.tokens(model))
+    torch.testing.assert_close(actual, model(model_zoo.tokens(model)), atol=1e-4, rtol=0)

@@ -25,7 +25,7 @@ from tl_edgeprune.utils.lazy import late
 
 MOST_EDGES, MOST_DESTINATIONS = 2**26, 2**20
 """Of a graph that a file describes. A Llama of 70 B parameters has 2**24 edges."""
-_graph_of = late("tl_edgeprune.hooks.sites", "graph_of")
+_graph_of = late("tl_edgeprune.hooks.find", "graph_of")
 
 
 class Read(NamedTuple):

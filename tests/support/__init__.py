@@ -1,0 +1,1 @@
+"""What tests share: brute force, tiny models, damaged files, interrupts."""
