@@ -20,7 +20,7 @@ from tl_edgeprune.utils.locks import held, held_file
 HOLD = """
 import sys
 from pathlib import Path
-from tl_edgeprune import locks
+from tl_edgeprune.utils import locks
 with getattr(locks, sys.argv[1])(Path(sys.argv[2])):
     print("held", flush=True)
     sys.stdin.read()

@@ -262,7 +262,7 @@ def test_a_comparison_killed_while_it_evaluates_keeps_the_scores(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules["tl_edgeprune.compare"], "evaluate_all", killed)
+        patch.setattr(sys.modules["tl_edgeprune.evaluation.compare"], "evaluate_all", killed)
         with pytest.raises(KeyboardInterrupt):
             run(model, data, ["eap"], path=tmp_path)
     found = run(model, data, ["eap"], path=tmp_path)

@@ -318,7 +318,7 @@ def test_what_cannot_be_explained_is_refused(tmp_path):
 
 def test_very_many_edges_are_refused_unless_some_are_named(monkeypatch):
     model = model_zoo.load("bridge-gpt2")
-    monkeypatch.setattr(sys.modules["tl_edgeprune.explain"], "MOST_EDGES", 10)
+    monkeypatch.setattr(sys.modules["tl_edgeprune.evaluation.explain.explain"], "MOST_EDGES", 10)
     with pytest.raises(ValueError, match=r"with more than 10 \(or none\) say which to explain"):
         explain(model, half(model), model_zoo.pairs(model, 2))
     assert MOST_EDGES >= 100

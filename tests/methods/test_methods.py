@@ -101,7 +101,7 @@ def test_all_methods_show_progress_where_it_takes_long(capsys, monkeypatch) -> N
     model, task = model_zoo.load("native-ln"), model_zoo.pairs(model_zoo.load("native-ln"), 1)
     slow = {"acdc": {"threshold": 0.5, "search": "bisect"}, "exact": {}, "eap": {}}
     for after in (60.0, 0.0):
-        for module in ("methods.acdc", "methods.exact", "teacher"):
+        for module in ("methods.acdc", "methods.exact", "runs.targets"):
             home = importlib.import_module(f"tl_edgeprune.{module}")
             monkeypatch.setattr(home, "BAR_AFTER", after)
         for method, own in slow.items():

@@ -33,7 +33,7 @@ def scalar_open(log_alpha: float) -> float:
 
 @given(log_alpha=LOG_ALPHAS, u=st.floats(1e-4, 1 - 1e-4))
 def test_a_gate_is_the_published_formula(log_alpha, u):
-    gate = gates_at(torch.tensor([log_alpha]).double(), torch.tensor([u]).double())
+    gate = gates_at(*(torch.tensor([x], dtype=torch.float64) for x in (log_alpha, u)))
     assert float(gate[0]) == pytest.approx(scalar_gate(log_alpha, u), abs=1e-12)
 
 
