@@ -28,7 +28,6 @@ from tl_edgeprune import (
 )
 from tl_edgeprune.forward.buffers import BufferPool
 from tl_edgeprune.forward.masked_model import MaskedModel
-from tl_edgeprune.tasks.library.ioi import NAMES
 from tl_edgeprune.forward.residual import Stream
 from tl_edgeprune.forward.span_masks import Spans, read_at_spans_naive
 from tl_edgeprune.objectives import OBJECTIVES
@@ -36,6 +35,7 @@ from tl_edgeprune.runs.targets import Teacher
 from tl_edgeprune.runs.task_checks import task_for
 from tl_edgeprune.search.full_cuts import WholeCuts
 from tl_edgeprune.search.partial_cuts import PartCuts
+from tl_edgeprune.tasks.library import ioi as ioi_task
 
 NAMES = ("A", "B", "rest")
 QUICK = {"bridge-gpt2", "bridge-olmo2", "native-no-norm"}
@@ -414,7 +414,7 @@ def test_spans_of_the_tasks(kind):
         after = (ioi.spans[pair] == ioi.span_names.index("S1")).nonzero()[0, 0] + 1
         assert ioi.spans[pair][after] == ioi.span_names.index("S1+1")
         others = texts(model, ioi.corrupted[pair], ioi, pair, "S1")
-        assert others[0] in NAMES and others != [subject]
+        assert others[0] in ioi_task.NAMES and others != [subject]
     stream = tasks.stream("ioi-t1", model, n=3)
     assert stream.chunk(0).span_names == ioi.span_names
     years = tasks.load("greater-than", model, n=10)
