@@ -35,6 +35,7 @@ from tl_edgeprune.runs.targets import Teacher
 from tl_edgeprune.runs.task_checks import task_for
 from tl_edgeprune.search.full_cuts import WholeCuts
 from tl_edgeprune.search.partial_cuts import PartCuts
+from tl_edgeprune.tasks.library import greater_than
 from tl_edgeprune.tasks.library import ioi as ioi_task
 
 NAMES = ("A", "B", "rest")
@@ -420,7 +421,7 @@ def test_spans_of_the_tasks(kind):
     years = tasks.load("greater-than", model, n=10)
     for pair, clean in enumerate(years.clean):
         (noun,) = texts(model, clean, years, pair, "noun")
-        assert noun in tasks.greater_than.EVENTS
+        assert noun in greater_than.EVENTS
         assert "".join(texts(model, clean, years, pair, "XX")) in map(str, range(11, 20))
         assert "".join(texts(model, years.corrupted[pair], years, pair, "YY")) == "01"
     people = tasks.load("gendered-pronoun", model, n=10)
