@@ -45,6 +45,7 @@ CLASSLESS = (
     *("docs", "faithfulness", "local_folder", "full_disk", "killed", "packaging"),
     *("mib", "knockouts", "learned_constants", "gates", "measures", "objectives"),
     *("cost_model", "polish", "pruner", "report", "report_page", "residual", "roc", "scores"),
+    "earlier_files",
     *("stability", "stream", "solved", "task_families", "task_tables", "trainer"),
     *("reading", "two_runs", "wrong_settings"),
 )

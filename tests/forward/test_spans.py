@@ -35,7 +35,7 @@ from tl_edgeprune.runs.targets import Teacher
 from tl_edgeprune.runs.task_checks import task_for
 from tl_edgeprune.search.full_cuts import WholeCuts
 from tl_edgeprune.search.partial_cuts import PartCuts
-from tl_edgeprune.tasks.library import greater_than
+from tl_edgeprune.tasks.library import gendered_pronoun, greater_than
 from tl_edgeprune.tasks.library import ioi as ioi_task
 
 NAMES = ("A", "B", "rest")
@@ -429,7 +429,7 @@ def test_spans_of_the_tasks(kind):
     assert first.span_names == second.span_names == people.span_names
     for pair, clean in enumerate(people.clean):
         (name,) = texts(model, clean, people, pair, "name")
-        assert name in tasks.gendered_pronoun.GIRLS + tasks.gendered_pronoun.BOYS
+        assert name in gendered_pronoun.GIRLS + gendered_pronoun.BOYS
 
 
 PAIR = {
