@@ -124,6 +124,21 @@ class MaskedModel:
             )
         ]
 
+    @property
+    def device(self) -> torch.device:
+        """Where tokens, masks and gates go: the device of the first layer."""
+        return self.sites.attention[0].output.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weights' dtype."""
+        return self.sites.attention[0].output.dtype
+
+    @property
+    def d_model(self) -> int:
+        """The residual stream's size."""
+        return self.sites.attention[0].output.shape[-1]
+
     @classmethod
     @contextmanager
     def attach(
