@@ -242,7 +242,7 @@ def test_inputs_other_than_whole_batches_of_tokens(name: str) -> None:
         ({"position_ids": torch.arange(7)[None]}, "position_ids is not supported inside masked"),
         (
             {"attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7])},
-            "padding masks are not supported inside masked: give prompts of one length a batch",
+            "padding masks are not supported inside masked: give prompts of one length per batch",
         ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
@@ -270,7 +270,9 @@ def test_tokens_padded_on_the_left(stories: Any) -> None:
         padding = torch.full((1, 3), tokenizer.pad_token_id)
         tokens = torch.cat([padding, torch.full((1, 4), 7)], dim=1)
         with masked(stories, ones(stories), ablation="zero"):
-            with refused("tokens start with padding: give prompts of one length a batch, unpadded"):
+            with refused(
+                "tokens start with padding: give prompts of one length per batch, unpadded"
+            ):
                 stories(tokens)
     finally:
         tokenizer.padding_side = side

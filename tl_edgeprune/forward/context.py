@@ -1,4 +1,4 @@
-"""`masked`: the model itself, its edges masked for as long as a context lasts."""
+"""`masked`: the model itself, with its edges masked for as long as a context lasts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from tl_edgeprune.ablation.constants import Ablation
 from tl_edgeprune.circuits.neurons import Neurons
-from tl_edgeprune.forward.masked_model import MaskedModel, check_ablation, check_mask
+from tl_edgeprune.forward.call_checks import check_mask
+from tl_edgeprune.forward.masked_model import MaskedModel, check_ablation
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.hooks.modules import model_kind
 from tl_edgeprune.hooks.prompt_checks import check_corrupted, check_prompts
@@ -30,29 +31,31 @@ def masked(
     graph: EdgeGraph | None = None,
     neurons: Neurons | Shaped[Tensor, "place unit"] | None = None,
 ) -> Iterator[Any]:
-    """The model itself, its edges masked for as long as the context lasts.
+    """The model itself, with its edges masked for as long as the context lasts.
 
     Args:
         circuit_or_mask: a Circuit, or a mask [n_edges] of bools or floats (1 keeps an edge, 0
-            removes it, and any other number lies on the line through the two, also beyond; may
-            require gradients, and may change in place between forwards).
+            removes it, other numbers interpolate or extrapolate linearly; may require gradients,
+            and may change in place between forwards).
         corrupted: the prompts whose activations replace removed edges, position by position.
         ablation: "counterfactual" (needs `corrupted`; the default with it), "zero",
             "zero-with-biases" (heads' shares of the output biases go with them), "mean" or
             "mean-positional" (means over `prompts`), or Constants that were learned.
-        positions: the positions whose logits are wanted, [batch, read]: the model then gives
-            [batch, read, d_vocab] in place of [batch, pos, d_vocab].
-        spans: each position's span, as its place among the graph's spans (`batch.spans`), for a
-            circuit or mask with spans. One by position needs none.
-        graph: the mask's graph, where it is not `EdgeGraph.from_model(model)`.
-        neurons: Neurons, or gates as the mask's numbers are: [n_layers, d_mlp] on the MLPs' hidden
-            neurons or [n_sources, d_model] on what each source writes (neurons.py).
+        positions: the positions to compute logits at, [batch, read]: the model then returns
+            [batch, read, d_vocab] instead of [batch, pos, d_vocab].
+        spans: the span of each position, as an index into the graph's spans (`batch.spans`), for a
+            circuit or mask with spans. Edges by position do not need it.
+        graph: the mask's graph, if it is not `EdgeGraph.from_model(model)`.
+        neurons: Neurons, or gates with numbers like the mask's: [n_layers, d_mlp] on the MLPs'
+            hidden neurons or [n_sources, d_model] on what each source writes.
 
-    Yields the model. Weights are frozen inside; hooks, flags, gradients and mode are on leaving as
-    they were. Raises ValueError for a mask of another length or kind, for tokens of another shape
-    than `corrupted`, outside the vocabulary or past the last position, for KV caches, padding
-    masks, active dropout, `generate`, and for hooks of your own where the mask would overrule them;
-    NotImplementedError for a model that does not split.
+    Yields the model. Its weights are frozen inside the context; hooks, flags, gradients and mode
+    are restored on leaving.
+
+    Raises ValueError for a mask of another length or dtype, for tokens of another shape than
+    `corrupted`, outside the vocabulary or past the last position, for KV caches, padding masks,
+    active dropout, `generate`, and for hooks of your own that the mask would override;
+    NotImplementedError for a model that does not split into the graph's sources.
 
     Bhaskar et al. 2024, equations 1 to 3; x_i = r_i + sum_j z_ij (y_j - ref_j).
     """
@@ -62,7 +65,7 @@ def masked(
     if corrupted is not None:
         check_corrupted(model, corrupted)
     check_prompts(model, () if prompts is None else prompts, "prompts")
-    with MaskedModel.attach(model, _wanted_graph(circuit_or_mask, graph), neurons) as run:
+    with MaskedModel.attach(model, _graph_of(circuit_or_mask, graph), neurons) as run:
         check_mask(mask, run.graph)
         gates = run.gates_of(neurons)
         reference = run.reference(kind, corrupted=corrupted, prompts=prompts)
@@ -71,11 +74,13 @@ def masked(
             yield model
 
 
-def _wanted_graph(circuit_or_mask: Any, graph: EdgeGraph | None) -> EdgeGraph | None:
-    own = getattr(circuit_or_mask, "graph", graph)
-    if graph is not None and own != graph:
-        raise ValueError(f"the circuit has its own graph, {own}, and graph={graph} is another.")
-    return own
+def _graph_of(circuit_or_mask: Any, graph: EdgeGraph | None) -> EdgeGraph | None:
+    circuit_graph = getattr(circuit_or_mask, "graph", graph)
+    if graph is not None and circuit_graph != graph:
+        raise ValueError(
+            f"the circuit has its own graph, {circuit_graph}, and graph={graph} is another."
+        )
+    return circuit_graph
 
 
 def _mask_of(circuit_or_mask: Any) -> Tensor:

@@ -5,9 +5,9 @@
 2. Each destination reads its own mix of differences. Attention's reads are normalised, projected
    and handed to the model at `hook_q`, `hook_k`, `hook_v`; an MLP's read at `hook_mlp_in`; the
    logits' read at the last residual stream.
-3. The model computes everything in between itself. Its own residual stream flows on, unread.
+3. The model computes everything in between itself. Nothing reads its own residual stream.
 
-`masked` is the drop-in context; `MaskedModel` is what it is made of, for loops that change the
+`masked` is the public context; it is built on `MaskedModel`, which serves loops that change the
 mask, the reference and the positions from one forward to the next.
 """
 
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -30,6 +30,13 @@ from tl_edgeprune.ablation.recording import record
 from tl_edgeprune.ablation.reference import ABLATIONS, ZERO_WITH_BIASES, Reference
 from tl_edgeprune.circuits.neurons import MLP, Neurons, kind_of
 from tl_edgeprune.forward.buffers import BufferPool
+from tl_edgeprune.forward.call_checks import (
+    GENERATORS,
+    check_call,
+    check_mask,
+    refuse_dropout,
+    refuse_generation,
+)
 from tl_edgeprune.forward.forward_pass import Forward, Held, Inputs
 from tl_edgeprune.forward.neuron_gates import check_constants, check_gates
 from tl_edgeprune.forward.self_check import check_neurons_once, check_once, hidden_shape
@@ -41,51 +48,25 @@ from tl_edgeprune.hooks.norms import identity
 from tl_edgeprune.hooks.prompt_checks import check_prompts
 from tl_edgeprune.hooks.sites import Sites
 from tl_edgeprune.hooks.unused_work import idle_work, resting
-
-GENERATORS = ("generate", "generate_stream", "hf_generate", "diffusion_generate")
-REFUSED_ARGUMENTS = {
-    "past_kv_cache": "a KV cache",
-    "past_key_values": "a KV cache",
-    "start_at_layer": "start_at_layer",
-    "stop_at_layer": "stop_at_layer",
-    "inputs_embeds": "inputs_embeds",
-    "pixel_values": "pixel_values",
-    "shortformer_pos_embed": "shortformer position embeddings",
-    "position_ids": "position_ids",
-}
+from tl_edgeprune.tasks.batch import Batch
 
 
-def _graph_of(sites: Sites, wanted: EdgeGraph | None) -> EdgeGraph:
-    """The model's graph, which is the wanted one."""
-    if wanted is None:
+def _graph_of(sites: Sites, graph: EdgeGraph | None) -> EdgeGraph:
+    """The model's graph. Raises ValueError if `graph` is that of another model."""
+    if graph is None:
         return sites.graph(split_qkv=True, split_embeddings=False)
-    actual = sites.graph(split_qkv=wanted.split_qkv, split_embeddings=wanted.split_embeddings)
-    actual = actual.at(wanted.spans)
-    if wanted != actual:
+    actual = sites.graph(split_qkv=graph.split_qkv, split_embeddings=graph.split_embeddings)
+    actual = actual.at(graph.spans)
+    if graph != actual:
         raise ValueError(
-            f"the circuit or mask is for another model: its graph is {wanted}, this model's "
+            f"the circuit or mask is for another model: its graph is {graph}, this model's "
             f"{actual}."
         )
     return actual
 
 
-def check_mask(mask: Shaped[Tensor, "..."], graph: EdgeGraph) -> None:
-    """Raise ValueError unless `mask` is a float or bool vector over the graph's edges without
-    NaN.
-    """
-    if mask.shape != (graph.n_edges,):
-        raise ValueError(
-            f"the mask has shape {tuple(mask.shape)}, expected ({graph.n_edges},): one value for "
-            f"each edge of {graph}, in the order of graph.edges."
-        )
-    if not (mask.is_floating_point() or mask.dtype == torch.bool):
-        raise ValueError(f"the mask has dtype {mask.dtype}, expected floats in [0, 1] or bool.")
-    if not bool(torch.isfinite(mask).all()):
-        raise ValueError("the mask holds NaN or infinite values; expected numbers in [0, 1].")
-
-
 def check_ablation(kind: Ablation) -> None:
-    """Raise ValueError for an unknown name, TypeError for what is neither a name nor constants."""
+    """Raise ValueError for an unknown name, TypeError for anything but a name or Constants."""
     if not isinstance(kind, str | Constants):
         raise TypeError(
             f"ablation={kind!r:.100}: expected one of {', '.join(ABLATIONS)}, or Constants."
@@ -102,6 +83,14 @@ def check_ablation(kind: Ablation) -> None:
         )
 
 
+@runtime_checkable
+class PreparedBatch(Protocol):
+    """A batch of pairs on the model's device, with the reference of its removed edges."""
+
+    batch: Batch
+    reference: Reference
+
+
 class MaskedModel:
     """A model whose edges are masked, one forward at a time: `run(tokens, mask, reference)`."""
 
@@ -110,16 +99,16 @@ class MaskedModel:
         self._dropouts = dropouts(model)
         self.pool = BufferPool()
         self._inputs: Inputs | None = None
-        self._forward: Any = None  # a Forward, or the handler of a part
+        self._forward: Any = None  # a Forward, or another handler of the hooks (`handled`)
         self.model_forward: Callable[..., Any] = model.forward
-        self._names = list(inspect.signature(self.model_forward).parameters)
+        self._parameter_names = list(inspect.signature(self.model_forward).parameters)
         self._points = sites.overwritten(model)
-        self.neurons: str | None = None  # the kind of gates that it takes, and their shape
+        self.neurons: str | None = None  # the kind of neurons that have gates, and the gates' shape
         self.neuron_shape = (0, 0)
         self._idle = [
-            stand_in
+            replacement
             for block, site in zip(model.blocks, sites.attention, strict=True)
-            for stand_in in idle_work(
+            for replacement in idle_work(
                 block, norm_precedes=site.norm is not identity, parallel=sites.parallel
             )
         ]
@@ -147,12 +136,15 @@ class MaskedModel:
         graph: EdgeGraph | None = None,
         neurons: Neurons | Tensor | str | None = None,
     ) -> Iterator[MaskedModel]:
-        """Attach hooks for as long as the context lasts; without `set`, the model runs as ever.
+        """Attach hooks for as long as the context lasts. Without `set`, the model runs unmasked.
 
-        `neurons`: a kind of neurons, or some of that kind, to take gates on.
+        Args:
+            graph: the graph of the masks; the model's own by default.
+            neurons: a kind of neurons, or some of that kind, to put gates on.
 
-        The first time that a model is seen, checks on a few tokens that it does split into the
-        graph's sources: with every edge kept it must give its own logits.
+        The first run of a model checks on a few tokens that it splits into the graph's sources:
+        with every edge kept it must give its own logits. Raises NotImplementedError if it does
+        not, and ValueError for the graph of another model.
         """
         sites = find_sites(model)
         graph = _graph_of(sites, graph)
@@ -172,7 +164,7 @@ class MaskedModel:
 
     def _take_neurons(self, kind: str) -> None:
         self.neurons = kind
-        self.neuron_shape = (self.graph.n_sources, self.sites.attention[0].output.shape[-1])
+        self.neuron_shape = (self.graph.n_sources, self.d_model)
         if kind == MLP:
             self.neuron_shape = hidden_shape(self)
             check_neurons_once(self)
@@ -180,8 +172,9 @@ class MaskedModel:
     def gates_of(
         self, neurons: Neurons | Shaped[Tensor, "..."] | None
     ) -> Shaped[Tensor, "place unit"] | None:
-        """Gates as a forward takes them. Raises ValueError for those of another shape, and where no
-        kind of neurons was attached.
+        """The gates of neurons, as `__call__` takes them.
+
+        Raises ValueError for gates of another shape, and if no kind of neurons was attached.
         """
         gates = neurons.mask if isinstance(neurons, Neurons) else neurons
         if gates is not None and self.neurons is None:
@@ -204,17 +197,36 @@ class MaskedModel:
     ) -> Float[Tensor, "batch read d_vocab"]:
         """Logits under a mask, at `positions` or everywhere.
 
-        `held`: sources to hold. `contract`: the differences that the mask's gradient is taken
-        against, where they are not this run's own. `whole`: the mask is 1 everywhere (only its
-        gradient is wanted), and reads need no products. `spans`: each position's, where the graph
-        has them (it is of no account where not). `neurons`: gates, of the attached kind's shape.
+        Args:
+            held: sources whose outputs are held at a share of their difference.
+            contract: the differences that the mask's gradient is taken against; this run's own by
+                default.
+            whole: says that the mask is 1 everywhere and only its gradient is needed: reads are
+                then sums, without products.
+            spans: the span of each position; ignored if the graph has no spans.
+            neurons: gates, of the shape of the attached kind (`neuron_shape`).
         """
-        before = self._inputs
-        self._inputs = Inputs(mask, reference, positions, held, contract, whole, spans, neurons)
-        try:
+        inputs = Inputs(mask, reference, positions, held, contract, whole, spans, neurons)
+        with self._inputs_set_to(inputs):
             return self._run(tokens)
-        finally:
-            self._inputs = before
+
+    def logits(
+        self,
+        prepared: PreparedBatch,
+        mask: Shaped[Tensor, " edge"],
+        reference: Reference | None = None,
+        **options: Any,
+    ) -> Float[Tensor, "batch read d_vocab"]:
+        """Logits of a batch of pairs under a mask, at the batch's read positions.
+
+        Args:
+            prepared: the batch, on the model's device, with its reference (of runs/targets.py).
+            reference: what removed edges carry, instead of the batch's own reference.
+            options: `held`, `contract`, `whole` and `neurons` of `__call__`.
+        """
+        batch = prepared.batch
+        reference = prepared.reference if reference is None else reference
+        return self(batch.clean, mask, reference, batch.positions, spans=batch.spans, **options)
 
     def set(
         self,
@@ -225,7 +237,7 @@ class MaskedModel:
         spans: Tensor | None = None,
         neurons: Tensor | None = None,
     ) -> None:
-        """What the model's own forwards run with, inside `shadowed`."""
+        """Set what the model's own forward runs with, inside `shadowed`."""
         if spans is not None and not self.graph.spans:
             raise ValueError(
                 "spans=… belongs to a circuit or mask of a graph with spans, and this one's edges "
@@ -240,16 +252,22 @@ class MaskedModel:
         corrupted: Int[Tensor, "batch pos"] | None = None,
         prompts: Any = None,
     ) -> Reference:
-        """The reference of an ablation; all but the counterfactual one expand to any batch."""
+        """The reference of an ablation: of any batch, except under counterfactual ablation.
+
+        Args:
+            kind: the ablation.
+            corrupted: the corrupted prompts of the batch, for counterfactual ablation.
+            prompts: the prompts that means are taken over.
+        """
         check_ablation(kind)
         if isinstance(kind, Constants):
             check_constants(self.neurons, kind)
             return kind.reference(self.sites, self.graph)
         if kind == "counterfactual":
             assert corrupted is not None
-            nowhere = corrupted.new_empty((len(corrupted), 0))
-            return self.record(corrupted, nowhere)[0]
-        with self._plain():
+            no_positions = corrupted.new_empty((len(corrupted), 0))
+            return self.record(corrupted, no_positions)[0]
+        with self._inputs_set_to(None):
             if kind in ("zero", ZERO_WITH_BIASES):
                 like, biases = self.sites.attention[0].output, kind == ZERO_WITH_BIASES
                 zero = zero_reference(self.sites, self.graph, like, bias_in_heads=biases)
@@ -257,7 +275,7 @@ class MaskedModel:
                     return zero
                 n_layers, width = self.neuron_shape
                 return replace(zero, hidden=like.new_zeros(n_layers, 1, 1, width))
-            self._refuse_dropout()
+            refuse_dropout(self.active_dropout())
             return mean_reference(
                 self.model, self.sites, self.graph, prompts, positional=kind == "mean-positional"
             )
@@ -269,99 +287,98 @@ class MaskedModel:
         mask: Shaped[Tensor, " edge"] | None = None,
         spans: Int[Tensor, "batch pos"] | None = None,
     ) -> Float[Tensor, "source row d_model"]:
-        """Each source's output in the run on `tokens` under `mask` (unmasked by default), less its
-        reference.
+        """Each source's output in the run on `tokens` under `mask` (unmasked by default), minus its
+        reference. Rows are batch * pos.
         """
-        whole = mask is None
+        unmasked = mask is None
         if mask is None:
-            mask = self.sites.attention[0].output.new_ones(self.graph.n_edges)
-            spans = torch.zeros_like(tokens)  # one is as another
-        kept: list[Tensor] = []
-        nowhere = tokens.new_empty((len(tokens), 0))
-        before = self._inputs
-        self._inputs = Inputs(mask, reference, nowhere, whole=whole, spans=spans)
-        try:
-            with torch.no_grad():
-                self._run(tokens, keep=kept)
-        finally:
-            self._inputs = before
-        return kept[0]
+            mask = torch.ones(self.graph.n_edges, device=self.device, dtype=self.dtype)
+            spans = torch.zeros_like(tokens)  # with every edge kept, the span changes nothing
+        copies: list[Tensor] = []
+        no_positions = tokens.new_empty((len(tokens), 0))
+        inputs = Inputs(mask, reference, no_positions, whole=unmasked, spans=spans)
+        with torch.no_grad(), self._inputs_set_to(inputs):
+            self._run(tokens, differences=copies)
+        return copies[0]
 
     def record(
         self, tokens: Int[Tensor, "batch pos"], positions: Int[Tensor, "batch read"] | None = None
     ) -> tuple[Reference, Float[Tensor, "batch read d_vocab"]]:
         """The unmasked model on `tokens`: its activations as a Reference, and its logits.
 
-        Logits at `positions`, or everywhere. Raises ValueError where dropout is active.
+        Logits at `positions`, or everywhere. Raises ValueError if dropout is active.
         """
-        self._refuse_dropout()
-        with self._plain():
+        refuse_dropout(self.active_dropout())
+        with self._inputs_set_to(None):
             return record(self.model, self.sites, self.graph, tokens, positions)
 
     @contextmanager
     def shadowed(self) -> Iterator[None]:
-        """The model's own `forward` runs masked, and its generators refuse, inside this context."""
-        shadows: dict[str, Any] = {"forward": self._seen_run}
-        shadows |= {name: _refuse_generation for name in GENERATORS if hasattr(self.model, name)}
-        own = self.model.__dict__
-        before = {name: own[name] for name in shadows if name in own}
-        own.update(shadows)
+        """Inside this context, the model's own `forward` runs masked and its generators refuse."""
+        shadows: dict[str, Any] = {"forward": self._user_call}
+        shadows |= {name: refuse_generation for name in GENERATORS if hasattr(self.model, name)}
+        attributes = self.model.__dict__
+        overwritten = {name: attributes[name] for name in shadows if name in attributes}
+        attributes.update(shadows)
         try:
             yield
         finally:
             for name in shadows:
-                own.pop(name, None)
-            own.update(before)
+                attributes.pop(name, None)
+            attributes.update(overwritten)
 
     @contextmanager
     def handled(self, handler: Any) -> Iterator[None]:
-        """The hooks go to `handler` (a method each, as `Forward` has them) in this context, where
-        parts of the model are run by themselves.
+        """Inside this context the hooks call `handler` (with one method per hook, as `Forward`),
+        for parts of the model that are run by themselves.
         """
-        before, self._forward = self._forward, handler
+        previous, self._forward = self._forward, handler
         try:
             yield
         finally:
-            self._forward = before
+            self._forward = previous
 
     @contextmanager
-    def _plain(self) -> Iterator[None]:
-        """The model unmasked, for a recording in between."""
-        before, self._inputs = self._inputs, None
+    def _inputs_set_to(self, inputs: Inputs | None) -> Iterator[None]:
+        """Inside this context the model runs with these inputs; None: unmasked."""
+        previous, self._inputs = self._inputs, inputs
         try:
             yield
         finally:
-            self._inputs = before
+            self._inputs = previous
 
-    def _seen_run(self, *args: Any, **kwargs: Any) -> Any:
-        """The user's own call: caches and hooks look on, so that nothing rests."""
-        return self._run(*args, seen=True, **kwargs)
+    def _user_call(self, *args: Any, **kwargs: Any) -> Any:
+        """A call by the user: hooks may read any activation, so nothing is skipped."""
+        return self._run(*args, by_user=True, **kwargs)
 
     def _run(
         self,
         *args: Any,
-        keep: list[Tensor] | None = None,
-        seen: bool = False,
+        differences: list[Tensor] | None = None,
+        by_user: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """The model's forward, checked before and after; `keep` takes a copy of the differences.
+        """The model's forward, checked before and after.
 
-        `seen`: by the user, so that the tokens are looked at, and nothing rests.
+        Args:
+            differences: a list that gets a copy of the sources' differences.
+            by_user: check the tokens as well, and skip no computation.
         """
         inputs = self._inputs
         if inputs is None:
             return self.model_forward(*args, **kwargs)
-        given = args[0] if args else kwargs.get("input", kwargs.get("input_ids"))
-        tokens = self._checked_call(given, dict(zip(self._names, args, strict=False)) | kwargs)
-        if seen:
+        first = args[0] if args else kwargs.get("input", kwargs.get("input_ids"))
+        arguments = dict(zip(self._parameter_names, args, strict=False)) | kwargs
+        tokens = self._checked_call(first, arguments)
+        if by_user:
             check_prompts(self.model, [tokens], "the batch")
         check_mask(inputs.mask, self.graph)
         self.gates_of(inputs.neurons)
         self._forward = Forward(self.graph, self.sites, self.pool, self.neurons, inputs, tokens)
         try:
-            with resting(() if seen else self._idle):
+            with resting(() if by_user else self._idle):
                 output = self.model_forward(*args, **kwargs)
-            self._forward.finish(output, keep)
+            self._forward.finish(output, differences)
             return output
         except BaseException:
             self._forward.abandon()
@@ -369,66 +386,26 @@ class MaskedModel:
         finally:
             self._forward = None
 
-    def _checked_call(self, tokens: Any, call: dict[str, Any]) -> Int[Tensor, "batch pos"]:
-        if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.is_floating_point():
-            given = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
-            raise ValueError(
-                f"expected tokens [batch, pos] inside masked, got {given}: use model.to_tokens "
-                "first."
-            )
-        for name, label in REFUSED_ARGUMENTS.items():
-            if call.get(name) is not None:
-                raise ValueError(
-                    f"{label} is not supported inside masked: run whole prompts, from tokens."
-                )
-        if call.get("use_cache"):
-            raise ValueError("a KV cache is not supported inside masked: run with use_cache=False.")
-        padding = call.get("attention_mask")
-        if padding is not None and not bool(torch.as_tensor(padding).bool().all()):
-            raise ValueError(
-                "padding masks are not supported inside masked: give prompts of one length a batch."
-            )
-        self._check_padding(tokens)
-        loss = call.get("labels") is not None or call.get("return_type") in ("loss", "both")
-        if loss and self._inputs is not None and self._inputs.positions is not None:
-            raise ValueError(
-                "a loss needs the logits at every position, but positions=… asks for some: take "
-                "the logits, or leave positions out."
-            )
+    def _checked_call(self, tokens: Any, arguments: dict[str, Any]) -> Int[Tensor, "batch pos"]:
+        some_positions = self._inputs is not None and self._inputs.positions is not None
+        tokens = check_call(self.model, tokens, arguments, some_positions=some_positions)
         refuse_hooks(self._points, inside=True)
-        self._refuse_dropout()
+        refuse_dropout(self.active_dropout())
         return tokens
-
-    def _refuse_dropout(self) -> None:
-        active = self.active_dropout()
-        if active:
-            raise ValueError(
-                f"dropout is active ({active[0]}, training mode): masked runs would differ from "
-                "one another. Call model.eval() first."
-            )
-
-    def _check_padding(self, tokens: Tensor) -> None:
-        # HookedTransformer masks left padding by itself, where its tokenizer pads on the left.
-        tokenizer = getattr(self.model, "tokenizer", None)
-        if getattr(tokenizer, "padding_side", None) != "left" or tokens.shape[1] < 2:
-            return
-        pad = getattr(tokenizer, "pad_token_id", None)
-        if pad is not None and bool((tokens[:, :2] == pad).all(1).any()):
-            raise ValueError(
-                "tokens start with padding: give prompts of one length a batch, unpadded."
-            )
-
-    def _at(self, method: str, place: tuple[int, ...], tensor: Tensor, hook: Any) -> Tensor | None:
-        forward = self._forward
-        return None if forward is None else getattr(forward, method)(tensor, *place)
 
     def active_dropout(self) -> list[str]:
         """Types of the modules that would drop activations now."""
         return [type(module).__name__ for module in self._dropouts if module.training]
 
+    def _call_handler(
+        self, method: str, indices: tuple[int, ...], tensor: Tensor, hook: Any
+    ) -> Tensor | None:
+        handler = self._forward
+        return None if handler is None else getattr(handler, method)(tensor, *indices)
+
     def _hooks(self) -> list[Hook]:
-        def at(method: str, *place: int) -> Callable[..., Tensor | None]:
-            return partial(self._at, method, place)
+        def at(method: str, *indices: int) -> Callable[..., Tensor | None]:
+            return partial(self._call_handler, method, indices)
 
         sites = self.sites
         hooks = [(sites.embed, at("embed"))] if self.graph.split_embeddings else []
@@ -447,10 +424,3 @@ class MaskedModel:
 
     def _close(self) -> None:
         self._inputs = self._forward = None
-
-
-def _refuse_generation(*_: Any, **__: Any) -> None:
-    raise ValueError(
-        "generate is not supported inside masked: its prompts grow token by token, and the "
-        "reference run has the length of the first. Run whole prompts and read their logits."
-    )

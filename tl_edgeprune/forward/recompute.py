@@ -35,9 +35,10 @@ from tl_edgeprune.ablation.recording import split_inputs
 from tl_edgeprune.ablation.reference import Reference
 from tl_edgeprune.circuits.neurons import Neurons
 from tl_edgeprune.forward.buffers import SOURCES_APART, BufferPool, add_rows
+from tl_edgeprune.forward.call_checks import check_mask
 from tl_edgeprune.forward.forward_pass import Held, checked_positions, fitting
 from tl_edgeprune.forward.half_blocks import Blocks
-from tl_edgeprune.forward.masked_model import MaskedModel, check_mask
+from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.forward.self_check import probe_tokens, relative, tolerance
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.hooks.shards import in_turns

@@ -25,7 +25,7 @@ class WholeCuts:
     def __init__(self, run: MaskedModel, lessons: Sequence[Lesson], loss_of: Objective) -> None:
         self.run, self.graph, self.loss_of = run, run.graph, loss_of
         self.lessons = list(lessons)
-        self.device = run.sites.attention[0].output.device
+        self.device = run.device
         self.heads_interact = heads_interact(run, self.lessons[0])
         self.runs = 0
         self.mask: Bool[Tensor, " edge"] = torch.ones(self.graph.n_edges, dtype=torch.bool)
@@ -112,9 +112,8 @@ class WholeCuts:
         self.mask[self.graph.reads[place].edges] &= ~cut.flatten()
 
     def _whole(self, lesson: Lesson, mask: Tensor) -> Float[Tensor, " pair"]:
-        batch = lesson.batch
-        logits = _logits(self.run, lesson, mask.to(self.device))
-        return losses(self.loss_of, logits, lesson.full, batch)
+        logits = self.run.logits(lesson, mask.to(self.device))
+        return losses(self.loss_of, logits, lesson.full, lesson.batch)
 
     @staticmethod
     def _cat(parts: list[Tensor]) -> Float[Tensor, "*candidate pair"]:
@@ -140,11 +139,9 @@ def heads_interact(run: MaskedModel, lesson: Lesson) -> bool:
     block = mask[graph.reads[0].edges].view(-1, graph.reads[0].n_sources)
     for read in graph.reads[1:-1]:  # a0.h0 leads nowhere
         mask[read.edges].view(-1, read.n_sources)[:, graph.first_head(0) :][:, :1] = False
-    before = _logits(run, lesson, mask)
+    before = run.logits(lesson, mask)
     block[: graph.n_spans] = False  # nor does it read anything, with its queries
-    return float((_logits(run, lesson, mask) - before).abs().max()) > 1e-4 * float(
-        before.abs().max()
-    )
+    return float((run.logits(lesson, mask) - before).abs().max()) > 1e-4 * float(before.abs().max())
 
 
 def first_pairs(lesson: Lesson, pairs: int = 2) -> Lesson:
@@ -154,8 +151,3 @@ def first_pairs(lesson: Lesson, pairs: int = 2) -> Lesson:
     fixed = lesson.reference.any_batch
     reference = lesson.reference if fixed else lesson.reference.select(rows)
     return Lesson(batch, lesson.full[:pairs], reference)
-
-
-def _logits(run: MaskedModel, lesson: Lesson, mask: Tensor) -> Float[Tensor, "batch read vocab"]:
-    batch = lesson.batch
-    return run(batch.clean, mask, lesson.reference, batch.positions, spans=batch.spans)
