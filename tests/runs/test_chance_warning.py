@@ -41,7 +41,9 @@ RUNS = {
 @pytest.mark.parametrize("run", RUNS)
 def test_a_task_at_chance_is_warned_of_once_at_the_callers_line(run):
     model = model_zoo.load("bridge-gpt2")
-    with pytest.warns(UserWarning, match="'guess' at chance: .* on 50% of 24 prompts") as told:
+    with pytest.warns(
+        UserWarning, match="at chance on task 'guess': .* on 50% of 24 prompts"
+    ) as told:
         RUNS[run](model, task_with(model, 0.5))
     (one,) = [w for w in told if "at chance" in str(w.message)]
     assert one.filename == __file__ and "tasks.keep_solved" in str(one.message)
@@ -67,7 +69,7 @@ def test_each_pair_counts_once_and_the_first_ones_decide():
     sets = replace(batch, right=batch.answers, wrong=batch.distractors)
     sets = replace(sets, answers=batch.answers[:, :0], distractors=batch.answers[:, :0])
     watch = ChanceWatch("sets", 100)
-    with pytest.warns(UserWarning, match="'sets' at chance"):
+    with pytest.warns(UserWarning, match="at chance on task 'sets'"):
         for first in range(0, 64, 8):
             watch.see(logits, replace(sets, indices=torch.arange(first, first + len(batch))))
     assert watch.done

@@ -20,7 +20,7 @@ from tl_edgeprune.objectives import kl
 from tl_edgeprune.runs import resume as saved_state
 from tl_edgeprune.runs.targets import Teacher
 from tl_edgeprune.search.cuts import find_cuts
-from tl_edgeprune.search.elimination import single_cuts
+from tl_edgeprune.search.edge_effects import edge_effects
 from tl_edgeprune.search.full_cuts import WholeCuts
 
 MODELS = ("bridge-gpt2", "bridge-llama-gqa")
@@ -56,8 +56,8 @@ def test_one_edge_at_a_time_is_textbook_elimination(name: str, monkeypatch) -> N
     first = scores.greedy(20, alive=True)
     assert first.n_edges >= 10
     scores = EdgeScores(graph, 1 + scores.ranking() * first.mask, {}, False)
-    everything = "tl_edgeprune.search.elimination.AT_LEAST"  # all, in each round
-    monkeypatch.setattr(everything, graph.n_edges)
+    fewest_cuts = "tl_edgeprune.search.elimination.MIN_CUT"  # all, in each round
+    monkeypatch.setattr(fewest_cuts, graph.n_edges)
     found = eliminate(model, task, scores, start=first.n_edges, stop=2, share=0.01)
     expected = by_definition(model, task, first.mask, graph, 2)
     assert len(expected) >= 5
@@ -68,7 +68,7 @@ def test_one_edge_at_a_time_is_textbook_elimination(name: str, monkeypatch) -> N
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("engine", ["whole", "fastest"])
-def test_single_cuts_are_what_the_model_does_without_the_edge(name: str, engine: str) -> None:
+def test_edge_effects_are_what_the_model_does_without_the_edge(name: str, engine: str) -> None:
     model, task = model_zoo.load(name), model_zoo.pairs(model_zoo.load(name), 5)
     graph = EdgeGraph.from_model(model)
     mask = some_scores(name).top(graph.n_edges // 2).mask
@@ -80,7 +80,7 @@ def test_single_cuts_are_what_the_model_does_without_the_edge(name: str, engine:
             cuts = find_cuts(run, teacher, kl, batch_size=2)
         cuts.set(mask)
         edges = mask.nonzero().flatten()[::9]
-        rises = single_cuts(cuts, edges)
+        rises = edge_effects(cuts, edges)
     before = evaluate(model, Circuit(graph, mask), task).kl
     for edge, rise in zip(edges.tolist(), rises.tolist(), strict=True):
         cut = mask.clone()
@@ -186,7 +186,7 @@ def singles_alone(model: Any, task: Any, circuit: Circuit) -> Tensor:
         cuts = find_cuts(run, Teacher(run, task), kl)
         cuts.set(circuit.mask)
         edges = circuit.mask.nonzero().flatten()
-        ranks[edges] = single_cuts(cuts, edges).float()
+        ranks[edges] = edge_effects(cuts, edges).float()
     return ranks
 
 
@@ -202,16 +202,16 @@ def test_a_stopped_run_goes_on_to_the_same_ranking(tmp_path, monkeypatch) -> Non
         rounds.append(len(edges))
         if len(rounds) == 6:
             raise KeyboardInterrupt
-        return single_cuts(cuts, edges)
+        return edge_effects(cuts, edges)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("tl_edgeprune.search.elimination.single_cuts", stopped)
+        patch.setattr("tl_edgeprune.search.elimination.edge_effects", stopped)
         eliminate(model, task, scores, **sizes, checkpoint=file)
-    monkeypatch.setattr("tl_edgeprune.search.elimination.single_cuts", counted := Counted())
+    monkeypatch.setattr("tl_edgeprune.search.elimination.edge_effects", counted := Counted())
     again = eliminate(model, task, scores, **sizes, checkpoint=file)
     assert again.tensor.equal(whole.tensor)
     rest = counted.calls
-    monkeypatch.setattr("tl_edgeprune.search.elimination.single_cuts", counted := Counted())
+    monkeypatch.setattr("tl_edgeprune.search.elimination.edge_effects", counted := Counted())
     eliminate(model, task, scores, **sizes)
     assert rest == counted.calls - 5
     with pytest.raises(ValueError, match="is of another run"):
@@ -219,14 +219,14 @@ def test_a_stopped_run_goes_on_to_the_same_ranking(tmp_path, monkeypatch) -> Non
 
 
 class Counted:
-    """`single_cuts`, counting its calls."""
+    """`edge_effects`, counting its calls."""
 
     def __init__(self) -> None:
         self.calls = 0
 
     def __call__(self, cuts: Any, edges: Tensor) -> Tensor:
         self.calls += 1
-        return single_cuts(cuts, edges)
+        return edge_effects(cuts, edges)
 
 
 def test_wrong_input_is_refused_before_any_run() -> None:

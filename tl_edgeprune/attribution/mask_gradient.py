@@ -1,10 +1,10 @@
-"""Scores from the mask's gradient: what EAP, mask-IG, EAP-IG and their kin share.
+"""Scores from the mask's gradient, shared by EAP, mask-IG, EAP-IG and similar methods.
 
 1. The masked forward gives d loss / d z for every edge at once.
 2. A method is a path: the points at which it takes that gradient. A point is a mask, sources that
    are held at a share of their difference, and the differences to take the gradient against.
 3. An edge's score is -d loss / d z, mean over the points and over the task's pairs, so a score
-   above 0 says that removing the edge raises the loss.
+   above 0 means that removing the edge raises the loss.
 """
 
 from __future__ import annotations
@@ -32,10 +32,9 @@ from tl_edgeprune.objectives import (
     mean_squared_error,
 )
 from tl_edgeprune.runs.chance_warning import ChanceWatch
-from tl_edgeprune.runs.provenance import origin
-from tl_edgeprune.runs.resume import UNSAVED, Saved, saving
+from tl_edgeprune.runs.resume import UNSAVED, Saved
+from tl_edgeprune.runs.session import open_session
 from tl_edgeprune.runs.targets import Lesson, Teacher
-from tl_edgeprune.runs.task_checks import check_tokens, graph_at
 from tl_edgeprune.runs.totals import each_lesson, total_over_pairs
 from tl_edgeprune.tasks.task import Task
 from tl_edgeprune.utils.grad_mode import with_gradients
@@ -58,9 +57,14 @@ def scores_along(
 ) -> EdgeScores:
     """The mean of -d loss / d mask over a path's points, as scores with their origin.
 
-    `positions`: "span" or "position" for edges with a mask in each (runs/task_checks.py).
-    `checkpoint`: a file to save to every half minute; if it is there, the run goes on.
-    `magnitudes`: of each point's and batch's absolute values in place of signed ones.
+    Args:
+        path: the points at which the gradient is taken.
+        objective: the task's own by default.
+        metadata: the method and its settings.
+        positions: "span" or "position" for edges with a mask in each (runs/task_checks.py).
+        checkpoint: a file that the state is saved to every half minute; if it exists, the run
+            continues from it.
+        magnitudes: sum absolute values per point and batch instead of signed ones.
     """
     loss_of = find_objective(objective, task)
 
@@ -103,28 +107,38 @@ def scored(
     positions: str | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> EdgeScores:
-    """What `score` gives for the model with hooks attached, the task's teacher and the state that a
-    stopped run has left, as scores with their origin.
+    """The scores of a function of the masked model, with their origin.
 
-    metadata: method, ablation, objective and what else belongs to the scores. targets: whether
-    the full model's answers are looked at.
+    Args:
+        score: gives the scores, from the model with hooks attached, the task's targets and the
+            saved state of a stopped run.
+        metadata: method, ablation, objective and what else belongs to the scores.
+        by_magnitude: whether edges are ranked by the scores' absolute values.
+        targets: whether the full model's logits are needed.
+
+    Raises ValueError for scores that are NaN or infinite.
     """
-    check_tokens(task, model)
-    graph = graph_at(model, graph, task, positions)
-    about = origin(model, task, **metadata)
-    with (
-        MaskedModel.attach(model, graph) as run,
-        saving(checkpoint, about, metadata | {"batch_size": batch_size}, run, task) as saved,
-    ):
-        kind = metadata.get("ablation", "zero")  # without one, no reference is looked at
-        teacher = Teacher(run, task, kind, batch_size=batch_size, targets=targets, visits=0)
-        scores = score(run, teacher, saved)
+    with open_session(
+        model,
+        task,
+        graph=graph,
+        positions=positions,
+        needs_objective=False,
+        ablation=metadata.get("ablation", "zero"),  # a method without one never reads a reference
+        batch_size=batch_size,
+        metadata={"ablation": "counterfactual", **metadata},
+        settings={**metadata, "batch_size": batch_size},
+        checkpoint=checkpoint,
+        targets=targets,
+        visits=0,
+    ) as session:
+        scores = score(session.run, session.targets, session.saved)
     if not bool(torch.isfinite(scores).all()):
         raise ValueError(
             f"{metadata['method']} gives NaN or infinite scores on task {task.name!r}: check the "
             "model's weights and dtype before looking for a circuit in it."
         )
-    return EdgeScores(run.graph, scores.cpu(), about, by_magnitude)
+    return EdgeScores(session.graph, scores.cpu(), session.metadata, by_magnitude)
 
 
 def path_scores(
@@ -139,20 +153,24 @@ def path_scores(
     magnitudes: bool = False,
     saved: Saved = UNSAVED,
 ) -> Float[Tensor, " edge"]:
-    """-d loss/d mask, mean over the teacher's pairs and over the points of a path (on the CPU).
+    """-d loss/d mask, mean over the task's pairs and over the points of a path (on the CPU).
 
-    `max_pairs`: look at no more than about so many pairs.
+    Args:
+        max_pairs: use about this many pairs at most, drawn at random.
+        magnitudes: sum absolute values per point and batch instead of signed ones.
+        saved: the state that the sum continues from.
     """
 
-    def part(lesson: Lesson) -> Float[Tensor, " edge"]:
-        parts = [
+    def batch_scores(lesson: Lesson) -> Float[Tensor, " edge"]:
+        per_point = [
             -edge_gradient(run, lesson, point, loss_of, teacher.watch)
             for point in path(run, lesson)
         ]
-        return sum((p.abs() if magnitudes else p for p in parts), torch.zeros(())) / len(parts)
+        signed = (p.abs() if magnitudes else p for p in per_point)
+        return sum(signed, torch.zeros(())) / len(per_point)
 
     total, pairs = total_over_pairs(
-        part,
+        batch_scores,
         torch.zeros(run.graph.n_edges, device=teacher.device),
         teacher,
         batch_size=batch_size,
@@ -172,25 +190,16 @@ def edge_gradient(
 ) -> Float[Tensor, " edge"]:
     """d (sum of the prompts' losses) / d mask, at a point.
 
-    `watch` sees the logits where the point is the full model's run.
+    `watch` counts the right answers in the logits if the point is the full model's run.
     """
-    batch = lesson.batch
-    whole = bool((point.mask == 1).all())
-    mask = point.mask.to(batch.clean.device).requires_grad_()
+    full_mask = bool((point.mask == 1).all())
+    mask = point.mask.to(run.device).requires_grad_()
+    options = {"held": point.held, "contract": point.contract, "whole": full_mask}
     with with_gradients("this method"):
-        logits = run(
-            batch.clean,
-            mask,
-            lesson.reference,
-            batch.positions,
-            point.held,
-            point.contract,
-            spans=batch.spans,
-            whole=whole,
-        )
-        if watch is not None and whole and (point.held is None or point.held.share == 1):
-            watch.see(logits, batch)
-        loss = losses(loss_of, logits, lesson.full, batch).sum()
+        logits = run.logits(lesson, mask, **options)
+        if watch is not None and full_mask and (point.held is None or point.held.share == 1):
+            watch.see(logits, lesson.batch)
+        loss = losses(loss_of, logits, lesson.full, lesson.batch).sum()
         (grad,) = torch.autograd.grad(loss, mask)
     return grad
 
@@ -198,22 +207,23 @@ def edge_gradient(
 def differentiable_at_one(
     objective: str | Objective | None, task: Task, method: str
 ) -> str | Objective:
-    """An objective with a gradient at the full model: the logit difference unless told otherwise.
+    """An objective with a gradient at the full model: by default the logit difference, if the task
+    has one.
 
     Raises ValueError for the KL and the squared error, which are smallest there.
     """
     if objective is None and has_logit_diff(task):
         return "logit-diff"
-    wanted = task.objective if objective is None else objective
-    if wanted in ("kl", "mse", kl, mean_squared_error):
-        name = getattr(wanted, "__name__", wanted)
+    objective = task.objective if objective is None else objective
+    if objective in ("kl", "mse", kl, mean_squared_error):
+        name = getattr(objective, "__name__", objective)
         raise ValueError(
             f"objective {name!r} is smallest at the full model, so its gradient there is zero and "
             f"{method}'s scores would be noise. Use 'logit-diff' (it needs an answer and a "
             "distractor of one token each), 'prob-diff' (sets of right and wrong tokens), "
             "'log-prob', or a method that looks further: mask-ig, eap-ig."
         )
-    return wanted
+    return objective
 
 
 def gate_scores(
@@ -226,9 +236,9 @@ def gate_scores(
     max_pairs: int | None = None,
     progress: bool = False,
 ) -> Float[Tensor, "place unit"]:
-    """-d loss/d gate, mean over the teacher's pairs and over gates (1/2, 3/2, …)/steps, on the CPU.
+    """-d loss/d gate, mean over the task's pairs and over gates (1/2, 3/2, …)/steps, on the CPU.
 
-    Every edge is kept. `max_pairs`: look at no more than about so many pairs.
+    Every edge is kept. `max_pairs`: use about this many pairs at most, drawn at random.
     """
     total, pairs = torch.zeros(run.neuron_shape), 0
     for lesson in each_lesson(
@@ -240,26 +250,18 @@ def gate_scores(
     ):
         pairs += len(lesson.batch)
         for step in range(steps):
-            total -= _gradient(run, lesson, (step + 0.5) / steps, loss_of) / steps
+            total -= _gate_gradient(run, lesson, (step + 0.5) / steps, loss_of) / steps
     return total / pairs
 
 
-def _gradient(
-    run: MaskedModel, lesson: Lesson, at: float, loss_of: Objective
+def _gate_gradient(
+    run: MaskedModel, lesson: Lesson, gate: float, loss_of: Objective
 ) -> Float[Tensor, "place unit"]:
-    """d (sum of the prompts' losses) / d gates, every gate at the same value."""
-    batch = lesson.batch
-    mask = torch.ones(run.graph.n_edges, device=batch.clean.device)
-    gates = mask.new_full(run.neuron_shape, at).requires_grad_()
+    """d (sum of the prompts' losses) / d gates, with every gate at the same value (on the CPU)."""
+    mask = torch.ones(run.graph.n_edges, device=run.device)
+    gates = mask.new_full(run.neuron_shape, gate).requires_grad_()
     with torch.enable_grad():
-        logits = run(
-            batch.clean,
-            mask,
-            lesson.reference,
-            batch.positions,
-            whole=True,
-            spans=batch.spans,
-            neurons=gates,
-        )
-        (grad,) = torch.autograd.grad(losses(loss_of, logits, lesson.full, batch).sum(), gates)
+        logits = run.logits(lesson, mask, whole=True, neurons=gates)
+        loss = losses(loss_of, logits, lesson.full, lesson.batch).sum()
+        (grad,) = torch.autograd.grad(loss, gates)
     return grad.cpu()

@@ -1,20 +1,20 @@
 """ACDC: remove edges one at a time, from the logits back, where the objective hardly notices.
 
 1. Start from the full model. Its objective (KL to itself by default) is the current value.
-2. Visit destinations in reverse topological order: the logits; then from the last layer to the
-   first its MLP, its heads' values, keys and queries, each from the last head to the first.
-   Within a destination visit sources from the latest to the earliest. (All that is the reverse of
+2. Visit destinations in reverse topological order: the logits; then, from the last layer to the
+   first, its MLP and its heads' values, keys and queries, each from the last head to the first.
+   Within a destination visit sources from the latest to the earliest. (This is the reverse of
    `graph.edges`.)
-3. Remove the edge if the objective, mean over all pairs of the task, then is less than `threshold`
-   above its current value, which becomes the new current value. Otherwise keep the edge.
-4. A destination that leads to the logits by no kept edge cannot matter: its edges are removed
-   without a run. (Where heads of a layer act on one another beside the residual stream, by a norm
-   over their sum, they can matter, and are tried like all others.)
+3. Remove the edge if the objective, mean over all pairs of the task, is then less than `threshold`
+   above its current value, and make it the new current value. Otherwise keep the edge.
+4. A destination from which no kept edges lead to the logits cannot matter: its edges are removed
+   without a run. (If heads of a layer act on one another beside the residual stream, by a norm
+   over their sum, such a destination can matter, and its edges are tried like all others.)
 
 Conmy, Mavor-Parker, Lynch, Heimersheim and Garriga-Alonso 2023, "Towards Automated Circuit
 Discovery for Mechanistic Interpretability" (arXiv 2304.14997), algorithm 1. As in the published
-code, the value to compare with is that of the last accepted removal. It leaves open how queries,
-keys and values are ordered; step 2 says it.
+code, the value to compare with is that of the last accepted removal. The paper leaves the order of
+queries, keys and values open; here it is that of step 2.
 
 `search/sequential.py` decides several edges in one run, with the sequence's own result;
 `search="bisect"` removes groups of edges instead (`search/grouped.py`).
@@ -35,13 +35,11 @@ from tqdm.auto import tqdm
 
 from tl_edgeprune.ablation.constants import Ablation
 from tl_edgeprune.circuits.circuit import Circuit
-from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.graph.edge_graph import EdgeGraph
-from tl_edgeprune.objectives import Objective, find_objective
-from tl_edgeprune.runs.provenance import origin
-from tl_edgeprune.runs.resume import Saved, saving
-from tl_edgeprune.runs.targets import BAR_AFTER, Teacher
-from tl_edgeprune.runs.task_checks import check_tokens, graph_at
+from tl_edgeprune.objectives import Objective
+from tl_edgeprune.runs.resume import Saved
+from tl_edgeprune.runs.session import open_session
+from tl_edgeprune.runs.targets import BAR_AFTER
 from tl_edgeprune.search.cuts import find_cuts
 from tl_edgeprune.search.full_cuts import WholeCuts
 from tl_edgeprune.search.grouped import Stage, in_groups
@@ -79,55 +77,56 @@ def acdc(
             runs, for an objective with a gradient.
         positions: "span" or "position" for edges with a mask in each (runs/task_checks.py); within
             a destination, spans are visited from the last to the first.
-        batch_size: pairs that run together. Every pair of the task is used, whatever it is.
-        checkpoint: a file to save to every half minute; if it is there, the run goes on.
+        batch_size: pairs per forward pass. Every pair of the task is used, whatever it is.
+        checkpoint: a file that the state is saved to every half minute; if it exists, the run
+            continues from it.
 
-    Returns a Circuit. Its metadata tell threshold, search, `runs` (how often the objective was
+    Returns a Circuit. Its metadata hold threshold, search, `runs` (how often the objective was
     evaluated on all pairs) and `objective_at_end`.
 
-    Warns where no edge or every edge is kept. Raises ValueError for a negative or NaN threshold,
-    an unknown search, and a checkpoint of another run.
+    Warns if no edge or every edge is kept. Raises ValueError for a negative or NaN threshold,
+    an unknown search, and the checkpoint of another run.
     """
     _check(threshold, search)
-    loss_of = find_objective(objective, task)
-    check_tokens(task, model)
-    graph = graph_at(model, graph, task, positions)
-    about = origin(
+    with open_session(
         model,
         task,
-        method="acdc",
+        graph=graph,
+        positions=positions,
         objective=objective,
         ablation=ablation,
-        threshold=float(threshold),
-        search=search,
-    )
-    settings = {"objective": objective, "ablation": ablation}
-    with (
-        MaskedModel.attach(model, graph) as run,
-        saving(checkpoint, about, settings, run, task) as saved,
-    ):
-        mask, start, runs, stage = _before(saved, run.graph)
-        teacher = Teacher(run, task, ablation, batch_size=batch_size, max_bytes=0)
-        cuts = find_cuts(run, teacher, loss_of, batch_size=batch_size)
+        batch_size=batch_size,
+        metadata={"method": "acdc", "threshold": float(threshold), "search": search},
+        settings={"objective": objective, "ablation": ablation},
+        checkpoint=checkpoint,
+        max_bytes=0,
+    ) as session:
+        graph, saved = session.graph, session.saved
+        mask, undecided, runs, stage = _saved_search(saved, graph)
+        cuts = find_cuts(session.run, session.targets, session.loss_of, batch_size=batch_size)
         bar = tqdm(
-            total=run.graph.n_edges, desc="acdc", unit="edge", disable=not progress, delay=BAR_AFTER
+            total=graph.n_edges, desc="acdc", unit="edge", disable=not progress, delay=BAR_AFTER
         )
         with bar:
             report = _reporter(cuts, bar, saved)
             cuts.set(mask)
             cuts.runs += runs
-            report(start, stage)
+            report(undecided, stage)
             if search == "exact":
-                one_by_one(cuts, threshold, start, report)
+                one_by_one(cuts, threshold, undecided, report)
             else:
-                in_groups(cuts, teacher, threshold, start, stage, report, batch_size=batch_size)
-    circuit = Circuit(
-        run.graph,
-        cuts.mask,
-        about
-        | {"runs": cuts.runs, "objective_at_end": cuts.value}
-        | {"partial_runs": isinstance(cuts, PartCuts)},
-    )
+                in_groups(
+                    cuts,
+                    session.targets,
+                    threshold,
+                    undecided,
+                    stage,
+                    report,
+                    batch_size=batch_size,
+                )
+    counts = {"runs": cuts.runs, "objective_at_end": cuts.value}
+    counts |= {"partial_runs": isinstance(cuts, PartCuts)}
+    circuit = Circuit(graph, cuts.mask, session.metadata | counts)
     _warn_of_extremes(circuit, threshold)
     return circuit
 
@@ -150,14 +149,14 @@ def _warn_of_extremes(circuit: Circuit, threshold: float) -> None:
         return
     all_or_no, other = ("no", "lower") if circuit.n_edges == 0 else ("every", "higher")
     warnings.warn(
-        f"ACDC at threshold={threshold:g} keeps {all_or_no} edge: a {other} threshold gives a "
-        "circuit that tells something.",
+        f"ACDC at threshold={threshold:g} keeps {all_or_no} edge: a {other} threshold gives a more "
+        "informative circuit.",
         stacklevel=3,
     )
 
 
 def _reporter(cuts: WholeCuts, bar: Any, saved: Saved) -> Callable[..., None]:
-    """Tell the bar and the checkpoint that the edges from `edge` on are decided."""
+    """A function that shows and saves that the edges from `edge` on are decided."""
 
     def report(edge: int, stage: Stage = FIRST) -> None:
         kept = int(cuts.mask[edge:].sum())
@@ -174,17 +173,17 @@ def _reporter(cuts: WholeCuts, bar: Any, saved: Saved) -> Callable[..., None]:
     return report
 
 
-def _before(saved: Saved, graph: EdgeGraph) -> tuple[Tensor, int, int, Stage]:
+def _saved_search(saved: Saved, graph: EdgeGraph) -> tuple[Tensor, int, int, Stage]:
     """The mask, the edge from which on edges are decided, the runs so far, the stage."""
-    found = saved.load()
-    if found is None:
+    state = saved.load()
+    if state is None:
         return torch.ones(graph.n_edges, dtype=torch.bool), graph.n_edges, 0, FIRST
-    tensors, values = found
+    tensors, values = state
     with saved.damaged():
         mask = tensors["kept"]
         decided = of_kind(values["decided_from"], int, "decided_from")
         runs = of_kind(values["runs"], int, "runs")
-        stage = Stage(_reach(values["reach"]), _singles(values["singles"], tensors, graph))
+        stage = Stage(_checked_reach(values["reach"]), _singles(values["singles"], tensors, graph))
         if mask.dtype != torch.bool or mask.shape != (graph.n_edges,):
             raise ValueError(f"kept is {mask.dtype} of shape {tuple(mask.shape)}")
         if not 0 <= decided <= graph.n_edges or runs < 0:
@@ -192,21 +191,21 @@ def _before(saved: Saved, graph: EdgeGraph) -> tuple[Tensor, int, int, Stage]:
     return mask, decided, runs, stage
 
 
-def _reach(saved: Any) -> float | None:
-    if saved is not None and not 0 <= of_kind(saved, float, "reach") < math.inf:
-        raise ValueError(f"it says that groups reach {saved}")
-    return saved
+def _checked_reach(reach: Any) -> float | None:
+    if reach is not None and not 0 <= of_kind(reach, float, "reach") < math.inf:
+        raise ValueError(f"it says that groups reach {reach}")
+    return reach
 
 
-def _singles(saved: Any, tensors: dict[str, Tensor], graph: EdgeGraph) -> Singles | None:
-    """Where trying edges by themselves is."""
-    if saved is None:
+def _singles(note: Any, tensors: dict[str, Tensor], graph: EdgeGraph) -> Singles | None:
+    """The state of trying edges by themselves."""
+    if note is None:
         return None
-    values = of_kind(saved, dict, "singles")
-    left, removed = (of_kind(values[name], int, name) for name in ("reads_left", "removed"))
+    values = of_kind(note, dict, "singles")
+    reads_left, removed = (of_kind(values[name], int, name) for name in ("reads_left", "removed"))
     narrow, rises = of_kind(values["narrow"], bool, "narrow"), tensors["rises"]
-    if not 0 <= left <= len(graph.reads) or removed < 0:
-        raise ValueError(f"it says {left} reads left, {removed} edges removed")
+    if not 0 <= reads_left <= len(graph.reads) or removed < 0:
+        raise ValueError(f"it says {reads_left} reads left, {removed} edges removed")
     if rises.dtype != torch.float64 or rises.shape != (graph.n_edges,):
         raise ValueError(f"rises is {rises.dtype} of shape {tuple(rises.shape)}")
-    return Singles(rises, left, removed, narrow)
+    return Singles(rises, reads_left, removed, narrow)

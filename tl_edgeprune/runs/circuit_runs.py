@@ -1,14 +1,13 @@
-"""Many masks on one task: the figures of each, pair by pair.
+"""Many masks on one task: the measures of each, pair by pair.
 
-Each batch's full run and reference are made once, then every mask costs one masked forward. Under
-counterfactual ablation a mask without edges costs none: its logits are those of the corrupted
+Each batch's full run and reference are computed once, then every mask costs one masked forward.
+Under counterfactual ablation a mask without edges costs none: its logits are those of the corrupted
 prompts, which the reference run gave.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,10 +20,9 @@ from tl_edgeprune.circuits.neurons import Neurons
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.objectives import Objective, losses
-from tl_edgeprune.runs.chance_warning import ChanceWatch
-from tl_edgeprune.runs.targets import Lesson, full_logits
-from tl_edgeprune.runs.task_checks import check_tokens, task_for
-from tl_edgeprune.tasks.task import Task, prompts_differ
+from tl_edgeprune.runs.session import open_session
+from tl_edgeprune.runs.targets import Lesson
+from tl_edgeprune.tasks.task import Task
 
 Figures = Callable[[Tensor, Lesson], Mapping[str, Tensor]]
 """(logits [batch, read, vocab], lesson) -> figures by name, each [batch]."""
@@ -52,24 +50,40 @@ def sweep(
 ) -> tuple[PairFigures, list[PairFigures]]:
     """The figures of the full model and of each mask, in the task's order of pairs (float64, CPU).
 
-    `neurons`: those that the masks' runs keep.
+    Args:
+        figures: what is measured on a batch.
+        ablation: what removed edges carry.
+        batch_size: pairs per forward pass.
+        neurons: those that the masks' runs keep.
 
-    Raises ValueError for tokens outside the vocabulary, and where the full model gives NaN.
+    Raises ValueError for tokens outside the vocabulary, and if the full model gives NaN.
     """
-    check_tokens(task, model)
-    task = task_for(task, graph)
-    full, own = _Collected(), [_Collected() for _ in masks]
-    with torch.no_grad(), MaskedModel.attach(model, graph, neurons) as run:
+    of_full, of_masks = _Collected(), [_Collected() for _ in masks]
+    with (
+        torch.no_grad(),
+        open_session(
+            model,
+            task,
+            graph=graph,
+            neurons=neurons,
+            needs_objective=False,
+            ablation=ablation,
+            batch_size=batch_size,
+            visits=0,
+            evaluating=True,
+        ) as session,
+    ):
+        run, targets = session.run, session.targets
         gates = run.gates_of(neurons)
-        lessons = _lessons(run, task, ablation, batch_size)
         with tqdm(total=len(masks) * len(task), disable=not progress, leave=False) as bar:
-            for lesson, nothing in lessons:
-                full.add(figures(lesson.full, lesson), lesson)
-                for mask, collected in zip(masks, own, strict=True):
-                    logits = _logits(run, mask, lesson, nothing, gates)
-                    collected.add(figures(logits, lesson), lesson)
-                    bar.update(len(lesson.batch))
-    return full.in_order(), [collected.in_order() for collected in own]
+            for batch in targets.task.batches(batch_size):
+                lesson = targets.lesson(batch)
+                of_full.add(figures(lesson.full, lesson), lesson)
+                for mask, of_mask in zip(masks, of_masks, strict=True):
+                    logits = _logits(run, mask, lesson, gates)
+                    of_mask.add(figures(logits, lesson), lesson)
+                    bar.update(len(batch))
+    return of_full.in_order(), [of_mask.in_order() for of_mask in of_masks]
 
 
 def measure_circuits(
@@ -85,69 +99,39 @@ def measure_circuits(
     def figures(logits: Tensor, lesson: Lesson) -> dict[str, Tensor]:
         return {"measure": -losses(objective, logits, lesson.full, lesson.batch)}
 
-    full, own = sweep(model, graph, masks, task, figures, **settings)
-    rows = [one["measure"] for one in own]
+    of_full, of_masks = sweep(model, graph, masks, task, figures, **settings)
+    rows = [of_mask["measure"] for of_mask in of_masks]
     if not all(bool(torch.isfinite(row).all()) for row in rows):
         raise ValueError(
             f"a circuit of task {task.name!r} measures NaN or infinite: check the model's weights "
             "and dtype, or the measure."
         )
-    return Measured(full["measure"], torch.stack(rows) if rows else torch.empty(0, len(task)))
+    return Measured(of_full["measure"], torch.stack(rows) if rows else torch.empty(0, len(task)))
 
 
-def _lessons(
-    run: MaskedModel, task: Task, ablation: Ablation, batch_size: int
-) -> Iterator[tuple[Lesson, Tensor | None]]:
-    """Each batch with what to compare with, and the logits of no edges where they are known."""
-    device = run.sites.attention[0].output.device
-    fixed, watch = None, ChanceWatch(task.name, len(task))
-    if ablation == "counterfactual" and not prompts_differ(task):
-        warnings.warn(
-            f"task {task.name!r}: in every pair both prompts are the same, so under counterfactual "
-            "ablation every circuit is the full model and these figures tell nothing. Give "
-            "corrupted prompts with another answer, or another ablation, such as 'mean'.",
-            stacklevel=5,
-        )
-    if ablation != "counterfactual":
-        fixed = run.reference(ablation, prompts=task.corrupted)
-    for batch in task.batches(batch_size):
-        batch = batch.to(device)
-        full = full_logits(run, task, batch)
-        watch.see(full, batch)
-        if fixed is not None:
-            yield Lesson(batch, full, fixed), None
-        else:
-            reference, nothing = run.record(batch.corrupted, batch.positions)
-            yield Lesson(batch, full, reference), nothing
-
-
-def _logits(
-    run: MaskedModel, mask: Tensor, lesson: Lesson, nothing: Tensor | None, gates: Tensor | None
-) -> Tensor:
-    if nothing is not None and not bool(mask.any()):
-        return nothing
-    batch = lesson.batch
-    mask = mask.to(lesson.full.device)
-    reference, positions = lesson.reference, batch.positions
-    return run(batch.clean, mask, reference, positions, spans=batch.spans, neurons=gates)
+def _logits(run: MaskedModel, mask: Tensor, lesson: Lesson, gates: Tensor | None) -> Tensor:
+    if lesson.corrupted_logits is not None and not bool(mask.any()):
+        return lesson.corrupted_logits
+    return run.logits(lesson, mask.to(run.device), neurons=gates)
 
 
 class _Collected:
-    """Figures of batch after batch, to be put into the task's order. They leave the model's device
-    at the end, all at once: each time that they did, the CPU would wait for it.
+    """Figures of batch after batch, to be put into the task's order.
+
+    They stay on the model's device until the end: each transfer would make the CPU wait for it.
     """
 
     def __init__(self) -> None:
-        self._parts: dict[str, list[Tensor]] = {}
-        self._pairs: list[Tensor] = []
+        self._batches: dict[str, list[Tensor]] = {}
+        self._indices: list[Tensor] = []
 
     def add(self, figures: Mapping[str, Tensor], lesson: Lesson) -> None:
-        self._pairs.append(lesson.batch.indices)
+        self._indices.append(lesson.batch.indices)
         for name, values in figures.items():
-            self._parts.setdefault(name, []).append(
+            self._batches.setdefault(name, []).append(
                 values.to(torch.float64, copy=True)  # not a view of all logits
             )
 
     def in_order(self) -> PairFigures:
-        order = torch.cat(self._pairs).argsort()
-        return {name: torch.cat(parts)[order].cpu() for name, parts in self._parts.items()}
+        order = torch.cat(self._indices).argsort()
+        return {name: torch.cat(values)[order].cpu() for name, values in self._batches.items()}

@@ -1,15 +1,16 @@
-"""The full model's answers and the corrupted runs' activations, for any batch of a task's pairs.
+"""The full model's logits and the corrupted runs' activations, for any batch of a task's pairs.
 
 A training run on few pairs visits each many times. Its target logits never change, nor (under
-counterfactual ablation) its reference activations, so both are computed once per pair and kept.
-Where they would take more than `max_bytes`, or the run visits fewer pairs than the task has, they
-are computed anew for each batch: nothing is then kept, and a step costs the same for any number of
-pairs. What is kept is settled before the first step, so that a resumed run does as the first did.
+counterfactual ablation) its reference activations, so both are computed once per pair and stored.
+If they take more than `max_bytes`, or the run visits fewer pairs than the task has, they are
+computed for each batch instead: nothing is stored, and a step costs the same for any number of
+pairs. This is decided before the first step, so that a resumed run does as the first one did.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -21,26 +22,28 @@ from tqdm.auto import tqdm
 from tl_edgeprune.ablation.constants import Ablation
 from tl_edgeprune.ablation.reference import Reference
 from tl_edgeprune.forward.masked_model import MaskedModel
-from tl_edgeprune.runs.chance_warning import ChanceWatch
+from tl_edgeprune.runs.chance_warning import ChanceWatch, callers_stack_level
 from tl_edgeprune.runs.task_checks import any_task_for
 from tl_edgeprune.tasks.batch import Batch
 from tl_edgeprune.tasks.stream import AnyTask, sample
 from tl_edgeprune.tasks.task import prompts_differ
 
 MAX_BYTES = 4 * 2**30
-BAR_AFTER = 1.0  # seconds: what is done sooner shows no progress
+BAR_AFTER = 1.0  # seconds: shorter runs show no progress bar
 
 
 @dataclass
 class Lesson:
     """A batch with what to reproduce and what to replace removed edges by.
 
-    `full` has no vocabulary where the teacher was told to leave targets out.
+    `full`: the full model's logits; without a vocabulary if they were not asked for.
+    `corrupted_logits`: those of the corrupted prompts, if they were asked for.
     """
 
     batch: Batch
     full: Float[Tensor, "batch read vocab"]
     reference: Reference
+    corrupted_logits: Float[Tensor, "batch read vocab"] | None = None
 
 
 class Teacher:
@@ -57,49 +60,63 @@ class Teacher:
         targets: bool = True,
         progress: bool = False,
         visits: int | None = None,
+        evaluating: bool = False,
     ) -> None:
-        """`targets`: whether the full model's answers are wanted at all. `visits`: how many pairs
-        will be asked for, repeated ones counted again; None keeps the targets whatever they take.
+        """Compute what is to be stored.
 
-        Means are taken over the corrupted prompts of the task, or of a stream's first chunk. Raises
-        ValueError where nothing is to be found: no pair's prompts differ, under counterfactual
-        ablation.
+        Args:
+            run: the masked model.
+            task: the pairs. Means are taken over its corrupted prompts, or those of a stream's
+                first chunk.
+            ablation: what removed edges carry.
+            batch_size: pairs per forward pass.
+            max_bytes: the most memory that stored targets and references take.
+            targets: whether the full model's logits are needed.
+            visits: how many pairs will be asked for, with repetitions; None stores the targets
+                whatever memory they take.
+            evaluating: whether circuits are only evaluated. Under counterfactual ablation, the
+                logits of the corrupted prompts are then given too, and pairs whose two prompts are
+                the same are warned of.
+
+        Raises ValueError under counterfactual ablation if in every pair both prompts are the same,
+        unless `evaluating`.
         """
-        if ablation == "counterfactual" and not prompts_differ(sample(task)):
-            raise ValueError(
-                f"task {task.name!r}: in every pair both prompts are the same, so under "
-                "counterfactual ablation a removed edge carries what it carried, and none matters. "
-                "Give corrupted prompts with another answer, or another ablation, such as 'mean'."
-            )
+        counterfactual = ablation == "counterfactual"
+        if counterfactual and not prompts_differ(sample(task)):
+            _report_same_prompts(task.name, evaluating)
         self.run, self.task, self.ablation = run, any_task_for(task, run.graph), ablation
-        self.device = run.sites.attention[0].output.device
-        self._targeted = targets
+        self.device = run.device
+        self._gives_targets = targets
+        self._gives_corrupted_logits = evaluating and counterfactual
         self.watch = ChanceWatch(task.name, len(task))
         self._fixed: Reference | None = None
-        if ablation != "counterfactual":
+        if not counterfactual:
             self._fixed = run.reference(ablation, prompts=sample(task).corrupted)
         self._full: dict[int, Tensor] | None = {} if targets else None
         self._references: dict[int, Reference] | None = (
             {} if self._fixed is None and max_bytes > 0 else None
         )
         if visits is not None:
-            self._drop_what_does_not_pay(visits, max_bytes)
+            self._store_only_what_pays(visits, max_bytes)
         if self._full is not None or self._references is not None:
             self._precompute(batch_size, max_bytes, progress)
 
     def lesson(self, batch: Batch) -> Lesson:
         """The batch on the model's device, with its targets and its reference."""
         pairs, batch = batch.indices.tolist(), batch.to(self.device)
-        return Lesson(batch, self._targets(batch, pairs), self._reference(batch, pairs))
+        full = self._targets(batch, pairs)
+        if self._gives_corrupted_logits:
+            return Lesson(batch, full, *self.run.record(batch.corrupted, batch.positions))
+        return Lesson(batch, full, self._reference(batch, pairs))
 
     def _targets(self, batch: Batch, pairs: list[int]) -> Float[Tensor, "batch read vocab"]:
-        if not self._targeted:
+        if not self._gives_targets:
             return batch.positions.new_empty((*batch.positions.shape, 0), dtype=torch.float32)
         if self._full is None:
-            return self._watched(batch)
+            return self._watched_logits(batch)
         return torch.stack([self._full[i] for i in pairs])
 
-    def _watched(self, batch: Batch) -> Float[Tensor, "batch read vocab"]:
+    def _watched_logits(self, batch: Batch) -> Float[Tensor, "batch read vocab"]:
         full = full_logits(self.run, self.task, batch)
         self.watch.see(full, batch)
         return full
@@ -111,28 +128,28 @@ class Teacher:
             return self.run.reference("counterfactual", corrupted=batch.corrupted)
         return Reference.cat([self._references[i] for i in pairs])
 
-    def _drop_what_does_not_pay(self, visits: int, max_bytes: int) -> None:
-        """Keep targets and references only where each pair is visited, and in max_bytes."""
+    def _store_only_what_pays(self, visits: int, max_bytes: int) -> None:
+        """Store targets and references only if each pair is visited, and within max_bytes."""
         if visits < len(self.task):
             self._full = self._references = None
             return
-        targets, references = sizes(self.run, self.task)
-        if self._full is not None and targets > max_bytes:
+        target_bytes, reference_bytes = sizes(self.run, self.task)
+        if self._full is not None and target_bytes > max_bytes:
             self._full = None
-        kept = targets if self._full is not None else 0
-        if self._references is not None and kept + references > max_bytes:
+        stored = target_bytes if self._full is not None else 0
+        if self._references is not None and stored + reference_bytes > max_bytes:
             self._references = None
 
     def _precompute(self, batch_size: int, max_bytes: int, progress: bool) -> None:
-        kept, batches = 0, self.task.batches(batch_size)
+        n_bytes, batches = 0, self.task.batches(batch_size)
         for batch in shown(batches, "full model", len(self.task), progress):
             pairs, batch = batch.indices.tolist(), batch.to(self.device)
             if self._full is not None:
-                self._full |= zip(pairs, self._watched(batch), strict=True)
+                self._full |= zip(pairs, self._watched_logits(batch), strict=True)
             if self._references is not None:
                 reference = self.run.reference("counterfactual", corrupted=batch.corrupted)
-                kept += reference.n_bytes
-                if kept > max_bytes:
+                n_bytes += reference.n_bytes
+                if n_bytes > max_bytes:
                     self._references = None
                     continue
                 rows = torch.arange(len(batch), device=self.device)
@@ -140,18 +157,33 @@ class Teacher:
                     self._references[index] = reference.select(row)
 
 
+def _report_same_prompts(name: str, evaluating: bool) -> None:
+    """Warn, or raise ValueError unless circuits are only evaluated."""
+    advice = "Give corrupted prompts with another answer, or another ablation, such as 'mean'."
+    if not evaluating:
+        raise ValueError(
+            f"task {name!r}: in every pair both prompts are the same, so under counterfactual "
+            f"ablation a removed edge carries what it carried, and no edge matters. {advice}"
+        )
+    warnings.warn(
+        f"task {name!r}: in every pair both prompts are the same, so under counterfactual ablation "
+        f"every circuit equals the full model and its measures say nothing. {advice}",
+        stacklevel=callers_stack_level(),
+    )
+
+
 def shown(
     batches: Iterable[Batch], label: str, pairs: int, progress: bool, done: int = 0
 ) -> Iterator[Batch]:
-    """The batches, under a progress bar that counts pairs, from `done` on, if they take long."""
-    how = {
+    """The batches, under a progress bar that counts pairs (from `done` on) if they take long."""
+    options = {
         "delay": BAR_AFTER,
         "unit": "pair",
         "disable": not progress,
         "leave": False,
         "initial": done,
     }
-    with tqdm(total=pairs, desc=label, **how) as bar:
+    with tqdm(total=pairs, desc=label, **options) as bar:
         for batch in batches:
             yield batch
             bar.update(len(batch))
