@@ -194,9 +194,8 @@ def edge_gradient(
     """
     full_mask = bool((point.mask == 1).all())
     mask = point.mask.to(run.device).requires_grad_()
-    options = {"held": point.held, "contract": point.contract, "whole": full_mask}
     with with_gradients("this method"):
-        logits = run.logits(lesson, mask, **options)
+        logits = run.logits(lesson, mask, held=point.held, contract=point.contract, whole=full_mask)
         if watch is not None and full_mask and (point.held is None or point.held.share == 1):
             watch.see(logits, lesson.batch)
         loss = losses(loss_of, logits, lesson.full, lesson.batch).sum()

@@ -113,7 +113,7 @@ def eliminate(
         at_start = cuts.value
         elimination = _Elimination(cuts, session.targets, stop, share, batch_size, session.saved)
         elimination.run(progress)
-    note = {"start": start, "stop": stop, "pairs": len(task)}
+    note: dict[str, float] = {"start": start, "stop": stop, "pairs": len(task)}
     note |= {"before": at_start, "after": cuts.value}
     ranks = _ranks(scores.ranking(), highest, elimination.removed)
     metadata = scores.metadata | {"eliminated": note, "ablation": str(ablation)}

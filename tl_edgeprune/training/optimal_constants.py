@@ -1,10 +1,10 @@
 """Optimal ablation: removed edges carry a constant per source, learned to hurt least.
 
-A circuit's loss under any ablation mixes two things: what the removed sources told, and what the
-replacement wrongly tells in their place. The constants that minimise the loss leave the first.
+A circuit's loss under any ablation mixes two things: the information of the removed sources, and
+the wrong information of what replaces them. The constants that minimise the loss leave the first.
 
 1. The constants start at the means over the task's clean prompts.
-2. A step runs the circuit (or a random one) with the constants in place of removed edges, and moves
+2. A step runs the circuit (or a random one) with the constants instead of removed edges, and moves
    them down the objective's gradient.
 
 `EdgePruner(ablation="optimal")` learns them together with the circuit instead.
@@ -22,12 +22,11 @@ from tqdm.auto import tqdm
 
 from tl_edgeprune.ablation.constants import Constants
 from tl_edgeprune.circuits.circuit import Circuit
-from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.graph.edge_graph import EdgeGraph
-from tl_edgeprune.objectives import Objective, find_objective, losses
-from tl_edgeprune.runs.targets import Teacher
-from tl_edgeprune.runs.task_checks import check_tokens, task_for
+from tl_edgeprune.objectives import Objective, losses
+from tl_edgeprune.runs.session import open_session
 from tl_edgeprune.tasks.batch import Batch
+from tl_edgeprune.tasks.stream import AnyTask
 from tl_edgeprune.tasks.task import Task
 from tl_edgeprune.training.learned_constants import LearnedConstants
 from tl_edgeprune.utils.grad_mode import needs_gradients
@@ -47,36 +46,40 @@ def optimal_constants(
     seed: int = 0,
     progress: bool = True,
 ) -> Constants:
-    """Learn the constants that lower a circuit's objective most, from the means onwards.
+    """Learn the constants that lower a circuit's objective most, starting from the means.
 
     Args:
-        task: its clean prompts.
-        circuit: the circuit to serve; None for constants that serve any: every step then keeps
-            edges at random, a share of them drawn from 0 to 1.
+        task: pairs, of which the clean prompts are used.
+        circuit: the circuit that the constants are for; None for constants for any circuit: every
+            step then keeps edges at random, a share of them drawn from 0 to 1.
         objective: as for EdgePruner; the task's own by default.
-        graph: the graph, where there is no circuit and it is not EdgeGraph.from_model(model).
-        steps, lr: of Adam, lr in units of each kind's root mean square.
+        graph: the graph, if there is no circuit and it is not EdgeGraph.from_model(model).
+        steps: of Adam.
+        lr: of Adam, in units of each kind's root mean square.
         seed: of the batches and the random masks.
 
     Raises ValueError for a circuit of another model, steps below 1 and a loss that is not finite.
     """
     if steps < 1:
         raise ValueError(f"steps={steps}: expected 1 or more.")
-    loss_of = find_objective(objective, task)
-    check_tokens(task, model)
     generator = torch.Generator().manual_seed(seed)
-    with MaskedModel.attach(model, graph if circuit is None else circuit.graph) as run:
-        teacher = Teacher(run, task, "mean", batch_size=batch_size, max_bytes=0)
-        learned = LearnedConstants(run, task.clean, lr)
-        batches = _endless(task_for(task, run.graph), batch_size, seed)
+    with open_session(
+        model,
+        task,
+        graph=graph if circuit is None else circuit.graph,
+        objective=objective,
+        ablation="mean",
+        batch_size=batch_size,
+        max_bytes=0,
+    ) as session:
+        learned = LearnedConstants(session.run, task.clean, lr)
+        batches = _endless_batches(session.targets.task, batch_size, seed)
         bar = tqdm(range(steps), "learning constants", disable=not progress)
         for step in bar:
-            lesson = teacher.lesson(next(batches))
-            batch = lesson.batch
-            mask = _kept(circuit, run.graph, generator).to(teacher.device)
-            reference = learned.reference()
-            logits = run(batch.clean, mask, reference, batch.positions, spans=batch.spans)
-            loss = losses(loss_of, logits, lesson.full, batch).mean()
+            lesson = session.targets.lesson(next(batches))
+            mask = _mask_of_step(circuit, session.graph, generator).to(session.run.device)
+            logits = session.run.logits(lesson, mask, learned.reference())
+            loss = losses(session.loss_of, logits, lesson.full, lesson.batch).mean()
             if not bool(torch.isfinite(loss)):
                 raise ValueError(f"the objective is {loss.item()} at step {step}: try a lower lr.")
             loss.backward()
@@ -87,14 +90,14 @@ def optimal_constants(
         return learned.constants(note).detached()
 
 
-def _endless(task: Task, batch_size: int, seed: int) -> Iterator[Batch]:
+def _endless_batches(task: AnyTask, batch_size: int, seed: int) -> Iterator[Batch]:
     epoch = 0
     while True:
         yield from task.batches(batch_size, True, seed + epoch)
         epoch += 1
 
 
-def _kept(circuit: Circuit | None, graph: EdgeGraph, generator: torch.Generator) -> Tensor:
+def _mask_of_step(circuit: Circuit | None, graph: EdgeGraph, generator: torch.Generator) -> Tensor:
     if circuit is not None:
         return circuit.mask
     share = torch.rand((), generator=generator)

@@ -1,10 +1,10 @@
 """What each edge of a circuit does.
 
-1. The rise: how much the objective rises when the edge alone is cut from the circuit. Cuts run as
-   in exact patching, several side by side, and only what they change (cuts.py).
+1. The rise: how much the objective rises if only this edge is cut from the circuit. Several cuts
+   run side by side, as in exact patching, and only what they change is computed (search/cuts.py).
 2. The direct effect: the logit lens of the difference that the edge carries (logit_lens.py).
-3. Where that difference is, and what the heads at the edge's ends attend to, in the circuit's own
-   run, averaged over the prompts of one length (position_means.py).
+3. At which tokens that difference is, and what the heads at the edge's ends attend to in the
+   circuit's own run, averaged over the prompts of one length (position_means.py).
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from tqdm.auto import tqdm
 
 from tl_edgeprune.ablation.constants import Ablation
 from tl_edgeprune.circuits.circuit import Circuit
-from tl_edgeprune.circuits.metadata import ablation_of
 from tl_edgeprune.evaluation.explain.explanation import Explanation, Row
 from tl_edgeprune.evaluation.explain.logit_lens import Score, answer_direction, answer_score
 from tl_edgeprune.evaluation.explain.position_means import Layout, Slots
@@ -30,12 +29,11 @@ from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.graph.names import kind_of
 from tl_edgeprune.hooks.attach import attached
-from tl_edgeprune.objectives import Objective, find_objective
-from tl_edgeprune.runs.provenance import check_origin, origin
-from tl_edgeprune.runs.targets import Lesson, Teacher
-from tl_edgeprune.runs.task_checks import check_tokens
+from tl_edgeprune.objectives import Objective
+from tl_edgeprune.runs.session import open_session
+from tl_edgeprune.runs.targets import Lesson
 from tl_edgeprune.search.cuts import find_cuts
-from tl_edgeprune.search.edge_effects import each_rise
+from tl_edgeprune.search.edge_effects import each_effect
 from tl_edgeprune.tasks.task import Task
 
 MOST_EDGES = 500
@@ -57,16 +55,19 @@ def explain(
     """Each kept edge's rise of the objective, direct effect on the answer and heads' attention.
 
     Args:
-        circuit: its own run is looked at: other edges are replaced, as in `evaluate`.
-        task: every pair is run once for each edge (from that edge on): some tens are enough.
-        edges: names of those to explain; by default all that the circuit keeps, at most 500.
+        circuit: the circuit, whose own run is explained: other edges are replaced, as in
+            `evaluate`.
+        task: pairs. Each is run once per edge (from that edge on): some tens are enough.
+        edges: names of the edges to explain; by default all that the circuit keeps, at most 500.
         objective: the task's own by default.
         ablation: the circuit's own by default, else counterfactual.
 
-    An edge that the others make up for has no rise, and one that only keeps other answers down may
-    have one below 0. Raises ValueError for more than 500 edges where none are named, for named ones
-    that the circuit does not keep, and as `evaluate` does; KeyError for an unknown edge;
-    NotImplementedError for a circuit whose edges have positions.
+    The rise is about 0 for an edge that the others make up for, and may be below 0 for one that
+    only suppresses other answers.
+
+    Raises ValueError for more than 500 edges if none are named, for named edges that the circuit
+    does not keep, and as `evaluate` does; KeyError for an unknown edge; NotImplementedError for a
+    circuit whose edges have positions.
     """
     if circuit.graph.spans:
         raise NotImplementedError(
@@ -74,67 +75,72 @@ def explain(
             "Find a circuit without positions=…; exact scores of edges with them are "
             "discover(…, method='exact', positions=…)."
         )
-    wanted = _wanted(circuit, edges)
-    loss_of, score = find_objective(objective, task), answer_score(task)
-    check_origin(model, circuit.graph, circuit.metadata)
-    check_tokens(task, model)
-    kind = ablation_of(circuit.metadata) if ablation is None else ablation
-    with MaskedModel.attach(model, circuit.graph) as run:
-        teacher = Teacher(run, task, kind, batch_size=batch_size, max_bytes=0)
-        cuts = find_cuts(run, teacher, loss_of, batch_size=batch_size)
+    explained = _edges_to_explain(circuit, edges)
+    with open_session(
+        model,
+        task,
+        result=circuit,
+        objective=objective,
+        ablation=ablation,
+        batch_size=batch_size,
+        max_bytes=0,
+    ) as session:
+        cuts = find_cuts(session.run, session.targets, session.loss_of, batch_size=batch_size)
         cuts.set(circuit.mask)
         rises: dict[int, float] = {}
-        with tqdm(total=len(wanted), desc="cutting", unit="edge", disable=not progress) as bar:
-            for some, values in each_rise(cuts, wanted):
-                rises |= zip(some, values.tolist(), strict=True)
-                bar.update(len(some))
-        look = _Look(run, circuit, _attending(circuit, wanted), score)
+        with tqdm(total=len(explained), desc="cutting", unit="edge", disable=not progress) as bar:
+            for chunk, effects in each_effect(cuts, explained):
+                rises |= zip(chunk.tolist(), effects.tolist(), strict=True)
+                bar.update(len(chunk))
+        heads = _heads_at_the_ends(circuit, explained)
+        circuit_run = _CircuitRun(session.run, circuit, heads, answer_score(task))
         for lesson in cuts.lessons:
-            look.at(lesson)
-        about = origin(model, task, objective=objective, ablation=kind)
-        about |= {"value": cuts.value, "score": look.score}
+            circuit_run.add(lesson)
+    about = session.metadata | {"value": cuts.value, "score": circuit_run.score}
     text_of = _text_of(getattr(model, "tokenizer", None))
-    words = _Words(look, text_of, circuit.graph)
-    rows = [words.row(edge, rises[edge]) for edge in wanted]
-    return Explanation(tuple(rows), tuple(look.pattern_rows(text_of)), about)
+    texts = _RowText(circuit_run, text_of, circuit.graph)
+    rows = [texts.row(edge, rises[edge]) for edge in explained]
+    return Explanation(tuple(rows), tuple(circuit_run.pattern_rows(text_of)), about)
 
 
-class _Look:
-    """The circuit's run, pair by pair: effects of sources, where they are, and heads' patterns."""
+class _CircuitRun:
+    """The circuit's run, batch by batch: the direct effects of sources, the tokens at which their
+    differences are, and the heads' attention patterns.
+    """
 
     def __init__(
         self, run: MaskedModel, circuit: Circuit, heads: Sequence[str], score: Score | None
     ) -> None:
         self.run, self.graph, self.answers = run, run.graph, score
         self.heads = tuple(heads)
-        self.mask = circuit.mask.to(run.sites.attention[0].output.device)
+        self.mask = circuit.mask.to(run.device)
         self.slots = Slots()
         self._effects: list[Float[Tensor, "source pair"]] = []
         self._scores: list[Float[Tensor, " pair"]] = []
 
     @torch.no_grad()
-    def at(self, lesson: Lesson) -> None:
-        """Take in one batch of pairs."""
+    def add(self, lesson: Lesson) -> None:
+        """Run one batch of pairs, and add it to the means."""
         batch = lesson.batch
-        seen: dict[int, Tensor] = {}
+        patterns: dict[int, Tensor] = {}  # by layer
         layers = sorted({_layer_and_head(head)[0] for head in self.heads})
         with ExitStack() as undo:
-            points = [(f"blocks.{n}.attn.hook_pattern", _keeper(seen, n)) for n in layers]
+            points = [(f"blocks.{n}.attn.hook_pattern", _keep_pattern(patterns, n)) for n in layers]
             undo.enter_context(attached(self.run.model, points))
             differences = self.run.differences(batch.clean, lesson.reference, self.mask)
         differences = differences.unflatten(1, batch.clean.shape)  # [source, pair, pos, d_model]
-        self._effect(lesson, differences)
+        self._add_direct_effects(lesson, differences)
         sizes = differences.float().square().sum(-1).transpose(0, 1)  # [pair, source, pos]
         total = sizes.sum(-1, keepdim=True)
         values = {"carries": torch.where(total > 0, sizes / total, 0.0)}
         for head in self.heads:
             layer, number = _layer_and_head(head)
-            if layer in seen:
+            if layer in patterns:
                 index = batch.positions[..., None].expand(-1, -1, batch.clean.shape[1])
-                values[head] = seen[layer][:, number].gather(1, index)  # [pair, read, pos]
+                values[head] = patterns[layer][:, number].gather(1, index)  # [pair, read, pos]
         self.slots.add(batch, values)
 
-    def _effect(self, lesson: Lesson, differences: Tensor) -> None:
+    def _add_direct_effects(self, lesson: Lesson, differences: Tensor) -> None:
         if self.answers is None:
             return
         batch = lesson.batch
@@ -184,19 +190,21 @@ class _Look:
         return rows
 
 
-class _Words:
-    """A row for an edge, with its texts in the most common layout."""
+class _RowText:
+    """The row of an edge, whose texts name the tokens of the most common layout."""
 
-    def __init__(self, look: _Look, text_of: Callable[[int], str], graph: EdgeGraph) -> None:
-        self.graph, self.effects = graph, look.effects
-        layout: Layout = look.slots.commonest
+    def __init__(
+        self, circuit_run: _CircuitRun, text_of: Callable[[int], str], graph: EdgeGraph
+    ) -> None:
+        self.graph, self.effects = graph, circuit_run.effects
+        layout: Layout = circuit_run.slots.commonest
         self.labels, self.means = layout.labels(text_of), layout.means
-        self.place = {name: index for index, name in enumerate(graph.sources)}
+        self.source_index = {name: index for index, name in enumerate(graph.sources)}
 
     def row(self, edge: int, rise: float) -> Row:
         name = self.graph.edges[edge]
         source, _, destination = name.partition("->")
-        place, kind = self.place[source], kind_of(destination)
+        index, kind = self.source_index[source], kind_of(destination)
         into = self.graph.owner(destination) if kind not in ("mlp", "logits") else ()
         return {
             "edge": name,
@@ -204,50 +212,50 @@ class _Words:
             "destination": destination,
             "kind": kind,
             "rise": rise,
-            "direct_effect": self.effects[place],
-            "carries": self._text(self.means["carries"][place]),
-            "attends": self._attended(into),
-            "source_attends": self._attended((source,)),
+            "direct_effect": self.effects[index],
+            "carries": self._text(self.means["carries"][index]),
+            "attends": self._attended_by(into),
+            "source_attends": self._attended_by((source,)),
         }
 
-    def _attended(self, heads: Sequence[str]) -> str:
+    def _attended_by(self, heads: Sequence[str]) -> str:
         """What heads attend to from the last read position, on average over them."""
-        found = [self.means[head][-1] for head in heads if head in self.means]
-        return self._text(torch.stack(found).mean(0)) if found else ""
+        patterns = [self.means[head][-1] for head in heads if head in self.means]
+        return self._text(torch.stack(patterns).mean(0)) if patterns else ""
 
     def _text(self, weights: Float[Tensor, " pos"]) -> str:
         top = weights.topk(min(NAMED, len(weights)))
         pairs = zip(top.values.tolist(), top.indices.tolist(), strict=True)
-        return ", ".join(f"{self.labels[at]} {w:.2f}" for w, at in pairs if w >= LEAST)
+        return ", ".join(f"{self.labels[pos]} {w:.2f}" for w, pos in pairs if w >= LEAST)
 
 
-def _wanted(circuit: Circuit, edges: Iterable[str] | None) -> list[int]:
-    """Places of the edges to explain, in the graph's order."""
+def _edges_to_explain(circuit: Circuit, edges: Iterable[str] | None) -> list[int]:
+    """Indices of the edges to explain, in the graph's order."""
     if edges is None:
         if not 1 <= circuit.n_edges <= MOST_EDGES:
             raise ValueError(
-                f"the circuit has {circuit.n_edges:,} edges, and each takes a run of its own: with "
-                f"more than {MOST_EDGES} (or none) say which to explain, edges=…, such as those of "
-                "a smaller circuit, result.top(200).edges."
+                f"the circuit has {circuit.n_edges:,} edges, and each takes a run: with more "
+                f"than {MOST_EDGES} (or none) say which to explain, edges=…, such as those of a "
+                "smaller circuit, result.top(200).edges."
             )
         return circuit.mask.nonzero().flatten().tolist()
-    wanted = sorted({circuit.graph.index(edge) for edge in edges})
-    missing = [circuit.graph.edges[edge] for edge in wanted if not circuit.mask[edge]]
-    if missing or not wanted:
+    indices = sorted({circuit.graph.index(edge) for edge in edges})
+    missing = [circuit.graph.edges[edge] for edge in indices if not circuit.mask[edge]]
+    if missing or not indices:
         raise ValueError(
             f"edges={missing[:4] if missing else []}: expected edges that the circuit keeps (see "
-            "circuit.edges); one that is cut already has nothing to explain."
+            "circuit.edges); there is nothing to explain of an edge that is cut already."
         )
-    return wanted
+    return indices
 
 
-def _attending(circuit: Circuit, wanted: Sequence[int]) -> list[str]:
-    """The heads at either end of the edges, in the graph's order."""
-    graph, found = circuit.graph, set()
-    for edge in wanted:
+def _heads_at_the_ends(circuit: Circuit, edges: Sequence[int]) -> list[str]:
+    """The heads that the edges leave or enter, in the graph's order."""
+    graph, ends = circuit.graph, set()
+    for edge in edges:
         source, _, destination = graph.edges[edge].partition("->")
-        found |= {source, *graph.owner(destination)}
-    return [name for name in graph.sources if name in found and name.startswith("a")]
+        ends |= {source, *graph.owner(destination)}
+    return [name for name in graph.sources if name in ends and name.startswith("a")]
 
 
 def _layer_and_head(name: str) -> tuple[int, int]:
@@ -255,9 +263,9 @@ def _layer_and_head(name: str) -> tuple[int, int]:
     return int(layer), int(head)
 
 
-def _keeper(seen: dict[int, Tensor], layer: int) -> Callable[..., None]:
+def _keep_pattern(patterns: dict[int, Tensor], layer: int) -> Callable[..., None]:
     def keep(pattern: Tensor, hook: Any) -> None:
-        seen[layer] = pattern.detach()
+        patterns[layer] = pattern.detach()  # [pair, head, pos, pos]
 
     return keep
 
