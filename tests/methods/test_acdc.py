@@ -301,7 +301,7 @@ def test_a_checkpoint_brings_every_stage_back(tmp_path_factory, stage):
     saved = Saved(path, {"method": "acdc"})
     saved._last = -math.inf
     acdc_module._reporter(state, tqdm(total=graph.n_edges, disable=True), saved)(4, stage)
-    mask, *rest = acdc_module._before(Saved(path, {"method": "acdc"}), graph)
+    mask, *rest = acdc_module._saved_search(Saved(path, {"method": "acdc"}), graph)
     assert torch.equal(mask, state.mask) and rest == [4, 7, stage]
     if stage.singles is not None:
         assert rest[-1].singles.rises.numpy().tobytes() == stage.singles.rises.numpy().tobytes()
