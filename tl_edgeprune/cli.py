@@ -53,11 +53,11 @@ class _Group(TyperGroup):
     """
 
     def main(self, args: Sequence[str] | None = None, *rest: Any, **settings: Any) -> Any:
-        given = sys.argv[1:] if args is None else list(args)
-        if "--json" not in given:
-            return super().main(given, *rest, **settings)
+        arguments = sys.argv[1:] if args is None else list(args)
+        if "--json" not in arguments:
+            return super().main(arguments, *rest, **settings)
         try:
-            sys.exit(super().main(given, *rest, **settings | {"standalone_mode": False}))
+            sys.exit(super().main(arguments, *rest, **settings | {"standalone_mode": False}))
         except UsageError as error:
             print(error_json(error, error.format_message(), error.exit_code), file=sys.stderr)
             sys.exit(error.exit_code)

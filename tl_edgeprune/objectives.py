@@ -69,22 +69,24 @@ def losses(
     """What the objective gives. Raises ValueError for anything but one number a pair, and for what
     has no gradient where the logits have one: all objectives are called through here.
     """
-    found, wanted = objective(logits, full, batch), (len(batch),)
+    values, shape = objective(logits, full, batch), (len(batch),)
     name = getattr(objective, "__name__", "the function")
-    if not isinstance(found, Tensor) or found.shape != wanted:
-        given = f"of shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"{found!r:.100}"
+    if not isinstance(values, Tensor) or values.shape != shape:
+        description = (
+            f"of shape {tuple(values.shape)}" if isinstance(values, Tensor) else f"{values!r:.100}"
+        )
         raise ValueError(
-            f"objective {name}: gave {'a tensor ' if isinstance(found, Tensor) else ''}{given} for "
-            f"{len(batch)} pairs (logits {tuple(logits.shape)}), expected [batch], {wanted}: one "
+            f"objective {name}: gave {'a tensor ' if isinstance(values, Tensor) else ''}{description} "
+            f"for {len(batch)} pairs (logits {tuple(logits.shape)}), expected [batch], {shape}: one "
             "number a pair, a mean over its read positions."
         )
-    if logits.requires_grad and not found.requires_grad:
+    if logits.requires_grad and not values.requires_grad:
         raise ValueError(
             f"objective {name}: gave [batch] without a gradient, and this method differentiates "
             "it: compute it from the logits by PyTorch alone (no detach, argmax or comparison), or "
             "take a method that needs no gradient: acdc, exact."
         )
-    return found
+    return values
 
 
 OBJECTIVES: dict[str, Callable[..., Tensor]] = {

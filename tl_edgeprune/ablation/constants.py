@@ -55,8 +55,8 @@ class Constants:
                 "them anew with optimal_constants."
             )
         weight = sites.attention[0].output
-        parts = [getattr(self, name).to(weight) for name in NAMES]
-        return constant_reference(sites, graph, *parts)
+        tensors = [getattr(self, name).to(weight) for name in NAMES]
+        return constant_reference(sites, graph, *tensors)
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, whole or not at all."""
@@ -72,9 +72,9 @@ class Constants:
         """
         tensors, note = read_tensors(path, "note", "file of constants", HINT)
         if not isinstance(note, dict) or (note.get("kind"), note.get("format")) != (KIND, FORMAT):
-            found = note if isinstance(note, dict) else {}
+            values = note if isinstance(note, dict) else {}
             raise ValueError(
-                f"{path} is {found.get('kind')!r:.100} of format {found.get('format')!r:.100}, "
+                f"{path} is {values.get('kind')!r:.100} of format {values.get('format')!r:.100}, "
                 f"expected {KIND!r} of format {FORMAT}."
             )
         with damaged(path):
@@ -85,8 +85,8 @@ class Constants:
             widths = {name: tensors[name].shape[-1] for name in NAMES}
             if graph.has_mlp and widths["mlp"] != widths["inputs"]:
                 raise ValueError(f"inputs and mlp are of two widths, {widths}")
-            parts = {n: floats(tensors, n, (*sources[n], widths[n])) for n in NAMES}
-            return cls(graph, **parts, metadata=of_kind(note["metadata"], dict, "metadata"))
+            by_name = {n: floats(tensors, n, (*sources[n], widths[n])) for n in NAMES}
+            return cls(graph, **by_name, metadata=of_kind(note["metadata"], dict, "metadata"))
 
     def detached(self) -> Constants:
         """The same numbers on the CPU, without the graph that learned them."""

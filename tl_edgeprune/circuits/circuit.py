@@ -104,11 +104,11 @@ class Circuit:
     @property
     def nodes(self) -> tuple[str, ...]:
         """Sources that some edge leaves, or that some edge leads to, in the graph's order."""
-        found: set[str] = set()
+        names: set[str] = set()
         for edge in self.edges:
             source, _, destination = edge.partition("->")
-            found |= {source, *self.graph.owner(destination)}
-        return tuple(name for name in self.graph.sources if name in found)
+            names |= {source, *self.graph.owner(destination)}
+        return tuple(name for name in self.graph.sources if name in names)
 
     def without_dead_edges(self) -> Circuit:
         """The edges on some path of kept edges from the input to the logits.
@@ -118,13 +118,13 @@ class Circuit:
         circuit without its dead edges is another one, to be evaluated by itself.
         """
         graph, spans, flows = self.graph, self.graph.n_spans, self.graph.flows_into
-        kept = [graph.pairs[index] for index in self.mask.nonzero().flatten().tolist()]
+        pairs = [graph.pairs[index] for index in self.mask.nonzero().flatten().tolist()]
         reached = set(range(graph.n_inputs * spans))
-        for source, destination in sorted(kept):  # a source writes after all that feeds it
+        for source, destination in sorted(pairs):  # a source writes after all that feeds it
             if source * spans + destination % spans in reached:
                 reached |= flows[destination]
         useful: set[int] = set()
-        for source, destination in sorted(kept, reverse=True):
+        for source, destination in sorted(pairs, reverse=True):
             if destination in graph.outputs or flows[destination] & useful:
                 useful.add(source * spans + destination % spans)
         alive = torch.zeros_like(self.mask)
@@ -174,9 +174,11 @@ class Circuit:
     def _combined(self, other: Circuit, mask: Tensor) -> Circuit:
         shared = {k: v for k, v in self.metadata.items() if other.metadata.get(k) == v}
         for name in SCORED_BY:
-            told = {each for circuit in (self, other) for each in several(circuit.metadata, name)}
-            if told:
-                shared[name] = sorted(told) if len(told) > 1 else told.pop()
+            values = {
+                value for circuit in (self, other) for value in several(circuit.metadata, name)
+            }
+            if values:
+                shared[name] = sorted(values) if len(values) > 1 else values.pop()
         return Circuit(self.graph, mask, shared)
 
     def _same(self, other: Circuit) -> Circuit:
@@ -205,9 +207,11 @@ class Circuit:
         """Read what `save` wrote. Raises FileNotFoundError, and ValueError for a damaged file or
         one of another format.
         """
-        what, again = "circuit file", f"{AGAIN}, or find the circuit anew"
-        document = read_json(path, what, HINT)
-        document = of_format(document, path, what, kind=KIND, format=FORMAT, hint=HINT, again=again)
+        file_kind, advice = "circuit file", f"{AGAIN}, or find the circuit anew"
+        document = read_json(path, file_kind, HINT)
+        document = of_format(
+            document, path, file_kind, kind=KIND, format=FORMAT, hint=HINT, again=advice
+        )
         with damaged(path):
             graph = EdgeGraph.from_dict(document["graph"])
             edges = of_kind(document["edges"], list, "edges")

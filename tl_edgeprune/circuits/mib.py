@@ -103,10 +103,10 @@ def write_circuit(
     check_graph(graph)
     table = spread(graph, mask.float())
     _write(path, graph, Table(table, table > 0), metadata, d_model)
-    theirs, n_edges = int((table > 0).sum()), int(mask.sum())
-    if theirs != n_edges:
+    n_mib_edges, n_edges = int((table > 0).sum()), int(mask.sum())
+    if n_mib_edges != n_edges:
         warnings.warn(
-            f"{path}: the circuit's {n_edges:,} edges are {theirs:,} in EAP-IG's and MIB's "
+            f"{path}: the circuit's {n_edges:,} edges are {n_mib_edges:,} in EAP-IG's and MIB's "
             "count, which has one for every query head where heads share an input. For a circuit "
             f"of at most {n_edges:,} there, take scores.top({n_edges}, "
             "convention='mib').",
@@ -156,8 +156,8 @@ def read_circuit(
         raise ValueError(f"shared={shared!r}: expected one of {', '.join(FOLDED)}.")
     table, origin = _read(path, graph)
     mask = fold_mask(graph, table.kept, shared)
-    touched, whole = (fold_mask(graph, table.kept, kind) for kind in ("any", "all"))
-    split = int((touched & ~whole).sum())
+    touched, complete = (fold_mask(graph, table.kept, kind) for kind in ("any", "all"))
+    split = int((touched & ~complete).sum())
     if split:
         warnings.warn(
             f"{path} has {int(table.kept.sum()):,} edges in the graph, and keeps {split:,} of this "
@@ -208,22 +208,22 @@ def _nodes(graph: EdgeGraph, kept: Bool[Tensor, "source destination"]) -> Bool[T
     """Sources that an edge leaves and (but for the input) an edge enters, as EAP-IG marks them."""
     enters = torch.zeros(graph.n_sources, dtype=torch.bool)
     enters[0] = True
-    place = {name: index for index, name in enumerate(graph.sources)}
+    row_of = {name: index for index, name in enumerate(graph.sources)}
     for column, name in enumerate(destinations(graph)[:-1]):
-        enters[place[name.partition("<")[0]]] |= kept[:, column].any()
+        enters[row_of[name.partition("<")[0]]] |= kept[:, column].any()
     return enters & kept.any(1)
 
 
 def _json(graph: EdgeGraph, config: dict[str, Any], table: Table, nodes: Tensor) -> bytes:
     real = real_edges(graph)
-    scores, kept = table.scores[real].tolist(), table.kept[real].tolist()
+    scores, in_graph = table.scores[real].tolist(), table.kept[real].tolist()
     marks = dict(zip(graph.sources, nodes.tolist(), strict=True)) | {"logits": True}
     document = {
         "cfg": config,
         "nodes": {name: {"in_graph": mark} for name, mark in marks.items()},
         "edges": {
             name: {"score": score, "in_graph": keep}
-            for name, score, keep in zip(edge_names(graph), scores, kept, strict=True)
+            for name, score, keep in zip(edge_names(graph), scores, in_graph, strict=True)
         },
     }
     return json.dumps(document).encode()
@@ -276,11 +276,11 @@ def _load_pt(path: str | os.PathLike[str]) -> Any:
     """
     try:
         with zipfile.ZipFile(path) as file:
-            parts = file.infolist()
-        if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
+            members = file.infolist()
+        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
             raise ValueError("it is packed")  # to any size
         document = torch.load(os.fspath(path), map_location="cpu", weights_only=True, mmap=True)
-        sizes = {part.file_size for part in parts}
+        sizes = {member.file_size for member in members}
         for name, value in document.items():
             if isinstance(value, Tensor) and value.untyped_storage().nbytes() not in sizes:
                 raise ValueError(f"{name} is cut short")
@@ -293,12 +293,12 @@ def _load_pt(path: str | os.PathLike[str]) -> Any:
 
 
 def _check_config(path: str | os.PathLike[str], config: dict[str, Any], graph: EdgeGraph) -> None:
-    wanted = {
+    expected = {
         "n_layers": graph.n_layers,
         "n_heads": graph.n_heads,
         "parallel_attn_mlp": graph.parallel,
     }
-    for key, value in wanted.items():
+    for key, value in expected.items():
         if key not in config:
             raise ValueError(f"{path} is no file of EAP-IG's: its 'cfg' has no {key}.")
         if config[key] != value:
@@ -339,20 +339,20 @@ def _flag(value: Any) -> bool:
 
 def _table_of_pt(path: str | os.PathLike[str], document: Any, graph: EdgeGraph) -> Table:
     shape = (graph.n_sources, len(destinations(graph)))
-    for key, wanted in (("src_nodes", list(graph.sources)), ("dst_nodes", destinations(graph))):
-        found = document.get(key)
-        if found is None:
+    for key, expected in (("src_nodes", list(graph.sources)), ("dst_nodes", destinations(graph))):
+        names = document.get(key)
+        if names is None:
             raise ValueError(f"{path} is no file of EAP-IG's: it has no {key!r}.")
-        _check_names(path, key, found, wanted)
-        _check_complete(path, key, found, wanted)
-        if list(found) != wanted:
-            raise ValueError(f"{path}: its {key} are not in EAP-IG's order, {wanted[:SHOWN]} ….")
+        _check_names(path, key, names, expected)
+        _check_complete(path, key, names, expected)
+        if list(names) != expected:
+            raise ValueError(f"{path}: its {key} are not in EAP-IG's order, {expected[:SHOWN]} ….")
     tensors = []
     for key in ("edges_scores", "edges_in_graph"):
         tensor = document.get(key)
         if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape:
-            found = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise ValueError(f"{path} is damaged: {key} is {found}, expected a tensor {shape}.")
+            names = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(f"{path} is damaged: {key} is {names}, expected a tensor {shape}.")
         tensors.append(tensor)
     neurons = document.get("neurons_in_graph")
     _check_neurons(path, neurons.tolist() if isinstance(neurons, Tensor) else [])
@@ -364,8 +364,8 @@ def _check_names(
     path: str | os.PathLike[str], what: str, found: Iterable[str], wanted: Iterable[str]
 ) -> None:
     """Raise ValueError for names that the graph has not."""
-    known = set(wanted)
-    unknown = [name for name in found if name not in known]
+    graph_names = set(wanted)
+    unknown = [name for name in found if name not in graph_names]
     if unknown:
         raise ValueError(
             f"{path}: {what} that this graph has not: {_some(unknown)}. Give the graph of the "
@@ -377,8 +377,8 @@ def _check_complete(
     path: str | os.PathLike[str], what: str, found: Iterable[str], wanted: Iterable[str]
 ) -> None:
     """Raise ValueError for names of the graph that are not there."""
-    known = set(found)
-    missing = [name for name in wanted if name not in known]
+    file_names = set(found)
+    missing = [name for name in wanted if name not in file_names]
     if missing:
         raise ValueError(
             f"{path}: {what} missing: {_some(missing)}. Every edge of the graph must be in the "
@@ -387,8 +387,8 @@ def _check_complete(
 
 
 def _some(names: list[str]) -> str:
-    more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
-    return ", ".join(map(repr, names[:SHOWN])) + more
+    suffix = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
+    return ", ".join(map(repr, names[:SHOWN])) + suffix
 
 
 def _check_neurons(path: str | os.PathLike[str], rows: list[Any]) -> None:

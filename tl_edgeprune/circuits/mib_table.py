@@ -28,12 +28,12 @@ def positive_ranking(values: Float[Tensor, " edge"]) -> Float[Tensor, " edge"]:
     A shift rounds, and might so make equal what was not: such a value goes up by as many of
     float32's smallest steps as keep it above those below it (bits of positive floats are in order).
     """
-    levels, place = values.double().unique(return_inverse=True)  # rising
+    levels, level_of = values.double().unique(return_inverse=True)  # rising
     if levels[0] < 0:
         levels = levels - levels[0] + ((levels[-1] - levels[0]) / len(levels) or 1.0)
     steps = torch.arange(len(levels), dtype=torch.int32)
     bits = (levels.float().view(torch.int32) - steps).cummax(0).values + steps
-    return bits.view(torch.float32)[place]
+    return bits.view(torch.float32)[level_of]
 
 
 # ----------------------------------------------------------------------------- one graph, two views
@@ -58,34 +58,36 @@ def destinations(graph: EdgeGraph) -> list[str]:
     """Names of EAP-IG's destinations, in its order: q, k, v of a layer's heads, its MLP; logits."""
     names: list[str] = []
     for layer in range(graph.n_layers):
-        names += [f"a{layer}.h{h}<{part}>" for part in "qkv" for h in range(graph.n_heads)]
+        names += [f"a{layer}.h{h}<{letter}>" for letter in "qkv" for h in range(graph.n_heads)]
         names.append(f"m{layer}")
     return [*names, "logits"]
 
 
 def columns(graph: EdgeGraph) -> list[list[int]]:
     """Of each of our destinations, its places among EAP-IG's: several where it is shared."""
-    place = {name: index for index, name in enumerate(destinations(graph))}
-    found = []
+    column_of = {name: index for index, name in enumerate(destinations(graph))}
+    columns_of = []
     for name in graph.destinations:
-        node, _, part = name.partition("<")
+        node, _, kind = name.partition("<")
         if node[0] != "a":
-            theirs = [name]
+            mib_names = [name]
         else:
-            parts = [f"<{part}"] if part else ["<q>", "<k>", "<v>"]
-            theirs = [owner + end for end in parts for owner in graph.owner(name)]
-        found.append([place[name] for name in theirs])
-    return found
+            kinds = [f"<{kind}"] if kind else ["<q>", "<k>", "<v>"]
+            mib_names = [owner + end for end in kinds for owner in graph.owner(name)]
+        columns_of.append([column_of[name] for name in mib_names])
+    return columns_of
 
 
 def spread(graph: EdgeGraph, values: Float[Tensor, " edge"]) -> Float[Tensor, "source destination"]:
     """Our flat vector as EAP-IG's table; 0 where there is no edge."""
-    places = columns(graph)
+    columns_of = columns(graph)
     table = torch.zeros(graph.n_sources, len(destinations(graph)))
     for read in graph.reads:
         block = values[read.edges].view(read.n_destinations, read.n_sources)
         for row in range(read.n_destinations):
-            table[: read.n_sources, places[read.first_destination + row]] = block[row].unsqueeze(1)
+            table[: read.n_sources, columns_of[read.first_destination + row]] = block[
+                row
+            ].unsqueeze(1)
     return table
 
 
@@ -132,15 +134,15 @@ def fold_mask(
 
 def _copies(graph: EdgeGraph, table: Tensor) -> list[tuple[slice, str, Tensor]]:
     """Of each destination: its flat edges, its name and its columns [source, copy]."""
-    places, found = columns(graph), []
+    columns_of, copies = columns(graph), []
     for read in graph.reads:
         for row in range(read.n_destinations):
             first = read.edges.start + row * read.n_sources
             destination = read.first_destination + row
-            block = table[: read.n_sources, places[destination]]
+            block = table[: read.n_sources, columns_of[destination]]
             edges = slice(first, first + read.n_sources)
-            found.append((edges, graph.destinations[destination], block))
-    return found
+            copies.append((edges, graph.destinations[destination], block))
+    return copies
 
 
 def real_edges(graph: EdgeGraph) -> Bool[Tensor, "source destination"]:

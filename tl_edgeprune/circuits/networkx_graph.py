@@ -26,26 +26,26 @@ def to_networkx(graph: EdgeGraph, edges: Iterable[str]) -> Any:
             "Circuit.to_networkx needs networkx: install it with pip install networkx."
         ) from None
     refuse_spans(graph, "Circuit.to_networkx")
-    found = networkx.DiGraph()
+    directed = networkx.DiGraph()
     for name in ("input", "tok", "pos"):
         if name in graph.sources:
-            found.add_node(name, kind="input", layer=-1)
-    found.add_node("logits", kind="logits", layer=graph.n_layers)
+            directed.add_node(name, kind="input", layer=-1)
+    directed.add_node("logits", kind="logits", layer=graph.n_layers)
     for edge in edges:
         source, _, destination = edge.partition("->")
         for name in (source, destination):
-            if name not in found:
-                found.add_node(name, **_description(name))
-        found.add_edge(source, destination, kind="edge")
+            if name not in directed:
+                directed.add_node(name, **_description(name))
+        directed.add_edge(source, destination, kind="edge")
         for owner in graph.owner(destination):
             if owner != destination:
-                found.add_node(owner, **_description(owner))
-                found.add_edge(destination, owner, kind="inside")
-    return found
+                directed.add_node(owner, **_description(owner))
+                directed.add_edge(destination, owner, kind="inside")
+    return directed
 
 
 def _description(name: str) -> dict[str, Any]:
-    node, _, part = name.partition("<")
+    node, _, kind = name.partition("<")
     layer = int(node.partition(".")[0][1:])
     kinds = {"q>": "query", "k>": "key", "v>": "value"}
-    return {"kind": kinds.get(part, "head" if node[0] == "a" else "mlp"), "layer": layer}
+    return {"kind": kinds.get(kind, "head" if node[0] == "a" else "mlp"), "layer": layer}

@@ -78,25 +78,25 @@ def compare(
     from tl_edgeprune.methods.registry import GIVE_CIRCUITS
 
     names = _listed(methods)
-    own = runs_settings(names, parsed("--set", setting or []))
+    settings_of = runs_settings(names, parsed("--set", setting or []))
     for name in names:
-        compared_settings(name, own.get(name, {}))
+        compared_settings(name, settings_of.get(name, {}))
     check_ablation(ablation)
     if batch_size < 1:
         raise ValueError(f"--batch-size {batch_size}: expected 1 or more.")
     task_options = parsed("--task-set", task_set or [])
     inputs = Inputs(model, task, pairs, held_out, seed, dtype, device, cls, task_options).resolved()
-    wanted = _sizes(sizes or [])
+    sizes_of_circuits = _sizes(sizes or [])
     ranking = [name for name in names if name not in GIVE_CIRCUITS]
-    if ranking and not wanted:
+    if ranking and not sizes_of_circuits:
         raise ValueError(
             f"--sizes is missing: {', '.join(ranking)} rank all edges, so say how many to take, "
             "such as --sizes 200,1000."
         )
     settings = {
         "methods": names,
-        "sizes": wanted,
-        "settings": own,
+        "sizes": sizes_of_circuits,
+        "settings": settings_of,
         "absolute": absolute is not False,
         "alive": alive,
         "ablation": ablation,
@@ -107,8 +107,8 @@ def compare(
     if dry_run:
         from tl_edgeprune.commands.jobs.dry_run import discovering, show_plan
 
-        runs = {name: own.get(name, {}) for name in names}
-        plan = discovering(inputs, runs, wanted, pos)
+        runs = {name: settings_of.get(name, {}) for name in names}
+        plan = discovering(inputs, runs, sizes_of_circuits, pos)
         show_plan(plan | {"out": str(out)}, as_json)
         return
     compare_in(out, run, as_json=as_json, progress=progress)

@@ -66,24 +66,24 @@ def discover(
 
     task_options = parsed("--task-set", task_set or [])
     inputs = Inputs(model, task, pairs, held_out, seed, dtype, device, cls, task_options).resolved()
-    given = parsed("--set", setting or [])
+    values = parsed("--set", setting or [])
     if "seed" in settings_of(method):
-        given = {"seed": seed} | given
+        values = {"seed": seed} | values
     if ablation is not None:
-        given = {"ablation": whole_path(ablation)} | given
-    method_settings(method, given)
-    _check_needed(method, given)
+        values = {"ablation": whole_path(ablation)} | values
+    method_settings(method, values)
+    _check_needed(method, values)
     _check_size(method, n_edges)
     _check_top(method, n_edges, absolute, alive)
     how = {"absolute": absolute, "alive": alive}
-    wanted = {"method": method, "n_edges": n_edges, "settings": given, **how}
-    run = Run.new("discover", inputs, wanted)
+    run_settings = {"method": method, "n_edges": n_edges, "settings": values, **how}
+    run = Run.new("discover", inputs, run_settings)
     check_free(out, run)
     if dry_run:
         from tl_edgeprune.commands.jobs.dry_run import discovering, show_plan
 
         sizes = [] if n_edges is None else [n_edges]
-        show_plan(discovering(inputs, {method: given}, sizes, pos) | {"out": str(out)}, as_json)
+        show_plan(discovering(inputs, {method: values}, sizes, pos) | {"out": str(out)}, as_json)
         return
     search_in(out, run, new=True, as_json=as_json, progress=progress)
 

@@ -55,7 +55,7 @@ def evaluate(
 
     if batch_size < 1:
         raise ValueError(f"--batch-size {batch_size}: expected 1 or more.")
-    found = load_circuit(circuit)
+    circuit_of_file = load_circuit(circuit)
     inputs = _inputs(circuit, model, task, pairs, seed, parsed("--task-set", task_set or []))
     inputs = replace(
         inputs,
@@ -63,12 +63,17 @@ def evaluate(
         cls=_one_of("--cls", cls or inputs.cls, CLASSES),
         device=device,
     ).resolved()
-    constants, neurons = _ablation(circuit, found, ablation), _neurons(circuit)
+    constants, neurons = _ablation(circuit, circuit_of_file, ablation), _neurons(circuit)
     loaded = inputs.load_model()
     all_pairs = inputs.load_pairs(loaded)
     judged_on = all_pairs if task is not None else inputs.split(all_pairs)[1]
     figures = judge(
-        loaded, found, judged_on, ablation=constants, batch_size=batch_size, neurons=neurons
+        loaded,
+        circuit_of_file,
+        judged_on,
+        ablation=constants,
+        batch_size=batch_size,
+        neurons=neurons,
     )
     if out is not None:
         write_json(out, figures.to_dict())

@@ -27,8 +27,8 @@ def models(as_json: options.Json = False) -> None:
     """
     from tl_edgeprune import models as known
 
-    further = "So are folders that save_pretrained wrote, and names of the Hugging Face hub."
-    _show(known.list(), further, as_json)
+    footer = "So are folders that save_pretrained wrote, and names of the Hugging Face hub."
+    _show(known.list(), footer, as_json)
 
 
 @told
@@ -39,8 +39,8 @@ def methods(as_json: options.Json = False) -> None:
     """
     from tl_edgeprune.methods.registry import METHODS
 
-    further = "Their settings go by --set NAME=VALUE: tl-edgeprune discover --help."
-    _show(tuple(METHODS), further, as_json)
+    footer = "Their settings go by --set NAME=VALUE: tl-edgeprune discover --help."
+    _show(tuple(METHODS), footer, as_json)
 
 
 def _show(names: tuple[str, ...], further: str, as_json: bool) -> None:

@@ -51,19 +51,19 @@ def plan(
         raise ValueError(f"--gpu-memory {gpu_memory}: expected a number of GB.")
     room = int(gpu_memory * 1e9 - RESERVED)
     rooms = (room - MAX_BYTES, room)  # with all that a run may keep beside it, and without
-    fitting = (fitting_pairs(shape, pos, each, element=element, on_gpu=True) for each in rooms)
-    most = next((pairs for pairs in fitting if pairs), 0)
+    fitting = (fitting_pairs(shape, pos, room, element=element, on_gpu=True) for room in rooms)
+    largest = next((pairs for pairs in fitting if pairs), 0)
     least = Work(1, pos, element=element, on_gpu=True)
-    if not most:
+    if not largest:
         need = (sum(step_bytes(shape, least).values()) + RESERVED) / 1e9
         half = "bfloat16, " if dtype == "float32" else ""
         raise ValueError(
             f"{model} in {dtype} does not fit: one pair of {pos} tokens a forward takes {need:.1f} "
             f"GB, and {gpu_memory:g} GB are there. Take {half}shorter prompts or a larger GPU."
         )
-    wanted = pairs or most
-    forwards = -(-wanted // most)
-    work = Work(-(-wanted // forwards), pos, element=element, on_gpu=True)
+    n_pairs = pairs or largest
+    forwards = -(-n_pairs // largest)
+    work = Work(-(-n_pairs // forwards), pos, element=element, on_gpu=True)
     memory = step_bytes(shape, work)
     cache = min(MAX_BYTES, room - sum(memory.values()))
     memory |= {"targets, references": cache, "reserved": int(RESERVED)}
@@ -75,7 +75,7 @@ def plan(
         "edges": shape.graph.n_edges,
         "dtype": dtype,
         "tokens_a_prompt": pos,
-        "pairs_that_fit": most,
+        "pairs_that_fit": largest,
         "batch_size": work.pairs,
         "accumulate": forwards,
         "pairs_kept": cache // a_pair,
@@ -97,10 +97,10 @@ def _text(planned: Mapping[str, Any], gpu_memory: float, pairs: int | None) -> s
     if pairs is not None:
         batch, accumulate = planned["batch_size"], planned["accumulate"]
         lines += [f"For {pairs} pairs a step: batch_size={batch}, accumulate={accumulate}."]
-    kept, pairs_kept = planned["bytes"]["targets, references"] / 1e9, planned["pairs_kept"]
+    stored, pairs_kept = planned["bytes"]["targets, references"] / 1e9, planned["pairs_kept"]
     if planned["bytes"]["targets, references"] < MAX_BYTES:
         lines += [
-            f"Beside them {kept:.2f} GB are left, of the {MAX_BYTES / 1e9:.1f} GB of targets and "
+            f"Beside them {stored:.2f} GB are left, of the {MAX_BYTES / 1e9:.1f} GB of targets and "
             f"references that a run may keep: train on at most {pairs_kept:,} pairs, or on more "
             "than the run visits (steps × pairs a step), of which it keeps none; or take fewer a "
             "forward (--pairs)."
@@ -109,6 +109,6 @@ def _text(planned: Mapping[str, Any], gpu_memory: float, pairs: int | None) -> s
     lines += [f"  {name:20}{size / 1e9:10.2f}" for name, size in planned["bytes"].items()]
     lines += ["\nThe least that each pass of a forward's pairs does:   TFLOP    GB moved"]
     for name, floor in planned["passes"].items():
-        done, moved = floor["operations"] / 1e12, floor["bytes"] / 1e9
-        lines += [f"  {name:48}{done:10.2f}{moved:12.1f}"]
+        operations, moved = floor["operations"] / 1e12, floor["bytes"] / 1e9
+        lines += [f"  {name:48}{operations:10.2f}{moved:12.1f}"]
     return "\n".join(lines)

@@ -146,7 +146,7 @@ def prune(
     On several GPUs: torchrun --nproc-per-node 2 -m tl_edgeprune prune smollm2-135m ioi
     --n-edges 1000 --out runs/ioi
     """
-    given = {
+    values = {
         "n_edges": n_edges,
         "steps": steps,
         "lr": lr,
@@ -176,7 +176,7 @@ def prune(
     }
     task_options = parsed("--task-set", task_set or [])
     inputs = Inputs(model, task, pairs, held_out, seed, dtype, device, cls, task_options).resolved()
-    run = _run(inputs, given, paper)
+    run = _run(inputs, values, paper)
     check_free(out, run)
     if dry_run:
         from tl_edgeprune.commands.jobs.dry_run import pruning, show_plan

@@ -47,29 +47,29 @@ def show(
     for path, ending in ((svg, ".svg"), (png, ".png")):
         if path is not None and path.suffix.lower() != ending:
             raise ValueError(f"--{ending[1:]} {path}: its name must end in {ending}.")
-    found = load_circuit(circuit)
+    loaded = load_circuit(circuit)
     second = None if other is None else load_circuit(other)
     ranked = None if scores is None else EdgeScores.load(scores)
-    for path, thing in ((scores, ranked), (other, second)):
-        if thing is not None and thing.graph != found.graph:
+    for path, result in ((scores, ranked), (other, second)):
+        if result is not None and result.graph != loaded.graph:
             raise ValueError(
-                f"{path} is of another graph than {circuit}: {thing.graph}, the circuit's is "
-                f"{found.graph}."
+                f"{path} is of another graph than {circuit}: {result.graph}, the circuit's is "
+                f"{loaded.graph}."
             )
     figures = [_figures(circuit), *([] if other is None else [_figures(other)])]
     out = _page(out, circuit)
-    found.report(out, title=title, scores=ranked, other=second, measures=figures)
+    loaded.report(out, title=title, scores=ranked, other=second, measures=figures)
     for path in (svg, png):
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            found.draw(path, other=second, title=title)
+            loaded.draw(path, other=second, title=title)
     if dot is not None:
         dot.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(dot, found.to_dot().encode("utf-8", "replace"))
-    print(f"{out}: {found.n_edges:,} of {found.graph.n_edges:,} edges. Open it in a browser.")
-    beside = [str(path) for path in (svg, png, dot) if path is not None]
-    if beside:
-        print(f"Also written: {', '.join(beside)}.")
+        write_whole(dot, loaded.to_dot().encode("utf-8", "replace"))
+    print(f"{out}: {loaded.n_edges:,} of {loaded.graph.n_edges:,} edges. Open it in a browser.")
+    pictures = [str(path) for path in (svg, png, dot) if path is not None]
+    if pictures:
+        print(f"Also written: {', '.join(pictures)}.")
 
 
 def _page(out: Path | None, circuit: Path) -> Path:

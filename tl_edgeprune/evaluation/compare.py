@@ -84,15 +84,15 @@ def compare(
     runs = [run for name in methods for run in _runs(name, settings.get(name, {}), plan)]
     _check(model, plan, methods, settings, runs)
     folder = _folder(path, model, plan)
-    done: list[_Done] = []
+    outcomes: list[_Done] = []
     with nullcontext() if folder is None else held(folder.path):
         if folder is not None:
             folder.check(runs)
         bar = tqdm(runs, "comparing", disable=not progress)
         for run in bar:
             bar.set_postfix_str(run.name)
-            done.append(_do(model, run, plan, folder, progress))
-    return _comparison(done, plan)
+            outcomes.append(_do(model, run, plan, folder, progress))
+    return _comparison(outcomes, plan)
 
 
 # ----------------------------------------------------------------------------------------- the plan
@@ -123,15 +123,18 @@ class _Done(NamedTuple):
 
 def _runs(method: str, settings: Mapping[str, Any], plan: _Plan) -> list[Run]:
     """A method's runs: one, or one for each size or threshold."""
-    own = dict(settings)
-    if method == EDGE_PRUNING and own.pop("per_size", False):
-        return [Run(f"{method}.{k}", method, own | {"n_edges": k}, (k,)) for k in plan.sizes]
-    thresholds = own.get("threshold")
+    run_settings = dict(settings)
+    if method == EDGE_PRUNING and run_settings.pop("per_size", False):
+        return [
+            Run(f"{method}.{k}", method, run_settings | {"n_edges": k}, (k,)) for k in plan.sizes
+        ]
+    thresholds = run_settings.get("threshold")
     if isinstance(thresholds, list | tuple):
         return [
-            Run(f"{method}.{t}", method, own | {"threshold": t}, plan.sizes) for t in thresholds
+            Run(f"{method}.{t}", method, run_settings | {"threshold": t}, plan.sizes)
+            for t in thresholds
         ]
-    return [Run(method, method, own, plan.sizes)]
+    return [Run(method, method, run_settings, plan.sizes)]
 
 
 def _check(
@@ -177,29 +180,29 @@ def _check_names(
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise ValueError(f"compare: {', '.join(repeated)} would run twice: give each method once.")
-    for name, own in settings.items():
+    for name, of_method in settings.items():
         if name not in methods:
             raise ValueError(
                 f"compare: settings for {name!r}, which is not among the methods "
                 f"({', '.join(methods)})."
             )
-        if "threshold" in own and name not in registry.GIVE_CIRCUITS:
+        if "threshold" in of_method and name not in registry.GIVE_CIRCUITS:
             raise ValueError(
                 f"compare: a threshold in the settings of {name!r}, which ranks all edges. "
                 "Thresholds are for acdc; how many edges to take of a ranking is compare(…, "
                 "sizes=[…])."
             )
-        if own.get("threshold") in ([], ()):
+        if of_method.get("threshold") in ([], ()):
             raise ValueError(
                 f"compare: no threshold in the settings of {name!r}: expected a number, or a list "
                 "of one or more, for a run each."
             )
-        if own.get("positions") is not None:
+        if of_method.get("positions") is not None:
             raise ValueError(
                 f"compare: positions in the settings of {name!r}. Circuits whose edges have masks "
                 "in spans count other edges than those without: evaluate them apart."
             )
-        if "ablation" in own:
+        if "ablation" in of_method:
             raise ValueError(
                 f"compare: an ablation in the settings of {name!r}. Figures under different "
                 "ablations do not compare: give compare(…, ablation=…) for all."
@@ -219,8 +222,8 @@ class _Rehearsal(Task):
 
 def _rehearse(model: Any, run: Run, plan: _Plan) -> None:
     """Raise what the method raises before it starts."""
-    apart = (at for at in range(len(plan.train)) if prompts_differ(plan.train[at : at + 1]))
-    first = plan.train.subset([next(apart, 0)])
+    informative = (at for at in range(len(plan.train)) if prompts_differ(plan.train[at : at + 1]))
+    first = plan.train.subset([next(informative, 0)])
     task = _Rehearsal(**{f.name: getattr(first, f.name) for f in fields(first)})
     arguments = _arguments(run, plan, False)
     for name in ("checkpoint", "resume"):  # of the pairs themselves
@@ -235,9 +238,9 @@ def _rehearse(model: Any, run: Run, plan: _Plan) -> None:
 
 def _arguments(run: Run, plan: _Plan, progress: bool) -> dict[str, Any]:
     """Settings of a call of `discover`: the run's own, and what all runs share."""
-    known = registry.settings_of(run.method)
+    setting_names = registry.settings_of(run.method)
     shared = {"ablation": plan.ablation, "seed": plan.seed, "progress": progress}
-    return {name: value for name, value in shared.items() if name in known} | run.settings
+    return {name: value for name, value in shared.items() if name in setting_names} | run.settings
 
 
 def _folder(path: str | os.PathLike[str] | None, model: Any, plan: _Plan) -> Folder | None:
@@ -254,37 +257,37 @@ def _folder(path: str | os.PathLike[str] | None, model: Any, plan: _Plan) -> Fol
 
 def _do(model: Any, run: Run, plan: _Plan, folder: Folder | None, progress: bool) -> _Done:
     """A run from the folder as far as it is there, and made where it is not."""
-    kept = folder.read(run) if folder is not None else None
-    found, cost, figures = kept if kept is not None else (None, None, None)
-    if found is None or cost is None:
-        found, cost = _discover(model, run, plan, folder, progress)
-    circuits = _circuits(found, run, plan)
+    saved = folder.read(run) if folder is not None else None
+    result, cost, figures = saved if saved is not None else (None, None, None)
+    if result is None or cost is None:
+        result, cost = _discover(model, run, plan, folder, progress)
+    circuits = _circuits(result, run, plan)
     if figures is None:
         figures = evaluate_all(
             model, circuits, plan.held_out, ablation=plan.ablation, batch_size=plan.batch_size
         )
         if folder is not None:
-            folder.write(run, found, cost, figures)
-    return _Done(run, found, cost, circuits, figures)
+            folder.write(run, result, cost, figures)
+    return _Done(run, result, cost, circuits, figures)
 
 
 def _discover(
     model: Any, run: Run, plan: _Plan, folder: Folder | None, progress: bool
 ) -> tuple[Found, Cost]:
-    arguments, before = _arguments(run, plan, progress), 0.0
+    arguments, seconds_before = _arguments(run, plan, progress), 0.0
     if folder is not None:
-        before = folder.begin(run)
+        seconds_before = folder.begin(run)
         file = folder.file(run, "checkpoint")
         arguments = registry.checkpointed(run.method, file, arguments)
     device = arguments.get("device") or next(iter(model.parameters())).device
     with measured(device) as cost:
-        found = registry.discover(model, plan.train, run.method, **arguments)
-    if not found.metadata.get("finished", True):  # Edge Pruning keeps what Ctrl-C left it
+        result = registry.discover(model, plan.train, run.method, **arguments)
+    if not result.metadata.get("finished", True):  # Edge Pruning keeps what Ctrl-C left it
         raise KeyboardInterrupt
-    cost.seconds += before
+    cost.seconds += seconds_before
     if folder is not None:
-        folder.write(run, found, cost, None)
-    return found, cost
+        folder.write(run, result, cost, None)
+    return result, cost
 
 
 def _circuits(found: Found, run: Run, plan: _Plan) -> list[Circuit]:
@@ -297,9 +300,9 @@ def _circuits(found: Found, run: Run, plan: _Plan) -> list[Circuit]:
 def _comparison(done: list[_Done], plan: _Plan) -> Comparison:
     rows: list[Row] = []
     circuits: list[Circuit] = []
-    for run, found, cost, taken, figures in done:
-        sizes = [None] if isinstance(found, Circuit) else run.sizes
-        for size, circuit, evaluation in zip(sizes, taken, figures, strict=True):
+    for run, result, cost, circuits_of_run, figures in done:
+        sizes = [None] if isinstance(result, Circuit) else run.sizes
+        for size, circuit, evaluation in zip(sizes, circuits_of_run, figures, strict=True):
             row = {"method": run.method, "size": size, "threshold": run.settings.get("threshold")}
             row |= {name: getattr(evaluation, name) for name in FIGURES}
             rows.append(row | {"seconds": cost.seconds, "peak_mb": cost.peak_mb})

@@ -68,24 +68,24 @@ def _written(row: Row) -> Row:
     def figure(name: str, form: str) -> str:
         return "" if row[name] is None else format(row[name], form)
 
-    shown = {"method": row["method"]}
-    shown |= {name: figure(name, ",") for name in ("size", "n_edges", "n_alive")}
-    shown |= {"threshold": figure("threshold", "g")}
-    shown |= {name: figure(name, ".3g") for name in ("kl", "mse")}
-    shown |= {name: figure(name, ".2f") for name in ("logit_diff", "recovered", "faithfulness")}
-    shown |= {name: figure(name, ".1%") for name in ("exact_match", "accuracy")}
-    return shown | {"seconds": figure("seconds", ",.1f"), "peak_mb": figure("peak_mb", ",.0f")}
+    texts = {"method": row["method"]}
+    texts |= {name: figure(name, ",") for name in ("size", "n_edges", "n_alive")}
+    texts |= {"threshold": figure("threshold", "g")}
+    texts |= {name: figure(name, ".3g") for name in ("kl", "mse")}
+    texts |= {name: figure(name, ".2f") for name in ("logit_diff", "recovered", "faithfulness")}
+    texts |= {name: figure(name, ".1%") for name in ("exact_match", "accuracy")}
+    return texts | {"seconds": figure("seconds", ",.1f"), "peak_mb": figure("peak_mb", ",.0f")}
 
 
 def _text(rows: list[Row]) -> str:
     """Columns that hold something, aligned; the first to the left."""
     names = [name for name in COLUMNS if any(row[name] for row in rows)] or list(COLUMNS[:1])
     lines = [names, *([row[name] for name in names] for row in rows)]
-    widths = [max(len(line[place]) for line in lines) for place in range(len(names))]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(names))]
     return "\n".join(
         "  ".join(
-            cell.ljust(width) if place == 0 else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in lines
     )

@@ -103,15 +103,15 @@ class Folder:
         note = self._note(run)
         if note["found"] is None:
             return None
-        found: Found
+        result: Found
         if note["found"] == "circuit":
-            found = Circuit.load(self.file(run, "circuit.json"))
+            result = Circuit.load(self.file(run, "circuit.json"))
         else:
-            found = EdgeScores.load(self.file(run, "safetensors"))
+            result = EdgeScores.load(self.file(run, "safetensors"))
         figures = note["figures"]
         if figures is not None:
             figures = [Evaluation(**evaluation) for evaluation in figures]
-        return found, Cost(**note["cost"]), figures
+        return result, Cost(**note["cost"]), figures
 
     def _identity(self, run: Run) -> dict[str, Any]:
         identity = self.shared | {"method": run.method, "settings": of_setting(run.settings)}
@@ -125,8 +125,8 @@ class Folder:
     def _note(self, run: Run) -> dict[str, Any]:
         path = self.file(run, "json")
         note = read_json(path, "result of compare", AGAIN)
-        wanted = {"kind", "identity", "cost", "found", "figures"}
-        if not isinstance(note, dict) or note.get("kind") != KIND or wanted - set(note):
+        expected = {"kind", "identity", "cost", "found", "figures"}
+        if not isinstance(note, dict) or note.get("kind") != KIND or expected - set(note):
             raise ValueError(
                 f"{path} is no result of compare: give another path, or remove the file."
             )
@@ -143,8 +143,8 @@ def _check_note(note: dict[str, Any]) -> None:
     if note["found"] not in (None, "circuit", "scores"):
         raise ValueError(f"found is {note['found']!r}")
     numbers = [note["cost"]] if note["found"] is not None else []
-    for each in (*numbers, *(note["figures"] or ())):
-        for name, value in of_kind(each, dict, "figures").items():
+    for number in (*numbers, *(note["figures"] or ())):
+        for name, value in of_kind(number, dict, "figures").items():
             if value is not None:
                 of_kind(value, float, name)
     for cost in numbers:

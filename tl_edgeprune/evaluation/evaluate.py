@@ -138,7 +138,7 @@ def evaluate_all(
     if any(circuit.graph != graph for circuit in circuits):
         raise ValueError("circuits of different graphs cannot be evaluated together.")
     masks = [torch.zeros(graph.n_edges, dtype=torch.bool), *(c.mask for c in circuits)]
-    full, (empty, *own) = sweep(
+    full, (empty, *of_circuits) = sweep(
         model,
         graph,
         masks,
@@ -148,14 +148,14 @@ def evaluate_all(
         batch_size=batch_size,
         neurons=neurons,
     )
-    found = [
+    evaluations = [
         _evaluation(circuit, figures, full, empty, task)
-        for circuit, figures in zip(circuits, own, strict=True)
+        for circuit, figures in zip(circuits, of_circuits, strict=True)
     ]
     if neurons is None:
-        return found
+        return evaluations
     counts = {"n_neurons": neurons.n_neurons, "n_neurons_full": neurons.n_neurons_full}
-    return [replace(evaluation, **counts) for evaluation in found]
+    return [replace(evaluation, **counts) for evaluation in evaluations]
 
 
 def evaluate_groups(
@@ -202,7 +202,7 @@ def _evaluation(
     )
     measure = task.metric.replace("-", "_") if "kl" in means else "mse"
     span = means_full[measure] - means_empty[measure]
-    difference, whole = means.get("logit_diff"), means_full.get("logit_diff")
+    difference, full_difference = means.get("logit_diff"), means_full.get("logit_diff")
     right = full.get("accuracy")
     return Evaluation(
         n_pairs=len(task),
@@ -218,12 +218,14 @@ def _evaluation(
         n_wrong=None if right is None else int((right == 0).sum()),
         wrong_agreement=None if right is None else wrong_agreement(right, own["exact_match"]),
         logit_diff=difference,
-        logit_diff_full=whole,
+        logit_diff_full=full_difference,
         logit_diff_empty=means_empty.get("logit_diff"),
         prob_diff=means.get("prob_diff"),
         prob_diff_full=means_full.get("prob_diff"),
         prob_diff_empty=means_empty.get("prob_diff"),
-        recovered=difference / whole if difference is not None and whole else None,
+        recovered=difference / full_difference
+        if difference is not None and full_difference
+        else None,
         faithfulness=(means[measure] - means_empty[measure]) / span if span else None,
         kl_empty=means_empty.get("kl"),
         mse_empty=means_empty["mse"],
@@ -232,9 +234,9 @@ def _evaluation(
 
 def _beside(form: str, **ends: float | None) -> str:
     """A figure's values at both ends, in brackets, as far as they are known."""
-    known = [
+    numbers = [
         f"{name.replace('_', ' ')} {value:{form}}"
         for name, value in ends.items()
         if value is not None
     ]
-    return f" ({', '.join(known)})" if known else ""
+    return f" ({', '.join(numbers)})" if numbers else ""

@@ -73,8 +73,8 @@ class MibFaithfulness(NamedTuple):
 def area(shares: Sequence[float], values: Sequence[float]) -> float:
     """Trapezoids between neighbouring shares, on a linear axis."""
     points = zip(shares, values, strict=True)
-    parts = ((x2 - x1) * (y1 + y2) / 2 for (x1, y1), (x2, y2) in itertools.pairwise(points))
-    return sum(parts, 0.0)
+    trapezoids = ((x2 - x1) * (y1 + y2) / 2 for (x1, y1), (x2, y2) in itertools.pairwise(points))
+    return sum(trapezoids, 0.0)
 
 
 def faithfulness_curve(
@@ -148,13 +148,13 @@ def mib_faithfulness(
     Scores that are ranked as they are (log alphas) have one curve: a large negative one is the
     first to go.
     """
-    signed, *other = (
+    signed, *by_magnitude = (
         faithfulness_curve(
             model, scores, task, absolute=absolute, convention=convention, **settings
         )
         for absolute in ((False, True) if scores.by_magnitude else (False,))
     )
-    absolute = other[0] if other else signed
+    absolute = by_magnitude[0] if by_magnitude else signed
     return MibFaithfulness(signed.cpr, absolute.cmd, signed, absolute)
 
 
@@ -165,8 +165,8 @@ def top_masks(
 
     Of equal scores, those first in the graph come first.
     """
-    whole = int(counts.sum())
-    return [longest_run(ranked, counts, int(share * whole)) for share in shares]
+    n_edges = int(counts.sum())
+    return [longest_run(ranked, counts, int(share * n_edges)) for share in shares]
 
 
 def check_shares(shares: Sequence[float]) -> None:

@@ -117,16 +117,16 @@ def _add_head(writes: Weights, reads: Weights, name: str, site: AttentionSite, h
     q, k, v = (_double(weight)[head] for weight in site.weights)
     b_q, _, b_v = (None if b is None else _double(b)[head] for b in site.biases)
     out = _double(site.output)[head]
-    asked = q if b_q is None else torch.cat([q, b_q[None]])
-    said = v if b_v is None else torch.cat([v, b_v[None]])
-    writes[name] = said @ out
-    reads[f"{name}<q>"], reads[f"{name}<k>"] = q @ k.T, k @ asked.T
+    queries = q if b_q is None else torch.cat([q, b_q[None]])
+    values = v if b_v is None else torch.cat([v, b_v[None]])
+    writes[name] = values @ out
+    reads[f"{name}<q>"], reads[f"{name}<k>"] = q @ k.T, k @ queries.T
     reads[f"{name}<v>"] = v @ out
 
 
 def _add_mlp(writes: Weights, reads: Weights, name: str, mlp: Any) -> None:
     w_in, w_out, b_in, b_out = (
-        _double(getattr(mlp, which)) for which in ("W_in", "W_out", "b_in", "b_out")
+        _double(getattr(mlp, name)) for name in ("W_in", "W_out", "b_in", "b_out")
     )
     speaks = (w_in != 0).any(0) | (b_in != 0)  # hidden units that are not always 0
     heard = (w_out != 0).any(1)

@@ -145,8 +145,8 @@ def independence_test(
     """
     if len(task) < 2:
         raise ValueError(f"independence_test on {len(task)} pair: give two or more.")
-    rest = ~circuit.mask
-    measured = _measured(model, circuit, [rest], task, measure, ablation, batch_size)
+    complement = ~circuit.mask
+    measured = _measured(model, circuit, [complement], task, measure, ablation, batch_size)
     if _spread(measured.full) <= tie:
         raise ValueError(
             "the full model's score is the same on every pair, so nothing can depend on it: "
@@ -202,15 +202,19 @@ def minimality_test(
     cut = [cut_edge(circuit.mask, graph.index(name)) for name in names]
     masks = [circuit.mask, *cut, *(mask for mask, _ in inflated)]
     masks += [cut_edge(mask, edge) for mask, edge in inflated]
-    whole, *rest = _measured(model, circuit, masks, task, measure, ablation, batch_size).circuits
-    own, larger = rest[: len(cut)], rest[len(cut) : len(cut) + n_random]
-    effects = [_root_mean_square(whole - values) for values in own]
-    spare = [
-        _root_mean_square(before - after)
-        for before, after in zip(larger, rest[len(cut) + n_random :], strict=True)
+    of_circuit, *of_masks = _measured(
+        model, circuit, masks, task, measure, ablation, batch_size
+    ).circuits
+    without_edge, larger = of_masks[: len(cut)], of_masks[len(cut) : len(cut) + n_random]
+    effects = [_root_mean_square(of_circuit - values) for values in without_edge]
+    random_effects = [
+        _root_mean_square(with_path - without_edge_of_path)
+        for with_path, without_edge_of_path in zip(
+            larger, of_masks[len(cut) + n_random :], strict=True
+        )
     ]
-    p_values = holm([exceedance_test(effect - tie, spare, quantile) for effect in effects])
-    return MinimalityTest(names, tuple(effects), tuple(p_values), tuple(spare), quantile)
+    p_values = holm([exceedance_test(effect - tie, random_effects, quantile) for effect in effects])
+    return MinimalityTest(names, tuple(effects), tuple(p_values), tuple(random_effects), quantile)
 
 
 # ------------------------------------------------------------------------------- parts

@@ -104,8 +104,8 @@ class Minimality:
         ends = f"F(circuit) {self.circuit:z.3g}, F(model) {self.model:z.3g}"
         if not self.scores:
             return f"Minimality(no scores, {ends})"
-        most = max(self.scores, key=lambda name: self.scores[name])
-        (low, high), low_score = (self.least, most), self.scores[self.least]
+        largest = max(self.scores, key=lambda name: self.scores[name])
+        (low, high), low_score = (self.least, largest), self.scores[self.least]
         return (
             f"Minimality({len(self.scores)} scores from {low_score:.3g} ({low}) to "
             f"{self.scores[high]:.3g} ({high}), {ends})"
@@ -144,15 +144,15 @@ def completeness(
         raise ValueError("the circuit has no heads or MLPs, so none can be knocked out.")
     generator = random.Random(seed)
     sets = [[node for node in nodes if generator.random() < 0.5] for _ in range(n_random)]
-    whole, *found = runs.knockouts(circuit, [(), *sets])
+    unchanged, *sampled = runs.knockouts(circuit, [(), *sets])
     for _ in range(n_greedy):
-        grown = whole
+        grown = unchanged
         for _ in range(min(greedy_size, len(nodes))):
-            left = [node for node in nodes if node not in grown.nodes]
-            tried = generator.sample(left, min(candidates, len(left)))
+            remaining = [node for node in nodes if node not in grown.nodes]
+            tried = generator.sample(remaining, min(candidates, len(remaining)))
             grown = _worst(runs.knockouts(circuit, [(*grown.nodes, node) for node in tried]))
-        found.append(grown)
-    return Completeness(whole.circuit, whole.model, tuple(found))
+        sampled.append(grown)
+    return Completeness(unchanged.circuit, unchanged.model, tuple(sampled))
 
 
 def minimality(
@@ -183,15 +183,15 @@ def minimality(
     if unknown:
         raise KeyError(f"without={sorted(unknown)}: not in the circuit, which has {names}.")
     runs = _Runs.of(model, circuit, task, measure, ablation, batch_size)
-    before = [knock_out(circuit.mask, graph, without.get(name, ())) for name in names]
-    after = [
+    with_node = [knock_out(circuit.mask, graph, without.get(name, ())) for name in names]
+    without_node = [
         cut_edge(mask, graph.index(name)) if edges else knock_out(mask, graph, [name])
-        for mask, name in zip(before, names, strict=True)
+        for mask, name in zip(with_node, names, strict=True)
     ]
     full = torch.ones_like(circuit.mask)
-    whole, own, *values = runs.means([full, circuit.mask, *before, *after])
+    of_full, of_circuit, *values = runs.means([full, circuit.mask, *with_node, *without_node])
     pairs = zip(names, values[: len(names)], values[len(names) :], strict=True)
-    return Minimality({name: abs(b - a) for name, b, a in pairs}, own, whole)
+    return Minimality({name: abs(b - a) for name, b, a in pairs}, of_circuit, of_full)
 
 
 def inner_nodes(circuit: Circuit) -> tuple[str, ...]:
@@ -204,13 +204,13 @@ def knock_out(
     mask: Bool[Tensor, " edge"], graph: EdgeGraph, nodes: Iterable[str]
 ) -> Bool[Tensor, " edge"]:
     """The mask without the edges that leave these nodes. Raises KeyError for an unknown node."""
-    place = {name: index for index, name in enumerate(graph.sources)}
-    gone = torch.zeros(graph.n_sources, dtype=torch.bool)
+    index_of = {name: index for index, name in enumerate(graph.sources)}
+    removed = torch.zeros(graph.n_sources, dtype=torch.bool)
     for node in nodes:
-        if node not in place:
+        if node not in index_of:
             raise KeyError(f"unknown node {node!r}: this graph has {', '.join(graph.sources)}.")
-        gone[place[node]] = True
-    return mask & ~gone[edge_ends(graph)[0]]
+        removed[index_of[node]] = True
+    return mask & ~removed[edge_ends(graph)[0]]
 
 
 def cut_edge(mask: Bool[Tensor, " edge"], edge: int) -> Bool[Tensor, " edge"]:
@@ -263,8 +263,8 @@ class _Runs:
 
     def knockouts(self, circuit: Circuit, sets: Sequence[Sequence[str]]) -> list[Knockout]:
         full = torch.ones_like(circuit.mask)
-        both = (circuit.mask, full)
-        masks = [knock_out(mask, self.graph, nodes) for nodes in sets for mask in both]
+        masks_of_pair = (circuit.mask, full)
+        masks = [knock_out(mask, self.graph, nodes) for nodes in sets for mask in masks_of_pair]
         means = self.means(masks)
         rows = zip(sets, means[::2], means[1::2], strict=True)
-        return [Knockout(tuple(nodes), own, whole) for nodes, own, whole in rows]
+        return [Knockout(tuple(nodes), of_circuit, of_full) for nodes, of_circuit, of_full in rows]

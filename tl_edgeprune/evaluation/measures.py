@@ -67,25 +67,25 @@ def figures_for(task: Task) -> Figures:
 
     def figures(logits: Tensor, lesson: Lesson) -> Mapping[str, Tensor]:
         batch, full = lesson.batch, lesson.full
-        found = {"mse": mean_squared_error(logits, full, batch)}
+        values = {"mse": mean_squared_error(logits, full, batch)}
         if full.shape[-1] == 1:
-            return found
-        found["kl"] = kl(logits, full, batch)
-        found["js"] = jensen_shannon(logits, full)
-        found["exact_match"] = same_top(logits, full)
+            return values
+        values["kl"] = kl(logits, full, batch)
+        values["js"] = jensen_shannon(logits, full)
+        values["exact_match"] = same_top(logits, full)
         if with_distractor:
-            found["logit_diff"] = logit_diff(logits, batch)
+            values["logit_diff"] = logit_diff(logits, batch)
         if with_sets:
-            found["prob_diff"] = prob_diff(logits, batch)
+            values["prob_diff"] = prob_diff(logits, batch)
         if with_log_prob:
-            found["log_prob"] = -negative_log_prob(logits, full, batch)
+            values["log_prob"] = -negative_log_prob(logits, full, batch)
         if with_distractor:
-            found["accuracy"] = found["logit_diff"] > 0
+            values["accuracy"] = values["logit_diff"] > 0
         elif with_answers:
-            found["accuracy"] = (logits.argmax(-1) == batch.answers).all(-1)
+            values["accuracy"] = (logits.argmax(-1) == batch.answers).all(-1)
         elif with_sets:
-            found["accuracy"] = found["prob_diff"] > 0
-        return found
+            values["accuracy"] = values["prob_diff"] > 0
+        return values
 
     return figures
 

@@ -56,26 +56,26 @@ def roc(
     """
     _check(scores.graph, known.graph, level)
     ranked = scores.ranking(absolute)
-    ranked, wanted = ranked.detach().cpu().double(), known.mask
+    ranked, positive = ranked.detach().cpu().double(), known.mask
     if level == "node":
         ranked = node_scores(ranked, known.graph)
-        wanted = _nodes(known)
-    if bool(wanted.all()) or not bool(wanted.any()):
+        positive = _nodes(known)
+    if bool(positive.all()) or not bool(positive.any()):
         raise ValueError(
-            f"the known circuit has {int(wanted.sum())} of the graph's {len(wanted)} {level}s: a "
-            "ROC curve needs some in it and some outside."
+            f"the known circuit has {int(positive.sum())} of the graph's {len(positive)} {level}s: "
+            "a ROC curve needs some in it and some outside."
         )
-    return roc_of(ranked, wanted)
+    return roc_of(ranked, positive)
 
 
 def roc_of(ranked: Float[Tensor, " item"], wanted: Bool[Tensor, " item"]) -> Roc:
     """The ROC curve of scores; items of equal score come in at once."""
     thresholds, group = ranked.unique(return_inverse=True)
-    places = len(thresholds) - 1 - group  # 0 for the highest score
+    order = len(thresholds) - 1 - group  # 0 for the highest score
     curves = []
     for chosen in (~wanted, wanted):
         counts = torch.zeros(len(thresholds) + 1, dtype=torch.double)
-        counts.index_add_(0, places[chosen] + 1, torch.ones(int(chosen.sum()), dtype=torch.double))
+        counts.index_add_(0, order[chosen] + 1, torch.ones(int(chosen.sum()), dtype=torch.double))
         curves.append(counts.cumsum(0) / int(chosen.sum()))
     false_positive, true_positive = curves
     auc = float(torch.trapezoid(true_positive, false_positive))
@@ -88,20 +88,20 @@ def precision_recall(circuit: Circuit, known: Circuit, *, level: str = "edge") -
     level: "edge" or "node". Raises ValueError for circuits of different graphs.
     """
     _check(circuit.graph, known.graph, level)
-    found, wanted = circuit.mask, known.mask
+    predicted, positive = circuit.mask, known.mask
     if level == "node":
-        found, wanted = _nodes(circuit), _nodes(known)
-    both = int((found & wanted).sum())
+        predicted, positive = _nodes(circuit), _nodes(known)
+    n_true = int((predicted & positive).sum())
     return PrecisionRecall(
-        both / int(found.sum()) if bool(found.any()) else 1.0,
-        both / int(wanted.sum()) if bool(wanted.any()) else 1.0,
+        n_true / int(predicted.sum()) if bool(predicted.any()) else 1.0,
+        n_true / int(positive.sum()) if bool(positive.any()) else 1.0,
     )
 
 
 def node_scores(ranked: Float[Tensor, " edge"], graph: EdgeGraph) -> Float[Tensor, " source"]:
     """The highest score of the edges that leave a node or lead to it."""
-    place = {name: index for index, name in enumerate(graph.sources)}
-    owners = [[place[name] for name in graph.owner(d)] for d in graph.destinations]
+    index_of = {name: index for index, name in enumerate(graph.sources)}
+    owners = [[index_of[name] for name in graph.owner(d)] for d in graph.destinations]
     ends = [(edge, s) for edge, (s, _) in enumerate(graph.pairs)]
     ends += [(edge, node) for edge, (_, d) in enumerate(graph.pairs) for node in owners[d]]
     edges, nodes = torch.tensor(ends).T
@@ -110,8 +110,8 @@ def node_scores(ranked: Float[Tensor, " edge"], graph: EdgeGraph) -> Float[Tenso
 
 
 def _nodes(circuit: Circuit) -> Bool[Tensor, " source"]:
-    inside = set(circuit.nodes)
-    return torch.tensor([name in inside for name in circuit.graph.sources])
+    in_circuit = set(circuit.nodes)
+    return torch.tensor([name in in_circuit for name in circuit.graph.sources])
 
 
 def _check(graph: EdgeGraph, known: EdgeGraph, level: str) -> None:

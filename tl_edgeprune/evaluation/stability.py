@@ -56,11 +56,11 @@ class Stability:
 
     def core(self, threshold: float = 1.0) -> Circuit:
         """The edges in at least this share of the runs; by default in all of them."""
-        first, *others = (circuit.metadata for circuit in self.circuits)
-        shared = {k: v for k, v in first.items() if all(o.get(k) == v for o in others)}
-        needed = threshold * len(self.circuits) - 1e-9
+        first, *further = (circuit.metadata for circuit in self.circuits)
+        shared = {k: v for k, v in first.items() if all(o.get(k) == v for o in further)}
+        n_circuits = threshold * len(self.circuits) - 1e-9
         counts = torch.stack([circuit.mask for circuit in self.circuits]).sum(0)
-        return Circuit(self.graph, (counts >= needed) & (counts > 0), shared)
+        return Circuit(self.graph, (counts >= n_circuits) & (counts > 0), shared)
 
 
 def stability(
@@ -97,11 +97,13 @@ def stability(
     circuits = []
     for seed, resample in runs:
         pairs = task if resample is None else bootstrap(task, resample)
-        own = settings if seed is None else settings | {"seed": seed}
-        found = registry.discover(model, pairs, method=method, **own)
-        if not found.metadata.get("finished", True):  # Edge Pruning keeps what Ctrl-C left it
+        run_settings = settings if seed is None else settings | {"seed": seed}
+        result = registry.discover(model, pairs, method=method, **run_settings)
+        if not result.metadata.get("finished", True):  # Edge Pruning keeps what Ctrl-C left it
             raise KeyboardInterrupt
-        circuits.append(found if isinstance(found, Circuit) else found.top(size, absolute=absolute))
+        circuits.append(
+            result if isinstance(result, Circuit) else result.top(size, absolute=absolute)
+        )
     return Stability(tuple(circuits), runs)
 
 

@@ -67,8 +67,8 @@ def sign_test(
     better = int((differences > tie).sum()) + int((differences.abs() <= tie).sum()) / 2
     distance = abs(better - n / 2)
     counts = torch.arange(n + 1, dtype=torch.double)
-    far = (counts - n / 2).abs() >= distance
-    p_value = float(binomial(n, 0.5 + epsilon)[far].sum())
+    as_extreme = (counts - n / 2).abs() >= distance
+    p_value = float(binomial(n, 0.5 + epsilon)[as_extreme].sum())
     return EquivalenceTest(min(1.0, p_value), better / n, epsilon, n)
 
 
@@ -93,20 +93,20 @@ def hsic_test(
     if min(_spread(x), _spread(y)) <= tie:
         return IndependenceTest(1.0, 0.0, n)
     kernel_x, kernel_y = _centred(_gaussian(x)), _gaussian(y)
-    found = (kernel_x * kernel_y).sum()
+    observed = (kernel_x * kernel_y).sum()
     generator = torch.Generator().manual_seed(seed)
     as_large = 1
     for _ in range(permutations):
         order = torch.randperm(n, generator=generator)
-        as_large += int((kernel_x * kernel_y[order][:, order]).sum() >= found * (1 - 1e-12))
-    return IndependenceTest(as_large / (permutations + 1), float(found) / n**2, n)
+        as_large += int((kernel_x * kernel_y[order][:, order]).sum() >= observed * (1 - 1e-12))
+    return IndependenceTest(as_large / (permutations + 1), float(observed) / n**2, n)
 
 
 def exceedance_test(effect: float, others: Sequence[float], quantile: float) -> float:
     """p-value of: an effect exceeds others with probability at least `quantile` (binomial, one
     side: few excesses speak against it).
     """
-    exceeded = sum(effect > other for other in others)
+    exceeded = sum(effect > random_effect for random_effect in others)
     return min(1.0, float(binomial(len(others), quantile)[: exceeded + 1].sum()))
 
 
@@ -114,9 +114,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
     """p-values corrected for their number (Holm 1979): the k-th smallest of n times n + 1 - k."""
     order = sorted(range(len(p_values)), key=lambda place: p_values[place])
     corrected, highest = [0.0] * len(p_values), 0.0
-    for rank, place in enumerate(order):
-        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[place]))
-        corrected[place] = highest
+    for rank, index in enumerate(order):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        corrected[index] = highest
     return corrected
 
 
@@ -124,8 +124,8 @@ def binomial(n: int, share: float) -> Float[Tensor, " count"]:
     """Probabilities of 0 to n successes of n."""
     k = torch.arange(n + 1, dtype=torch.double)
     total = torch.tensor(float(n), dtype=torch.double)
-    ways = torch.lgamma(total + 1) - torch.lgamma(k + 1) - torch.lgamma(total - k + 1)
-    return (ways + torch.xlogy(k, share) + torch.xlogy(total - k, 1 - share)).exp()
+    log_ways = torch.lgamma(total + 1) - torch.lgamma(k + 1) - torch.lgamma(total - k + 1)
+    return (log_ways + torch.xlogy(k, share) + torch.xlogy(total - k, 1 - share)).exp()
 
 
 def _check_finite(*scores: Float[Tensor, " pair"]) -> None:

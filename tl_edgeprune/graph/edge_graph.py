@@ -154,10 +154,10 @@ class EdgeGraph:
             edge += rows * sources
 
         for layer in range(self.n_layers):
-            before = self.first_head(layer)
-            add("attention", layer, self.attention_destinations, before)
+            n_sources = self.first_head(layer)
+            add("attention", layer, self.attention_destinations, n_sources)
             if self.has_mlp:
-                add("mlp", layer, 1, before if self.parallel else before + self.n_heads)
+                add("mlp", layer, 1, n_sources if self.parallel else n_sources + self.n_heads)
         add("logits", self.n_layers, 1, self.n_sources)
         return tuple(reads)
 
@@ -253,15 +253,15 @@ class EdgeGraph:
             return f"{name!r} is no edge: one is written 'source->destination', as {first!r}."
         span = destination.rpartition("@")[2] if "@" in destination else ""
         if bool(span) != bool(self.spans) or (span and span not in self.spans):
-            what = f"no span {span!r}" if span else "edges in spans only"
+            problem = f"no span {span!r}" if span else "edges in spans only"
             return (
-                f"unknown edge {name!r}: this graph has {what}. Its spans are "
+                f"unknown edge {name!r}: this graph has {problem}. Its spans are "
                 f"{', '.join(self.spans) or 'none'}"
                 f"{f', as in {first!r}' if self.spans else ''}."
             )
         sources = _nearest(source, self.sources)
         destinations = _nearest(destination, self.destinations)
-        near = [
+        suggestions = [
             f"{s}->{d}"
             for s in sources
             for d in destinations
@@ -272,22 +272,22 @@ class EdgeGraph:
         else:
             missing = [
                 n
-                for n, known in ((source, self.sources), (destination, self.destinations))
-                if n not in known
+                for n, names in ((source, self.sources), (destination, self.destinations))
+                if n not in names
             ]
             reason = f"this graph has no {' and no '.join(missing)}"
-        return f"unknown edge {name!r}: {reason}. Nearest: {', '.join(near) or 'none'}."
+        return f"unknown edge {name!r}: {reason}. Nearest: {', '.join(suggestions) or 'none'}."
 
     def owner(self, destination: str) -> tuple[str, ...]:
         """Sources that a destination's input flows into: its head, its group's heads, its MLP."""
         node = destination.partition("@")[0].partition("<")[0]
         if node == "logits":
             return ()
-        layer, _, part = node.partition(".")
-        if not part.startswith("kv"):
+        layer, _, head = node.partition(".")
+        if not head.startswith("kv"):
             return (node,)
         size = self.n_heads // self.n_kv_heads
-        group = int(part[2:])
+        group = int(head[2:])
         return tuple(f"{layer}.h{head}" for head in range(group * size, (group + 1) * size))
 
     @cached_property
@@ -299,8 +299,8 @@ class EdgeGraph:
         """
         flows = []
         for row, name in enumerate(self.destinations):
-            here = re.fullmatch(r"m\d+|[^<]*<q>", name.partition("@")[0]) is not None
-            at = (row % self.n_spans,) if here else range(self.n_spans)
+            starts_read = re.fullmatch(r"m\d+|[^<]*<q>", name.partition("@")[0]) is not None
+            at = (row % self.n_spans,) if starts_read else range(self.n_spans)
             owners = [self._place[owner] * self.n_spans for owner in self.owner(name)]
             flows.append(frozenset(first + span for first in owners for span in at))
         return tuple(flows)
@@ -322,11 +322,11 @@ class EdgeGraph:
         before anything is made of it.
         """
         try:
-            given = {"spans": [], **fields}
-            wrong = [name for name, value in given.items() if not _fits(name, value)]
+            values = {"spans": [], **fields}
+            wrong = [name for name, value in values.items() if not _fits(name, value)]
             if wrong:
-                raise TypeError(f"{', '.join(f'{n}={given[n]!r:.100}' for n in wrong)}")
-            graph = cls(**given | {"spans": tuple(given["spans"])})
+                raise TypeError(f"{', '.join(f'{n}={values[n]!r:.100}' for n in wrong)}")
+            graph = cls(**values | {"spans": tuple(values["spans"])})
         except TypeError as error:
             raise ValueError(f"not the description of an edge graph: {error}") from None
         _check_size(graph)
@@ -344,8 +344,8 @@ def _check_size(graph: EdgeGraph) -> None:
     """Raise ValueError for a graph that is too large to be a file's, from its fields alone."""
     layers, mlps = graph.n_layers, int(graph.has_mlp)
     destinations = (layers * (graph.attention_destinations + mlps) + 1) * graph.n_spans
-    before = layers * graph.n_inputs + graph.sources_per_layer * layers * (layers - 1) // 2
-    edges = (graph.attention_destinations + mlps) * before + graph.n_sources
+    n_pairs = layers * graph.n_inputs + graph.sources_per_layer * layers * (layers - 1) // 2
+    edges = (graph.attention_destinations + mlps) * n_pairs + graph.n_sources
     edges += 0 if graph.parallel else mlps * layers * graph.n_heads
     edges *= graph.n_spans
     if destinations > MOST_DESTINATIONS or edges > MOST_EDGES:

@@ -39,5 +39,7 @@ def leading(
 def leading_edges(graph: EdgeGraph, mask: Bool[Tensor, " edge"]) -> Bool[Tensor, " edge"]:
     """Which edges, kept or not, end in a destination that leads to the logits by kept edges."""
     alive = lead_to_logits(graph, mask)
-    parts = [leading(graph, read, alive).repeat_interleave(read.n_sources) for read in graph.reads]
-    return torch.cat(parts)
+    per_read = [
+        leading(graph, read, alive).repeat_interleave(read.n_sources) for read in graph.reads
+    ]
+    return torch.cat(per_read)

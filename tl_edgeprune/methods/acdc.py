@@ -147,10 +147,10 @@ def _check(threshold: float, search: str) -> None:
 def _warn_of_extremes(circuit: Circuit, threshold: float) -> None:
     if circuit.n_edges not in (0, circuit.graph.n_edges):
         return
-    all_or_no, other = ("no", "lower") if circuit.n_edges == 0 else ("every", "higher")
+    all_or_no, direction = ("no", "lower") if circuit.n_edges == 0 else ("every", "higher")
     warnings.warn(
-        f"ACDC at threshold={threshold:g} keeps {all_or_no} edge: a {other} threshold gives a more "
-        "informative circuit.",
+        f"ACDC at threshold={threshold:g} keeps {all_or_no} edge: a {direction} threshold gives a "
+        "more informative circuit.",
         stacklevel=3,
     )
 
@@ -159,8 +159,8 @@ def _reporter(cuts: WholeCuts, bar: Any, saved: Saved) -> Callable[..., None]:
     """A function that shows and saves that the edges from `edge` on are decided."""
 
     def report(edge: int, stage: Stage = FIRST) -> None:
-        kept = int(cuts.mask[edge:].sum())
-        bar.set_postfix(objective=f"{cuts.value:.4g}", kept=kept, refresh=False)
+        n_kept = int(cuts.mask[edge:].sum())
+        bar.set_postfix(objective=f"{cuts.value:.4g}", kept=n_kept, refresh=False)
         bar.update(max(0, bar.total - edge - bar.n))
         singles = None if stage.singles is None else asdict(stage.singles)
         tensors = {"kept": cuts.mask}

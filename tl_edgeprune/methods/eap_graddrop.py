@@ -50,5 +50,5 @@ def dropped_layers(run: MaskedModel, lesson: Lesson) -> Iterator[Point]:
     graph = run.graph
     for layer in range(graph.n_layers):
         first = graph.first_head(layer)
-        held = Held(range(first, first + graph.sources_per_layer), 1.0)
-        yield Point(torch.ones(graph.n_edges), held)
+        heads = Held(range(first, first + graph.sources_per_layer), 1.0)
+        yield Point(torch.ones(graph.n_edges), heads)

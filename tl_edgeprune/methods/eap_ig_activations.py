@@ -41,8 +41,8 @@ def eap_ig_activations(
         contract = run.differences(lesson.batch.clean, lesson.reference)
         for sources in source_groups(run.graph):
             for step in range(1, steps + 1):
-                held = Held(sources, step / steps)
-                yield Point(torch.ones(run.graph.n_edges), held, contract)
+                activations = Held(sources, step / steps)
+                yield Point(torch.ones(run.graph.n_edges), activations, contract)
 
     metadata = {"method": "eap-ig-activations", "steps": steps}
     return scores_along(path, model, task, objective, metadata=metadata, **settings)

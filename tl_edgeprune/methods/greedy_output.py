@@ -30,11 +30,11 @@ def greedy_output(model: Any, task: Task, **settings: Any) -> EdgeScores:
 
 
 def _edge_gains(graph: EdgeGraph, gram: Float[Tensor, "source source"]) -> Float[Tensor, " edge"]:
-    parts = [
+    grams = [
         greedy_gains(gram[: read.n_sources, : read.n_sources]).repeat(read.n_destinations)
         for read in graph.reads
     ]
-    return torch.cat(parts)
+    return torch.cat(grams)
 
 
 def greedy_gains(gram: Float[Tensor, "source source"]) -> Float[Tensor, " source"]:
@@ -46,11 +46,11 @@ def greedy_gains(gram: Float[Tensor, "source source"]) -> Float[Tensor, " source
     gains = torch.zeros(len(gram), dtype=gram.dtype)
     out = torch.ones(len(gram), dtype=torch.bool)
     toward, last = gram.sum(0), float("inf")
-    whole = max(float(gram.sum()), torch.finfo(gram.dtype).tiny)
+    total = max(float(gram.sum()), torch.finfo(gram.dtype).tiny)
     for _ in range(len(gram)):
         gain = (2 * toward - gram.diagonal()).masked_fill(~out, -float("inf"))
         best = int(gain.argmax())
-        last = min(last, float(gain[best]) / whole)
+        last = min(last, float(gain[best]) / total)
         gains[best], out[best] = last, False
         toward = toward - gram[best]
     return gains

@@ -73,13 +73,13 @@ def node_to_edge_scores(
     The inputs and the logits are in every circuit: they bound nothing, unless an edge joins the two
     directly, which then has the inputs' own score.
     """
-    place = {name: index for index, name in enumerate(graph.sources)}
-    own = sources.clone()
-    own[: graph.n_inputs] = float("inf")
+    index_of = {name: index for index, name in enumerate(graph.sources)}
+    importances = sources.clone()
+    importances[: graph.n_inputs] = float("inf")
     into = [
-        max((float(sources[place[n]]) for n in graph.owner(d)), default=float("inf"))
+        max((float(sources[index_of[n]]) for n in graph.owner(d)), default=float("inf"))
         for d in graph.destinations
     ]
     source, destination = edge_ends(graph)
-    scores = torch.minimum(own[source], torch.tensor(into)[destination])
+    scores = torch.minimum(importances[source], torch.tensor(into)[destination])
     return torch.where(torch.isinf(scores), sources[source], scores)

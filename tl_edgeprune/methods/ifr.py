@@ -70,17 +70,19 @@ def edge_shares(run: MaskedModel, tokens: Int[Tensor, "batch pos"]) -> Float[Ten
     """Each edge's share of what its destination reads, mean over positions and prompts (CPU)."""
     outputs = run.differences(tokens, run.reference("zero"))  # [source, row, d_model]
     streams = run.record(tokens)[0].streams.flatten(1, 2)  # [read, row, d_model]
-    found = torch.zeros(run.graph.n_edges)
+    scores = torch.zeros(run.graph.n_edges)
     for read, stream in zip(run.graph.reads, streams, strict=True):
         shares = proximity(outputs[: read.n_sources], stream).mean(1)  # [source]
-        found[read.edges] = shares.repeat(read.n_destinations).cpu()
-    return found
+        scores[read.edges] = shares.repeat(read.n_destinations).cpu()
+    return scores
 
 
 def proximity(
     outputs: Float[Tensor, "source row d_model"], stream: Float[Tensor, "row d_model"]
 ) -> Float[Tensor, "source row"]:
     """Each source's share of the stream, at every row; all zero where no source comes near it."""
-    whole = stream.abs().sum(-1)
-    near = torch.stack([whole - (stream - output).abs().sum(-1) for output in outputs]).clamp(min=0)
-    return near / near.sum(0).clamp(min=torch.finfo(near.dtype).tiny)
+    size = stream.abs().sum(-1)
+    closeness = torch.stack([size - (stream - output).abs().sum(-1) for output in outputs]).clamp(
+        min=0
+    )
+    return closeness / closeness.sum(0).clamp(min=torch.finfo(closeness.dtype).tiny)

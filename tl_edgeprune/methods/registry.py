@@ -74,16 +74,16 @@ def discover(
     and did not get, TypeError for a stream of pairs that it does not take, and what the method
     raises.
     """
-    known = settings_of(method)
+    names = settings_of(method)
     if isinstance(task, TaskStream) and method not in TRAINED:
         raise TypeError(
             f"{method} takes a Task, got a TaskStream: give some of its pairs, such as "
             "stream.chunk(0)."
         )
-    unknown = [name for name in settings if name not in known]
+    unknown = [name for name in settings if name not in names]
     if unknown:
         raise ValueError(
-            f"{method} takes no {' and no '.join(unknown)}: expected some of {', '.join(known)}."
+            f"{method} takes no {' and no '.join(unknown)}: expected some of {', '.join(names)}."
         )
     missing = [name for name in needed_by(method) if name not in settings]
     if missing:
@@ -96,8 +96,8 @@ def discover(
 
 def needed_by(method: str) -> list[str]:
     """Names of the settings that a method cannot do without."""
-    own = inspect.signature(METHODS[method]).parameters.values()
-    return [p.name for p in own if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
+    parameters = inspect.signature(METHODS[method]).parameters.values()
+    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
 
 
 def settings_of(method: str) -> tuple[str, ...]:
@@ -120,15 +120,15 @@ def parameters_of(method: str) -> dict[str, inspect.Parameter]:
             f"unknown method {method!r}: expected one of {', '.join(METHODS)}."
             f"{did_you_mean(method, METHODS)}"
         )
-    own = inspect.signature(METHODS[method], eval_str=True).parameters
-    found = {name: p for name, p in own.items() if p.kind is not p.VAR_KEYWORD}
-    if len(found) < len(own):  # the rest are those of what it calls
-        rest = EdgePruner if method in TRAINED else _SHARED.get(method, scores_along)
-        further = dict(inspect.signature(rest, eval_str=True).parameters)
+    parameters = inspect.signature(METHODS[method], eval_str=True).parameters
+    named = {name: p for name, p in parameters.items() if p.kind is not p.VAR_KEYWORD}
+    if len(named) < len(parameters):  # the rest are those of what it calls
+        callee = EdgePruner if method in TRAINED else _SHARED.get(method, scores_along)
+        inherited = dict(inspect.signature(callee, eval_str=True).parameters)
         if method in TRAINED:
             fit = inspect.signature(EdgePruner.fit, eval_str=True).parameters
-            further["resume"] = fit["resume"]
+            inherited["resume"] = fit["resume"]
         skip = {"path", "score", "method", "metadata", "magnitudes", "by_magnitude"}
         skip |= {*_SET.get(method, ())}
-        found |= {name: p for name, p in further.items() if name not in (*found, *skip)}
-    return {name: p for name, p in found.items() if name not in ("model", "task")}
+        named |= {name: p for name, p in inherited.items() if name not in (*named, *skip)}
+    return {name: p for name, p in named.items() if name not in ("model", "task")}

@@ -133,13 +133,13 @@ def _norm_hooks(model: Any, module: Any, name: str) -> list[Hook]:
     if norm is identity:
         return []
     frozen = _frozen(norm, name)
-    seen: dict[str, Tensor] = {}
+    activations: dict[str, Tensor] = {}
 
     def before(x: Tensor, hook: Any) -> None:
-        seen["x"] = x
+        activations["x"] = x
 
     def after(y: Tensor, hook: Any) -> Tensor:
-        return _with_gradient_of(frozen(seen.pop("x")), y)
+        return _with_gradient_of(frozen(activations.pop("x")), y)
 
     return [(f"{name}.hook_in", before), (f"{name}.hook_out", after)]
 
@@ -147,7 +147,7 @@ def _norm_hooks(model: Any, module: Any, name: str) -> list[Hook]:
 def _mlp_hooks(model: Any, name: str) -> list[Hook]:
     """The activation as multiplication by a constant, halved for each factor of a gated one."""
     points = model.hook_dict
-    seen: dict[str, Tensor] = {}
+    activations: dict[str, Tensor] = {}
     factors = [p for p in (f"{name}.hook_pre", f"{name}.hook_pre_linear") if p in points]
     if f"{name}.hook_post" not in points or f"{name}.hook_pre" not in points:
         raise NotImplementedError(f"relp: {name} is no plain or gated MLP: not supported.")
@@ -157,19 +157,21 @@ def _mlp_hooks(model: Any, name: str) -> list[Hook]:
         raise NotImplementedError(f"relp: {name} is a mixture of experts: not supported.")
 
     def before(point: str) -> Callable[..., None]:
-        return lambda x, hook: seen.__setitem__(point, x)
+        return lambda x, hook: activations.__setitem__(point, x)
 
     def after(y: Tensor, hook: Any) -> Tensor:
-        parts = [x * _ratio(y.detach(), x.detach()) for x in (seen.pop(p) for p in factors)]
-        return _with_gradient_of(sum(parts, torch.zeros_like(y)) / len(parts), y)
+        factors_out = [
+            x * _ratio(y.detach(), x.detach()) for x in (activations.pop(p) for p in factors)
+        ]
+        return _with_gradient_of(sum(factors_out, torch.zeros_like(y)) / len(factors_out), y)
 
     return [*((p, before(p)) for p in factors), (f"{name}.hook_post", after)]
 
 
 def _ratio(y: Tensor, x: Tensor) -> Tensor:
     """y / x, and 0 where x is (nearly) 0."""
-    near = x.abs() < TINY
-    return torch.where(near, torch.zeros_like(y), y / torch.where(near, torch.ones_like(x), x))
+    tiny = x.abs() < TINY
+    return torch.where(tiny, torch.zeros_like(y), y / torch.where(tiny, torch.ones_like(x), x))
 
 
 def _with_gradient_of(surrogate: Tensor, value: Tensor) -> Tensor:

@@ -38,16 +38,16 @@ def variance_left(gram: Float[Tensor, "source source"]) -> Float[Tensor, " sourc
 
     Gram-Schmidt with the largest remainder first, that is, a pivoted Cholesky decomposition of G.
     """
-    left, scores = gram.clone(), torch.zeros(len(gram), dtype=gram.dtype)
-    whole = max(float(gram.diagonal().sum()), torch.finfo(gram.dtype).tiny)
+    residual, scores = gram.clone(), torch.zeros(len(gram), dtype=gram.dtype)
+    total = max(float(gram.diagonal().sum()), torch.finfo(gram.dtype).tiny)
     chosen = torch.zeros(len(gram), dtype=torch.bool)
     for _ in range(len(gram)):
-        norms = left.diagonal().masked_fill(chosen, -float("inf"))
+        norms = residual.diagonal().masked_fill(chosen, -float("inf"))
         best = int(norms.argmax())
         norm = float(norms[best])
         chosen[best] = True
-        if norm <= 1e-10 * whole:
+        if norm <= 1e-10 * total:
             break
-        scores[best] = norm / whole
-        left = left - torch.outer(left[:, best], left[best]) / norm
+        scores[best] = norm / total
+        residual = residual - torch.outer(residual[:, best], residual[best]) / norm
     return scores

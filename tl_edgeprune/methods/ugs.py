@@ -62,12 +62,12 @@ def sample_window(
 class _Window(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, log_alpha: Tensor, draw: Tensor, inside: Tensor) -> Tensor:
-        kept = torch.sigmoid(log_alpha)
-        width = kept * (1 - kept)
-        ones = draw < kept - width / 2
-        window = (draw < kept + width / 2) & ~ones
+        probability = torch.sigmoid(log_alpha)
+        width = probability * (1 - probability)
+        is_one = draw < probability - width / 2
+        window = (draw < probability + width / 2) & ~is_one
         ctx.save_for_backward(window)
-        return torch.where(window, inside, ones.to(inside))
+        return torch.where(window, inside, is_one.to(inside))
 
     @staticmethod
     @once_differentiable

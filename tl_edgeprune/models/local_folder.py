@@ -41,9 +41,11 @@ def load_folder(folder: str | Path, device: torch.device | str, dtype: torch.dty
         local_files_only=True,
     )
     module.requires_grad_(False)
-    kept = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+    has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
     tokenizer = (
-        transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True) if kept else None
+        transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        if has_tokenizer
+        else None
     )
     model = build_bridge_from_module(
         module.eval(),

@@ -102,7 +102,7 @@ def compile_program(
             "expected two tokens or more (a prompt needs another one to be corrupted with) and "
             "max_seq_len of 1 or more."
         )
-    made = compiler.compile_rasp_to_model(
+    assembled = compiler.compile_rasp_to_model(
         program,
         vocab=set(tokens),
         max_seq_len=max_seq_len,
@@ -111,23 +111,23 @@ def compile_program(
         compiler_pad=PAD,
         mlp_exactness=mlp_exactness,
     )
-    values = list(getattr(made.output_encoder, "encoding_map", {}))
+    values = list(getattr(assembled.output_encoder, "encoding_map", {}))
     labels = [f"{program.label}:{value}" for value in values] or [program.label]
-    rows = [made.residual_labels.index(label) for label in labels]
-    ids = made.input_encoder.encoding_map
+    rows = [assembled.residual_labels.index(label) for label in labels]
+    ids = assembled.input_encoder.encoding_map
     config = {
         "name": name,
         "format": 1,
         "versions": {p: version(p) for p in ("tracr-pypi", "jax", "dm-haiku")},
-        "model": _sizes(made, max_seq_len, len(rows)),
+        "model": _sizes(assembled, max_seq_len, len(rows)),
         "causal": causal,
         "bos": ids[BOS],
         "tokens": sorted(ids[token] for token in tokens),
         "vocab": {str(token): index for token, index in ids.items()},
         "outputs": values,
-        "residual_labels": list(made.residual_labels),
+        "residual_labels": list(assembled.residual_labels),
     }
-    arrays = _weights(made, rows)
+    arrays = _weights(assembled, rows)
     return Compiled(config, {key: torch.from_numpy(array) for key, array in arrays.items()})
 
 
@@ -173,9 +173,9 @@ def _weights(made: Any, outputs: list[int]) -> dict[str, np.ndarray]:
     }
     for layer in range(made.model_config.num_layers):
         source, target = f"transformer/layer_{layer}", f"blocks.{layer}"
-        for theirs, ours in (("query", "Q"), ("key", "K"), ("value", "V")):
-            heads = params[f"{source}/attn/{theirs}"]["w"].reshape(d_model, n_heads, d_head)
-            state[f"{target}.attn.W_{ours}"] = heads.transpose(1, 0, 2)  # [head, d_model, d_head]
+        for tracr_name, letter in (("query", "Q"), ("key", "K"), ("value", "V")):
+            heads = params[f"{source}/attn/{tracr_name}"]["w"].reshape(d_model, n_heads, d_head)
+            state[f"{target}.attn.W_{letter}"] = heads.transpose(1, 0, 2)  # [head, d_model, d_head]
         output = params[f"{source}/attn/linear"]["w"]
         state[f"{target}.attn.W_O"] = output.reshape(n_heads, d_head, d_model)
         state[f"{target}.mlp.W_in"] = params[f"{source}/mlp/linear_1"]["w"]

@@ -78,5 +78,7 @@ def callers_stack_level() -> int:
     """
     frames = traceback.walk_stack(sys._getframe(1))
     names = [str(frame.f_globals.get("__name__", "")) for frame, _ in frames]
-    ours = [level for level, name in enumerate(names, 1) if name.startswith("tl_edgeprune")]
-    return ours[-1] + 1
+    package_levels = [
+        level for level, name in enumerate(names, 1) if name.startswith("tl_edgeprune")
+    ]
+    return package_levels[-1] + 1

@@ -46,9 +46,9 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], States, dict[
     """
     flat, document = read_tensors(path, "tl_edgeprune", "checkpoint")
     if not isinstance(document, dict) or document.get("format") != FORMAT:
-        found = document.get("format") if isinstance(document, dict) else None
+        version = document.get("format") if isinstance(document, dict) else None
         raise ValueError(
-            f"checkpoint {path} has format {found!r:.100}, this version reads {FORMAT}: start the "
+            f"checkpoint {path} has format {version!r:.100}, this version reads {FORMAT}: start the "
             "run anew."
         )
     with damaged(path):
@@ -56,8 +56,8 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], States, dict[
     tensors = {n.removeprefix("tensor/"): t for n, t in flat.items() if n.startswith("tensor/")}
     states: States = {}
     for name, tensor in flat.items():
-        label, _, rest = name.partition("/")
-        states.setdefault(label, {})[rest] = tensor
+        label, _, key = name.partition("/")
+        states.setdefault(label, {})[key] = tensor
     return tensors, {"optimizer": {}, "multipliers": {}, "constants": {}} | states, note
 
 

@@ -30,15 +30,17 @@ def differences(theirs: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, 
 
     Of settings and other mappings, those entries alone that differ ("settings.steps").
     """
-    found: dict[str, tuple[Any, Any]] = {}
+    different: dict[str, tuple[Any, Any]] = {}
     for name, value in own.items():
-        other = theirs.get(name)
-        if isinstance(value, Mapping) and isinstance(other, Mapping):
-            whole = {**dict.fromkeys(other), **value}
-            found |= {f"{name}.{k}": pair for k, pair in differences(other, whole).items()}
-        elif other != value:
-            found[name] = other, value
-    return found
+        their_value = theirs.get(name)
+        if isinstance(value, Mapping) and isinstance(their_value, Mapping):
+            with_missing = {**dict.fromkeys(their_value), **value}
+            different |= {
+                f"{name}.{k}": pair for k, pair in differences(their_value, with_missing).items()
+            }
+        elif their_value != value:
+            different[name] = their_value, value
+    return different
 
 
 def of_task(task: AnyTask) -> str:
@@ -79,7 +81,7 @@ def of_setting(value: Any) -> Any:
         parts = [of_setting(value.graph), of_setting(value.tensor), value.by_magnitude]
         return {"kind": "EdgeScores", "digest": digest(parts)}
     if isinstance(value, Constants):
-        parts = [of_setting(part) for part in (value.inputs, value.z, value.mlp)]
+        parts = [of_setting(tensor) for tensor in (value.inputs, value.z, value.mlp)]
         return {"kind": "Constants", "digest": digest(parts)}
     if isinstance(value, Mapping):
         return {str(key): of_setting(item) for key, item in value.items()}
@@ -87,16 +89,16 @@ def of_setting(value: Any) -> Any:
         return [of_setting(item) for item in value]
     if is_dataclass(value) and not isinstance(value, type):
         made_with = {f.name: getattr(value, f.name) for f in fields(value) if f.init}
-        own = {n: of_setting(v) for n, v in made_with.items() if not isinstance(v, Tensor)}
-        return {"kind": type(value).__name__, **own}
+        keywords = {n: of_setting(v) for n, v in made_with.items() if not isinstance(v, Tensor)}
+        return {"kind": type(value).__name__, **keywords}
     return _of_function(value) if callable(value) else str(value)
 
 
 def _of_function(function: Any) -> str:
     name = getattr(function, "__name__", None) or repr(function)
     code = getattr(function, "__code__", None)
-    ours = str(getattr(function, "__module__", "")).startswith("tl_edgeprune.")
-    return name if code is None or ours else f"{name} {digest(_of_code(code))}"
+    of_package = str(getattr(function, "__module__", "")).startswith("tl_edgeprune.")
+    return name if code is None or of_package else f"{name} {digest(_of_code(code))}"
 
 
 def _of_code(code: CodeType) -> list[Any]:

@@ -41,11 +41,13 @@ def check_origin(
             f"the {what} is for another model: its graph is {graph}, this model's is {actual}."
         )
     kinds, folded = several(metadata, "ablation"), several(metadata, "folded")
-    other = [kind for kind in kinds if kind != "counterfactual"]
-    if other and folded and folded != [is_folded(model)]:
-        found_on = " and one with ".join("folded" if each else "unfolded" for each in folded)
+    fixed_kinds = [kind for kind in kinds if kind != "counterfactual"]
+    if fixed_kinds and folded and folded != [is_folded(model)]:
+        found_on = " and one with ".join(
+            "folded" if is_folded else "unfolded" for is_folded in folded
+        )
         raise ValueError(
-            f"the {what} was found under {' and '.join(other)} ablation on a model with {found_on} "
+            f"the {what} was found under {' and '.join(fixed_kinds)} ablation on a model with {found_on} "
             f"norm weights, and this model's are {'' if is_folded(model) else 'un'}folded: what an "
             "ablated source leaves differs between the two. Load the model as it was then."
         )

@@ -54,9 +54,9 @@ class Saved:
             about = of_kind(note["about"], dict, "about")
             state = of_kind(note["state"], dict, "state")
         if about != self._about:
-            different = sorted(differences(about, self._about))
+            names = sorted(differences(about, self._about))
             raise ValueError(
-                f"checkpoint {self._path} is of another run ({', '.join(different)} differ): give "
+                f"checkpoint {self._path} is of another run ({', '.join(names)} differ): give "
                 "another path, or remove it to start anew."
             )
         return tensors, state
@@ -94,8 +94,8 @@ def saving(
     if path is None:
         yield UNSAVED
         return
-    whole = about | {"settings": of_setting(settings), "graph": run.graph.to_dict()}
-    whole |= {"pairs": of_task(task), "weights": of_weights(run.model)}
+    identity = about | {"settings": of_setting(settings), "graph": run.graph.to_dict()}
+    identity |= {"pairs": of_task(task), "weights": of_weights(run.model)}
     writes = Ranks.current().first or not is_sharded(run.model)
     with held_file(path) if writes else nullcontext():
-        yield Saved(path, whole, writes=writes)
+        yield Saved(path, identity, writes=writes)

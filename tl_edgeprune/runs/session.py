@@ -119,8 +119,8 @@ def open_session(
         find_objective(objective, task)
     check_tokens(task, model)
     if result is not None:
-        what = "circuit" if isinstance(result, Circuit) else "ranking"
-        check_origin(model, result.graph, result.metadata, what)
+        kind = "circuit" if isinstance(result, Circuit) else "ranking"
+        check_origin(model, result.graph, result.metadata, kind)
         graph = result.graph
     if ablation is None:
         ablation = ablation_of(result.metadata if result is not None else {})

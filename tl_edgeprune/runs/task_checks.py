@@ -18,8 +18,8 @@ def check_tokens(task: Task, model: Any) -> None:
     longer than the model has positions for.
     """
     prompts = (*task.clean, *task.corrupted)
-    rest = (task.answers, task.distractors, task.right, task.wrong)
-    _check_vocabulary(model, [*prompts, *(t for field in rest for t in field)], _name(task))
+    token_sets = (task.answers, task.distractors, task.right, task.wrong)
+    _check_vocabulary(model, [*prompts, *(t for field in token_sets for t in field)], _name(task))
     _check_length(model, max(map(len, prompts), default=0), _name(task))
 
 
@@ -96,8 +96,8 @@ def task_for(task: Task, graph: EdgeGraph) -> Task:
             f"{', '.join(graph.spans)} only: no {' and no '.join(unknown)}. Use a circuit found on "
             "such a task, or name the task's spans alike."
         )
-    places = torch.tensor([graph.spans.index(name) for name in names])
-    return replace(task, span_names=graph.spans, spans=[places[row] for row in task.spans])
+    span_indices = torch.tensor([graph.spans.index(name) for name in names])
+    return replace(task, span_names=graph.spans, spans=[span_indices[row] for row in task.spans])
 
 
 def any_task_for(task: AnyTask, graph: EdgeGraph) -> AnyTask:

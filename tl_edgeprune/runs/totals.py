@@ -56,9 +56,9 @@ def each_lesson(
     batches = teacher.task.batches(batch_size, shuffle=max_pairs is not None)
     if max_pairs is not None:
         batches = _enough(batches, max_pairs)
-    before = sum(len(batch) for batch in islice(batches, done))
-    wanted = min(len(teacher.task), max_pairs or len(teacher.task))
-    for batch in shown(batches, doing, wanted, progress, before):
+    n_done = sum(len(batch) for batch in islice(batches, done))
+    n_pairs = min(len(teacher.task), max_pairs or len(teacher.task))
+    for batch in shown(batches, doing, n_pairs, progress, n_done):
         yield teacher.lesson(batch)
 
 

@@ -94,7 +94,7 @@ def polish(
 def exchanged(
     mask: Bool[Tensor, " edge"], scores: Float[Tensor, " edge"], count: int
 ) -> Bool[Tensor, " edge"]:
-    """The mask, with up to `count` of its lowest edges exchanged for removed edges of higher score."""
+    """The mask, with up to `count` of its lowest edges exchanged for higher removed ones."""
     count = min(count, int(mask.sum()), int((~mask).sum()))
     lowest = scores.masked_fill(~mask, torch.inf).topk(count, largest=False)
     highest = scores.masked_fill(mask, -torch.inf).topk(count)

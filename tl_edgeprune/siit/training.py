@@ -58,12 +58,12 @@ class Draws:
     def interventions(self, n: int) -> Interventions:
         """Swaps and cuts for n pairs, as the module says."""
         n_reads, n_edges = len(self.causal.edges), self.causal.graph.n_edges
-        one = torch.randint(n_reads, (n,), generator=self.generator)
+        chosen = torch.randint(n_reads, (n,), generator=self.generator)
         kinds = torch.stack(
             [
                 torch.zeros(n, n_reads, dtype=torch.bool),
-                torch.eye(n_reads, dtype=torch.bool)[one],
-                self.from_same[one],
+                torch.eye(n_reads, dtype=torch.bool)[chosen],
+                self.from_same[chosen],
                 torch.rand(n, n_reads, generator=self.generator) < 0.5,
             ]
         )
@@ -132,17 +132,17 @@ def train(
 
 
 def _loss(state: State, draws: Draws, n: int) -> Tensor:
-    clean, other = draws.prompts(n), draws.prompts(n)
-    logits, wanted = _answers(state, draws.causal, clean, other, draws.interventions(n))
-    return cross_entropy(logits, wanted)
+    clean, source_prompts = draws.prompts(n), draws.prompts(n)
+    logits, targets = _answers(state, draws.causal, clean, source_prompts, draws.interventions(n))
+    return cross_entropy(logits, targets)
 
 
 def _answers(
     state: State, causal: CausalModel, clean: Tensor, other: Tensor, made: Interventions
 ) -> tuple[Tensor, Tensor]:
     """The transformer's logits under interventions, and the causal model's token."""
-    _, said = run(state, causal.graph, other)
-    logits, _ = run(state, causal.graph, clean, made.cut, said)
+    _, writes = run(state, causal.graph, other)
+    logits, _ = run(state, causal.graph, clean, made.cut, writes)
     return logits, causal.interchange(clean, other, made.swapped)
 
 
@@ -153,22 +153,26 @@ def accuracies(state: State, causal: CausalModel, n: int = 4096, seed: int = 1) 
     cut. both: both at once.
     """
     draws = Draws(causal, seed)
-    clean, other, made = draws.prompts(n), draws.prompts(n), draws.interventions(n)
-    nothing = torch.zeros_like(made.swapped)
-    outside = made.cut.clone()
-    outside[:, draws.circuit] = False
-    inside = made.cut & ~outside
+    clean, source_prompts, interventions = (
+        draws.prompts(n),
+        draws.prompts(n),
+        draws.interventions(n),
+    )
+    nothing = torch.zeros_like(interventions.swapped)
+    outside_only = interventions.cut.clone()
+    outside_only[:, draws.circuit] = False
+    inside_only = interventions.cut & ~outside_only
     kinds = {
-        "task": Interventions(nothing, torch.zeros_like(made.cut)),
-        "interchange": Interventions(made.swapped, inside),
-        "strict": Interventions(nothing, outside),
-        "both": made,
+        "task": Interventions(nothing, torch.zeros_like(interventions.cut)),
+        "interchange": Interventions(interventions.swapped, inside_only),
+        "strict": Interventions(nothing, outside_only),
+        "both": interventions,
     }
     shares = {}
     with torch.no_grad():
-        for kind, some in kinds.items():
-            logits, wanted = _answers(state, causal, clean, other, some)
-            right = (logits.argmax(-1) == wanted).double()
-            acted = slice(None) if kind == "task" else some.cut.any(1)
+        for kind, interventions in kinds.items():
+            logits, targets = _answers(state, causal, clean, source_prompts, interventions)
+            right = (logits.argmax(-1) == targets).double()
+            acted = slice(None) if kind == "task" else interventions.cut.any(1)
             shares[kind] = right[acted].mean().item()
     return shares

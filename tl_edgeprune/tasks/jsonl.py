@@ -100,21 +100,23 @@ def read_pairs(
     """
     tokenizer, prepend_bos = tokenizer_of(model), resolve_prepend_bos(model, prepend_bos)
     pairs, splits = [], set()
-    for place, entry in entries:
+    for line, entry in entries:
         try:
             record = parse(entry)
             splits.add(record.get("split"))
             if split is None or record.get("split") in (None, split):
                 pairs.append(encode_pair(record, tokenizer, prepend_bos))
         except ValueError as error:
-            raise ValueError(f"{source}, {place}: {error}") from error
+            raise ValueError(f"{source}, {line}: {error}") from error
     if not splits:
         raise ValueError(
             f'{source} is empty: expected prompt pairs, each a record of "clean" and "corrupted".'
         )
     if not pairs:
-        found = ", ".join(sorted(map(str, splits))) or "none"
-        raise ValueError(f"{source}: no prompt pairs for split={split!r}; splits found: {found}.")
+        split_names = ", ".join(sorted(map(str, splits))) or "none"
+        raise ValueError(
+            f"{source}: no prompt pairs for split={split!r}; splits found: {split_names}."
+        )
     return pairs, prepend_bos
 
 
@@ -227,19 +229,21 @@ def _spans(given: Any, length: int) -> dict[str, tuple[int, int]]:
     if not isinstance(given, dict) or not given:
         raise ValueError(f'"spans" is {given!r}, expected {{"name": [start, end], …}} in tokens.')
     check_span_names(tuple(given))
-    taken: dict[int, str] = {}
+    span_of_token: dict[int, str] = {}
     for name, ends in given.items():
-        whole = isinstance(ends, list) and len(ends) == 2 and all(type(end) is int for end in ends)
-        if not whole or not 0 <= ends[0] < ends[1] <= length:
+        is_range = (
+            isinstance(ends, list) and len(ends) == 2 and all(type(end) is int for end in ends)
+        )
+        if not is_range or not 0 <= ends[0] < ends[1] <= length:
             raise ValueError(
                 f'"spans" has {name!r}: {ends!r}, expected [start, end] with 0 <= start < end <= '
                 f"{length}, the prompt's tokens."
             )
-        twice = [at for at in range(*ends) if taken.setdefault(at, name) != name]
+        twice = [at for at in range(*ends) if span_of_token.setdefault(at, name) != name]
         if twice:
             raise ValueError(
-                f'"spans": token {twice[0]} is in {taken[twice[0]]!r} and in {name!r}; each token '
-                "belongs to one span."
+                f'"spans": token {twice[0]} is in {span_of_token[twice[0]]!r} and in {name!r}; '
+                "each token belongs to one span."
             )
     return {name: (start, end) for name, (start, end) in given.items()}
 
@@ -263,8 +267,8 @@ def cut(text: str) -> Text:
     """
     if OPEN not in text and CLOSE not in text:
         return Text(text.rstrip(" "), None)
-    prompt, _, rest = text.partition(OPEN)
-    answer = rest.partition(CLOSE)[0]
+    prompt, _, after_tag = text.partition(OPEN)
+    answer = after_tag.partition(CLOSE)[0]
     balanced = text.count(OPEN) == text.count(CLOSE) == 1 and CLOSE not in prompt
     if not balanced:
         raise ValueError(

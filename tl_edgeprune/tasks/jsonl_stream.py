@@ -67,13 +67,13 @@ def stream_jsonl(
     def read(places: range) -> Task:
         if _stamp(path) != opened:
             raise ValueError(f"{path} has changed since it was opened: open the stream again.")
-        chunk, before = divmod(places.start, chunk_size)
+        chunk, offset = divmod(places.start, chunk_size)
         mark = index.marks[chunk]
         with path.open("rb") as file:
             file.seek(mark.byte)
             pairs = []
             records = _records(path, file, split, mark)
-            for number, record in islice(records, before, before + len(places)):
+            for number, record in islice(records, offset, offset + len(places)):
                 with _at(path, number):
                     pairs.append(encode_pair(record, tokenizer, prepend_bos))
         return task_of(path.stem, pairs, prepend_bos, str(path))
@@ -101,8 +101,10 @@ def _index(path: Path, split: str | None, chunk_size: int) -> Index:
                     marks.append(mark)
                 n_pairs += 1
     if not n_pairs:
-        found = ", ".join(sorted(map(str, splits))) or "none"
-        raise ValueError(f"{path}: no prompt pairs for split={split!r}; splits found: {found}.")
+        split_names = ", ".join(sorted(map(str, splits))) or "none"
+        raise ValueError(
+            f"{path}: no prompt pairs for split={split!r}; splits found: {split_names}."
+        )
     return Index(marks, n_pairs, digest.hexdigest()[:16])
 
 

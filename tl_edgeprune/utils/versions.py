@@ -9,10 +9,10 @@ __version__ = version("tl_edgeprune")
 
 def versions() -> dict[str, str]:
     """Versions of the libraries that a result depends on."""
-    found = {"tl_edgeprune": __version__}
+    versions_of = {"tl_edgeprune": __version__}
     for name in ("transformer-lens", "transformers", "torch"):
         try:
-            found[name] = version(name)
+            versions_of[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "unknown"
-    return found
+            versions_of[name] = "unknown"
+    return versions_of

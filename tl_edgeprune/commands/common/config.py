@@ -80,16 +80,16 @@ def _check_size(document: Any) -> None:
     """Raise ValueError above MOST_VALUES values, those that YAML repeats by a name counted as often
     as they are repeated.
     """
-    left, seen = [document], 0
-    while left:
-        value = left.pop()
-        seen += 1
-        if seen > MOST_VALUES:
+    stack, n_values = [document], 0
+    while stack:
+        value = stack.pop()
+        n_values += 1
+        if n_values > MOST_VALUES:
             raise ValueError(f"it holds more than {MOST_VALUES:,} values")
         if isinstance(value, Mapping):
-            left += [*value.keys(), *value.values()]
+            stack += [*value.keys(), *value.values()]
         elif isinstance(value, list | tuple | set):
-            left += value
+            stack += value
 
 
 def _section(
@@ -101,22 +101,22 @@ def _section(
         return key in commands and isinstance(document[key], Mapping)
 
     shared = {key: value for key, value in document.items() if not is_section(key)}
-    own = document[command] if command in document and is_section(command) else {}
+    of_command = document[command] if command in document and is_section(command) else {}
     return {_spelt(key): value for key, value in shared.items()} | {
-        _spelt(key): value for key, value in own.items()
+        _spelt(key): value for key, value in of_command.items()
     }
 
 
 def _values(section: Mapping[str, Any], options: list[Any]) -> dict[str, Any]:
     """The section's values by the names of the command's parameters, written as flags are."""
-    known = {_key(option): option for option in options}
-    known = {key: option for key, option in known.items() if key not in NOT_IN_FILES}
+    by_key = {_key(option): option for option in options}
+    by_key = {key: option for key, option in by_key.items() if key not in NOT_IN_FILES}
     for key in section:
-        if key not in known:
-            hint = did_you_mean(key, known)
-            raise ValueError(f"unknown setting {key!r}.{hint} Known: {', '.join(known)}.")
+        if key not in by_key:
+            hint = did_you_mean(key, by_key)
+            raise ValueError(f"unknown setting {key!r}.{hint} Known: {', '.join(by_key)}.")
     return {
-        known[key].name: _as_given(key, value, known[key])
+        by_key[key].name: _as_given(key, value, by_key[key])
         for key, value in section.items()
         if value is not None
     }
@@ -137,11 +137,11 @@ def _as_given(key: str, value: Any, option: Any) -> Any:
     if isinstance(value, Mapping):
         if not several:
             raise ValueError(f"{key}: expected a value, not a table.")
-        return [f"{name}={_word(part)}" for name, part in value.items()]
+        return [f"{name}={_word(field)}" for name, field in value.items()]
     if isinstance(value, list):
         if not several and option.nargs == 1:
             raise ValueError(f"{key}: expected one value, not a list.")
-        return [_word(part) for part in value]
+        return [_word(item) for item in value]
     return [_word(value)] if several else _word(value)
 
 

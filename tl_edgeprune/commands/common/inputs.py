@@ -92,8 +92,8 @@ class Inputs:
         if not is_file_task(self.task):
             return self.pairs or PAIRS
         with open(self.task, encoding="utf-8") as lines:
-            there = sum(bool(line.strip()) for line in lines)
-        return min(self.pairs or there, there)
+            n_lines = sum(bool(line.strip()) for line in lines)
+        return min(self.pairs or n_lines, n_lines)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -101,15 +101,15 @@ class Inputs:
     @classmethod
     def from_dict(cls, fields: Any) -> Inputs:
         """The inputs that `to_dict` described. Raises ValueError or TypeError for other fields."""
-        given = of_kind(fields, dict, "inputs")
+        values = of_kind(fields, dict, "inputs")
         kinds = {"held_out": float, "seed": int, "pairs": int, "options": dict}
-        for name, value in given.items():
+        for name, value in values.items():
             if value is not None or name not in ("pairs", "device"):
                 of_kind(value, kinds.get(name, str), name)
-        for name, known in (("dtype", DTYPES), ("cls", CLASSES)):
-            if given.get(name, known[0]) not in known:
-                raise ValueError(f"{name} {given[name]!r}, expected one of {', '.join(known)}")
-        return cls(**given)
+        for name, choices in (("dtype", DTYPES), ("cls", CLASSES)):
+            if values.get(name, choices[0]) not in choices:
+                raise ValueError(f"{name} {values[name]!r}, expected one of {', '.join(choices)}")
+        return cls(**values)
 
 
 def is_file_task(task: str) -> bool:
@@ -158,20 +158,20 @@ def task_options(name: str) -> dict[str, Any]:
     from tl_edgeprune import tasks
 
     builder = tasks.from_jsonl if is_file_task(name) else tasks.BUILDERS[name]
-    found: dict[str, Any] = {"prepend_bos": bool | None}
+    hints: dict[str, Any] = {"prepend_bos": bool | None}
     for option in inspect.signature(builder).parameters.values():
         if option.kind is option.KEYWORD_ONLY:
-            found[option.name] = HINTS.get(str(option.annotation), object)
-    return found
+            hints[option.name] = HINTS.get(str(option.annotation), object)
+    return hints
 
 
 def checked_device(name: str | None) -> str:
     """A device that this machine has; the GPU, where there is one, for None."""
     import torch
 
-    there = "cuda" if torch.cuda.is_available() else "cpu"
+    default = "cuda" if torch.cuda.is_available() else "cpu"
     if name is None:
-        return there
+        return default
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -179,6 +179,6 @@ def checked_device(name: str | None) -> str:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(
             f"--device {name}: this machine has {torch.cuda.device_count()} GPUs that PyTorch can "
-            f"use. Give --device {there}, or leave it out."
+            f"use. Give --device {default}, or leave it out."
         )
     return name

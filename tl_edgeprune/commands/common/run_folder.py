@@ -91,13 +91,13 @@ class Run:
         if new:
             check_free(folder, self)
         path = folder / SETTINGS
-        before = path.read_bytes() if path.is_file() else None
+        content = path.read_bytes() if path.is_file() else None
         write_json(path, self.to_dict())
         try:
             yield
         except MISTAKES:
-            if before is not None:
-                write_whole(path, before)
+            if content is not None:
+                write_whole(path, content)
             elif not any((folder / name).exists() for name in FILES if name != SETTINGS):
                 path.unlink()
             raise
@@ -109,28 +109,32 @@ def check_free(folder: Path, run: Run | None = None) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"--out {folder} is a file: give a folder.")
-    found = [name for name in FILES if (folder / name).exists()]
-    if found:
-        unfinished = SETTINGS in found and not {CIRCUIT, SCORES} & {*found}
-        own = run is not None and _is_of(folder, run)
+    files = [name for name in FILES if (folder / name).exists()]
+    if files:
+        unfinished = SETTINGS in files and not {CIRCUIT, SCORES} & {*files}
+        is_this_run = run is not None and _is_of(folder, run)
         if unfinished:
-            further = f": go on with it by tl-edgeprune resume {folder}, or give a new folder."
-        elif own:
-            further = f", and it is finished. {_look_at(folder)} For another run give a new folder."
+            advice = f": go on with it by tl-edgeprune resume {folder}, or give a new folder."
+        elif is_this_run:
+            advice = f", and it is finished. {_look_at(folder)} For another run give a new folder."
         else:
-            further = ": runs do not mix: give a new folder."
-        which = "this run" if own else "another run"
-        raise FileExistsError(f"--out {folder} holds {which} ({', '.join(found)}){further}")
+            advice = ": runs do not mix: give a new folder."
+        owner = "this run" if is_this_run else "another run"
+        raise FileExistsError(f"--out {folder} holds {owner} ({', '.join(files)}){advice}")
 
 
 def _is_of(folder: Path, run: Run) -> bool:
     """Whether the folder's run is the one asked for: the same command, inputs and settings."""
     try:
-        there = Run.read(folder)
+        saved = Run.read(folder)
     except MISTAKES:
         return False
-    asked = [run.command, run.inputs.to_dict(), run.settings]
-    return json.loads(json.dumps(asked)) == [there.command, there.inputs.to_dict(), there.settings]
+    expected = [run.command, run.inputs.to_dict(), run.settings]
+    return json.loads(json.dumps(expected)) == [
+        saved.command,
+        saved.inputs.to_dict(),
+        saved.settings,
+    ]
 
 
 def _look_at(folder: Path) -> str:
@@ -138,8 +142,8 @@ def _look_at(folder: Path) -> str:
     if not (folder / CIRCUIT).is_file():
         return f"Its scores are in {folder / SCORES} (EdgeScores.load)."
     page = f"Open {folder / PAGE}" if (folder / PAGE).is_file() else "Look at it"
-    again = "" if (folder / PAGE).is_file() else f" with tl-edgeprune show {folder / CIRCUIT}"
-    return f"{page}{again}, or judge it on other pairs with tl-edgeprune evaluate."
+    hint = "" if (folder / PAGE).is_file() else f" with tl-edgeprune show {folder / CIRCUIT}"
+    return f"{page}{hint}, or judge it on other pairs with tl-edgeprune evaluate."
 
 
 def write_json(path: Path, document: Any) -> None:

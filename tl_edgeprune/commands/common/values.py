@@ -12,13 +12,13 @@ from tl_edgeprune.utils.suggest import did_you_mean
 
 def parsed(option: str, texts: Iterable[str]) -> dict[str, Any]:
     """The values by name: JSON where it is JSON, else the text. Raises ValueError without "="."""
-    found = {}
+    values = {}
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals:
             raise ValueError(f"{option} {text!r}: expected NAME=VALUE.")
-        found[name.strip().replace("-", "_")] = word(value)
-    return found
+        values[name.strip().replace("-", "_")] = word(value)
+    return values
 
 
 def word(text: str) -> Any:
@@ -31,11 +31,11 @@ def word(text: str) -> Any:
 
 def known_name(option: str, name: str, known: Iterable[str]) -> str:
     """The name. Raises ValueError, with the nearest, for one that is not known."""
-    known = list(known)
-    if name in known:
+    names = list(known)
+    if name in names:
         return name
-    expected = f"expected one of {', '.join(known)}" if known else "it has no settings"
-    raise ValueError(f"{option}: unknown name {name!r}, {expected}.{did_you_mean(name, known)}")
+    expected = f"expected one of {', '.join(names)}" if names else "it has no settings"
+    raise ValueError(f"{option}: unknown name {name!r}, {expected}.{did_you_mean(name, names)}")
 
 
 def checked(option: str, values: Mapping[str, Any], hints: Mapping[str, Any]) -> dict[str, Any]:
@@ -46,14 +46,14 @@ def checked(option: str, values: Mapping[str, Any], hints: Mapping[str, Any]) ->
     from beartype.door import is_bearable
 
     tower = BeartypeConf(is_pep484_tower=True)  # a whole number is a number
-    found = {}
+    checked_values = {}
     for name, value in values.items():
         hint = hints[known_name(option, name, hints)]
-        found[name] = tuple(value) if isinstance(value, list) else value
-        if not is_bearable(found[name], hint, conf=tower):
-            shown = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
-            raise ValueError(f"{option} {name}={json.dumps(value)}: expected {shown}.")
-    return found
+        checked_values[name] = tuple(value) if isinstance(value, list) else value
+        if not is_bearable(checked_values[name], hint, conf=tower):
+            expected = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+            raise ValueError(f"{option} {name}={json.dumps(value)}: expected {expected}.")
+    return checked_values
 
 
 def whole_path(given: str | None) -> str | None:

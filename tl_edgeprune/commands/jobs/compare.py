@@ -26,12 +26,12 @@ def check_same(folder: Path, run: Run) -> None:
     if not (folder / SETTINGS).is_file() or Run.read(folder).command != "compare":
         check_free(folder)
         return
-    before = Run.read(folder)
-    there, here = ({**r.inputs.to_dict(), **r.settings} for r in (before, run))
-    for name, value in json.loads(json.dumps(here)).items():
-        if name not in MAY_DIFFER and there.get(name) != value:
+    saved = Run.read(folder)
+    old, new = ({**r.inputs.to_dict(), **r.settings} for r in (saved, run))
+    for name, value in json.loads(json.dumps(new)).items():
+        if name not in MAY_DIFFER and old.get(name) != value:
             raise FileExistsError(
-                f"--out {folder} holds a comparison with {name} {there.get(name)!r}, here it is "
+                f"--out {folder} holds a comparison with {name} {old.get(name)!r}, here it is "
                 f"{value!r}: give a new folder, or go on with tl-edgeprune resume {folder}."
             )
 
@@ -41,13 +41,13 @@ def compare_in(folder: Path, run: Run, *, as_json: bool, progress: bool = True) 
     settings, inputs = dict(run.settings), run.inputs
     with damaged(folder / SETTINGS, AGAIN):
         _check_kinds(settings)
-        methods, own = settings.pop("methods"), settings.pop("settings")
-        compared = {name: compared_settings(name, given) for name, given in own.items()}
+        methods, of_methods = settings.pop("methods"), settings.pop("settings")
+        compared = {name: compared_settings(name, values) for name, values in of_methods.items()}
     with held(folder), run.begun(folder, new=False):
         model = inputs.load_model()
         train, held_out = inputs.split(inputs.load_pairs(model))
         try:
-            found = compare(
+            table = compare(
                 model,
                 train,
                 held_out,
@@ -61,9 +61,9 @@ def compare_in(folder: Path, run: Run, *, as_json: bool, progress: bool = True) 
             )
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"stopped. Go on with tl-edgeprune resume {folder}") from None
-        write_whole(folder / TABLE, found.table.to_csv(index=False).encode())
-        found.plot(folder / PICTURE)
-    _show(folder, found, as_json)
+        write_whole(folder / TABLE, table.table.to_csv(index=False).encode())
+        table.plot(folder / PICTURE)
+    _show(folder, table, as_json)
 
 
 def _check_kinds(settings: dict[str, Any]) -> None:

@@ -58,19 +58,19 @@ def _print_summary(
     figures: list[Evaluation],
     groups: dict[str, list[Evaluation]],
 ) -> None:
-    ours, rival = figures
-    share = 100 * (1 - ours.n_edges / ours.n_edges_full)
+    pruned, rival = figures
+    share = 100 * (1 - pruned.n_edges / pruned.n_edges_full)
     print(
-        f"\nA circuit of {ours.n_edges:,} of {ours.n_edges_full:,} edges ({share:.1f} % pruned), "
-        f"on {len(held_out)} pairs that it was not trained on:\n"
+        f"\nA circuit of {pruned.n_edges:,} of {pruned.n_edges_full:,} edges ({share:.1f} % "
+        f"pruned), on {len(held_out)} pairs that it was not trained on:\n"
     )
     print(f"{'':24}{'Edge Pruning':>14}{'EAP':>10}{'full model':>13}")
-    for row in _rows(ours, rival):
+    for row in _rows(pruned, rival):
         print("{:24}{:>14}{:>10}{:>13}".format(*row))
     if groups:
         print(f"\n{'KL by template':34}{'Edge Pruning':>14}{'EAP':>10}{'pairs':>8}")
-        for group, (mine, theirs) in groups.items():
-            print(f"{group[:33]:34}{mine.kl:>14.3f}{theirs.kl:>10.3f}{mine.n_pairs:>8}")
+        for group, (of_pruned, of_rival) in groups.items():
+            print(f"{group[:33]:34}{of_pruned.kl:>14.3f}{of_rival.kl:>10.3f}{of_pruned.n_pairs:>8}")
     if not result.finished:
         print("\nThe run was stopped early: these are its best edges so far.")
 
@@ -87,8 +87,8 @@ def _rows(ours: Evaluation, rival: Evaluation) -> list[tuple[str, str, str, str]
             1, ("logit difference", f"{ours.logit_diff:.2f}", f"{rival.logit_diff:.2f}", full)
         )
     if ours.accuracy is not None:
-        both = _percent(ours.accuracy), _percent(rival.accuracy)
-        rows.append(("answer over distractor", *both, ""))
+        percentages = _percent(ours.accuracy), _percent(rival.accuracy)
+        rows.append(("answer over distractor", *percentages, ""))
     return rows
 
 

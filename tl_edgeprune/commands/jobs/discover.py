@@ -22,11 +22,11 @@ from tl_edgeprune.utils.reading import damaged, of_kind
 def search_in(folder: Path, run: Run, *, new: bool, as_json: bool, progress: bool = True) -> None:
     """Begin the folder's search, or go on with it, and write what it finds."""
     with nullcontext() if new else damaged(folder / SETTINGS, AGAIN):
-        wanted, inputs = run.settings, run.inputs
-        method, n_edges = of_kind(wanted["method"], str, "method"), wanted["n_edges"]
-        how = {name: wanted[name] for name in ("absolute", "alive")}
+        run_settings, inputs = run.settings, run.inputs
+        method, n_edges = of_kind(run_settings["method"], str, "method"), run_settings["n_edges"]
+        how = {name: run_settings[name] for name in ("absolute", "alive")}
         _check_kinds(n_edges, **how)
-        settings = method_settings(method, of_kind(wanted["settings"], dict, "settings"))
+        settings = method_settings(method, of_kind(run_settings["settings"], dict, "settings"))
     if "progress" in settings_of(method):
         settings.setdefault("progress", progress and not as_json)
     checkpoint = folder / CHECKPOINT
@@ -36,10 +36,10 @@ def search_in(folder: Path, run: Run, *, new: bool, as_json: bool, progress: boo
             found_on, judged_on = inputs.split(inputs.load_pairs(loaded))
             _check_size(loaded, found_on, n_edges, settings)
             settings = checkpointed(method, checkpoint, settings)
-            found = discover(loaded, found_on, method, **settings)
-            if not found.metadata.get("finished", True):  # Edge Pruning keeps what Ctrl-C left it
+            result = discover(loaded, found_on, method, **settings)
+            if not result.metadata.get("finished", True):  # Edge Pruning keeps what Ctrl-C left it
                 raise KeyboardInterrupt
-            circuit = circuit_of(found, n_edges, **how)
+            circuit = circuit_of(result, n_edges, **how)
             figures = judged(loaded, circuit, judged_on, settings.get("ablation"))
         except KeyError as error:
             if "edges" not in settings:
@@ -47,7 +47,7 @@ def search_in(folder: Path, run: Run, *, new: bool, as_json: bool, progress: boo
             raise ValueError(f"--set edges: {error.args[0]}") from None
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"stopped. Go on with tl-edgeprune resume {folder}") from None
-        files = write(folder, found, circuit, figures, settings.get("ablation"))
+        files = write(folder, result, circuit, figures, settings.get("ablation"))
         checkpoint.unlink(missing_ok=True)
     if as_json:
         evaluation = None if figures is None else figures.to_dict()

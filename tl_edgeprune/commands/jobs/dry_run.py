@@ -74,18 +74,20 @@ def discovering(
     """What runs of these methods would be, their settings by name. tokens: as of `pruning`."""
     lengths = _lengths(inputs, tokens)
     sizes, shape = list(sizes), shape_of(inputs.model)
-    in_spans = any(own.get("positions") for own in methods.values())  # as many edges as in the task
+    in_spans = any(
+        values.get("positions") for values in methods.values()
+    )  # as many edges as in the task
     graph = None if shape is None or in_spans else shape.graph
     _check(graph, sizes)
     plan = _common(inputs, graph, lengths) | {"methods": list(methods), "sizes": sizes}
-    plan["steps"] = {name: _count(name, own, "steps") for name, own in methods.items()}
+    plan["steps"] = {name: _count(name, values, "steps") for name, values in methods.items()}
     if shape is None:
         return plan | {_seconds_name(lengths): None}
     seconds = {}
-    for name, own in methods.items():
-        floor = _finding(name, own, inputs, shape, lengths.mean)
-        judged = _judging(inputs, shape, lengths.mean, len(sizes))
-        seconds[name] = None if floor is None else _seconds(inputs, floor + judged)
+    for name, values in methods.items():
+        floor = _finding(name, values, inputs, shape, lengths.mean)
+        evaluation_seconds = _judging(inputs, shape, lengths.mean, len(sizes))
+        seconds[name] = None if floor is None else _seconds(inputs, floor + evaluation_seconds)
     return plan | {_seconds_name(lengths): seconds}
 
 
@@ -100,8 +102,8 @@ def show_plan(plan: Mapping[str, Any], as_json: bool) -> None:
                 print("tokens were assumed: give --tokens, or a model whose tokenizer is here")
         elif isinstance(value, Mapping):
             print(f"{_words(name)}:")
-            for part, number in value.items():
-                print(f"  {part:20}{_shown(name, number, 'not known beforehand')}")
+            for key, number in value.items():
+                print(f"  {key:20}{_shown(name, number, 'not known beforehand')}")
         else:
             print(f"{_words(name):22}{_shown(name, value, UNKNOWN)}")
     print("\nNothing was run.")

@@ -30,29 +30,29 @@ def method_settings(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def runs_settings(methods: Iterable[str], given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """`compare`'s settings by method: of METHOD.NAME=VALUE, or METHOD={"NAME": VALUE}."""
-    found: dict[str, dict[str, Any]] = {}
+    by_method: dict[str, dict[str, Any]] = {}
     for key, value in given.items():
         name, _, setting = key.partition(".")
         method = known_name("--set", name.replace("_", "-"), methods)
-        found.setdefault(method, {})
+        by_method.setdefault(method, {})
         if not setting and not isinstance(value, Mapping):
             raise ValueError(
                 f"--set {name}={value!r}: expected a setting of it, such as {name}.steps=5."
             )
-        found[method] |= {setting: value} if setting else dict(value)
-    return found
+        by_method[method] |= {setting: value} if setting else dict(value)
+    return by_method
 
 
 def compared_settings(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """As `compare` takes them: a list of thresholds is a run each, per_size a run a size."""
-    own = {name: value for name, value in given.items() if name != "per_size"}
-    several = own.get("threshold")
+    fixed = {name: value for name, value in given.items() if name != "per_size"}
+    several = fixed.get("threshold")
     if not isinstance(several, list):
-        return method_settings(method, own) | _per_size(given)
-    rest = {name: value for name, value in own.items() if name != "threshold"}
+        return method_settings(method, fixed) | _per_size(given)
+    others_fixed = {name: value for name, value in fixed.items() if name != "threshold"}
     for threshold in several:
         method_settings(method, {"threshold": threshold})
-    return method_settings(method, rest) | {"threshold": several} | _per_size(given)
+    return method_settings(method, others_fixed) | {"threshold": several} | _per_size(given)
 
 
 def _per_size(given: Mapping[str, Any]) -> dict[str, Any]:

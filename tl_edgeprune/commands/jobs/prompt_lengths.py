@@ -24,10 +24,10 @@ def prompt_lengths(inputs: Inputs, given: int | None) -> Lengths:
     """Those of the task's own pairs; as given, or ASSUMED where the pairs need the model itself."""
     if given is not None:
         return Lengths(given, given)
-    found = _own(inputs)
-    if not found:
+    lengths = _own(inputs)
+    if not lengths:
         return Lengths(ASSUMED, ASSUMED, known=False)
-    return Lengths(sum(found) // len(found), max(found))
+    return Lengths(sum(lengths) // len(lengths), max(lengths))
 
 
 def _own(inputs: Inputs) -> list[int]:
@@ -48,8 +48,8 @@ def _reader(model: str) -> Any:
     from tl_edgeprune.models import cache
     from tl_edgeprune.models.quiet import quiet
 
-    kept = cache.cache_root() / model
-    source = kept if not Path(model).is_dir() and kept.is_dir() else model
+    folder = cache.cache_root() / model
+    source = folder if not Path(model).is_dir() and folder.is_dir() else model
     with quiet():
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
     reader = nn.Module()

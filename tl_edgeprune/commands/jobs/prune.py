@@ -64,8 +64,8 @@ def train(folder: Path, run: Run, *, new: bool, as_json: bool, progress: bool = 
                 f"{len(found_on)} pairs to find the circuit on, {len(held_out)} to judge it on.",
                 file=sys.stderr,
             )
-        before = None if new or not (folder / CHECKPOINT).is_file() else folder / CHECKPOINT
-        result = pruner.fit(model, found_on, resume=before)
+        checkpoint = None if new or not (folder / CHECKPOINT).is_file() else folder / CHECKPOINT
+        result = pruner.fit(model, found_on, resume=checkpoint)
         if not result.finished:
             raise KeyboardInterrupt(
                 f"stopped after {len(result.history)} of {pruner.steps} steps. Go on with "

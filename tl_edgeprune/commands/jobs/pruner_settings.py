@@ -34,10 +34,10 @@ def resolved(given: Mapping[str, Any], *, paper: bool = False) -> dict[str, Any]
     new, n_edges = EdgePruner.paper if paper else EdgePruner, given.get("n_edges")
     start = new(n_edges)
     if "controller" in given:  # other defaults hang on it
-        asked = given["controller"]
-        if isinstance(asked, Mapping):
-            asked = _over(_plain(start.controller), asked)
-        start = new(n_edges, controller=made("controller", asked))
+        controller = given["controller"]
+        if isinstance(controller, Mapping):
+            controller = _over(_plain(start.controller), controller)
+        start = new(n_edges, controller=made("controller", controller))
     settings = {name: _plain(getattr(start, name)) for name in NAMES}
     for name, value in given.items():
         if isinstance(value, Mapping):
@@ -65,9 +65,9 @@ def made(name: str, value: Any) -> Any:
 
 def _over(before: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     """Fields over those of the same kind of object."""
-    before = before or {"kind": "exact-budget"}
-    same = given.get("kind", before.get("kind")) == before.get("kind")
-    return {**before, **given} if same else dict(given)
+    current = before or {"kind": "exact-budget"}
+    same_kind = given.get("kind", current.get("kind")) == current.get("kind")
+    return {**current, **given} if same_kind else dict(given)
 
 
 def _controller(option: str, values: dict[str, Any]) -> Any:

@@ -51,10 +51,10 @@ def answer_direction(
     """
     module = getattr(model, "ln_final", None)
     norm = identity if module is None else norm_function(module)
-    held = getattr(norm, "frozen", norm)
+    frozen_norm = getattr(norm, "frozen", norm)
     x = x.detach().requires_grad_()
     with with_gradients("explain"):
-        scores = score(unembedded(model, held(x)), batch)
+        scores = score(unembedded(model, frozen_norm(x)), batch)
         (direction,) = torch.autograd.grad(scores.sum(), x)
     return scores.detach(), direction
 
@@ -70,9 +70,9 @@ def _mean_logit(
 ) -> Float[Tensor, " batch"]:
     """The mean over each row's tokens, but for NO_TOKEN."""
     assert tokens is not None
-    named = tokens != NO_TOKEN
-    found = logits.gather(1, tokens.clamp(min=0)).masked_fill(~named, 0)
-    return found.sum(1) / named.sum(1)
+    is_token = tokens != NO_TOKEN
+    gathered = logits.gather(1, tokens.clamp(min=0)).masked_fill(~is_token, 0)
+    return gathered.sum(1) / is_token.sum(1)
 
 
 def _answer_over_mean(

@@ -50,16 +50,16 @@ class Slots:
         clean, read = batch.clean.cpu(), batch.positions.cpu()
         values = {name: value.double().cpu() for name, value in values.items()}
         for positions in read.unique(dim=0):
-            mine = (read == positions).all(1)
-            sums = {name: value[mine].sum(0) for name, value in values.items()}
-            self._add(clean[mine], positions, sums)
+            in_layout = (read == positions).all(1)
+            sums = {name: value[in_layout].sum(0) for name, value in values.items()}
+            self._add(clean[in_layout], positions, sums)
 
     def _add(self, clean: Int[Tensor, "prompt pos"], read: Tensor, sums: dict[str, Tensor]) -> None:
         key = (clean.shape[1], *read.tolist())
         layout = self.layouts.get(key)
         if layout is None:
-            same = torch.ones(clean.shape[1], dtype=torch.bool)
-            layout = self.layouts[key] = Layout(clean[0], same, read, sums={})
+            constant = torch.ones(clean.shape[1], dtype=torch.bool)
+            layout = self.layouts[key] = Layout(clean[0], constant, read, sums={})
         layout.same &= (clean == layout.tokens).all(0)
         layout.n_pairs += len(clean)
         layout.sums = {name: layout.sums.get(name, 0) + total for name, total in sums.items()}

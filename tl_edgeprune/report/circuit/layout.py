@@ -94,17 +94,17 @@ def lay_out(
     else:
         height = pitch * (len(layers) + 1)
         across, bands = _across(nodes, heads_per_group, node_width, height), {}
-    places = {node.name: Point(across[node.name], _down(node, layers, pitch)) for node in nodes}
-    columns = _columns(places)
-    curves = tuple(_curve(edge, places, columns, node_width, pitch) for edge in edges)
+    centres = {node.name: Point(across[node.name], _down(node, layers, pitch)) for node in nodes}
+    columns = _columns(centres)
+    curves = tuple(_curve(edge, centres, columns, node_width, pitch) for edge in edges)
     if len(edges) <= BENT_UP_TO:
-        curves = tuple(map(_Obstacles(places, node_width).around, edges, curves))
-    right = max([_right_end(places, curves, node_width), *(right for _, right in bands.values())])
-    bottom = max(place.y for place in places.values()) + NODE_HEIGHT / 2 + MARGIN
+        curves = tuple(map(_Obstacles(centres, node_width).around, edges, curves))
+    right = max([_right_end(centres, curves, node_width), *(right for _, right in bands.values())])
+    bottom = max(centre.y for centre in centres.values()) + NODE_HEIGHT / 2 + MARGIN
     return Layout(
         nodes=nodes,
         edges=edges,
-        places=places,
+        places=centres,
         curves=curves,
         layers={layer: (y - 0.75 * pitch, y + 0.25 * pitch) for layer, y in layers.items()},
         spans=bands,
@@ -138,7 +138,7 @@ def _row_pitch(nodes: Sequence[Node]) -> float:
 def _layer_rows(nodes: Sequence[Node], pitch: float) -> dict[int, float]:
     """The y of each layer's heads; layers without a node take no room."""
     layers = sorted({node.layer for node in nodes if node.layer >= 0}, reverse=True)
-    return {layer: _TOP + (place + 1.25) * pitch for place, layer in enumerate(layers)}
+    return {layer: _TOP + (index + 1.25) * pitch for index, layer in enumerate(layers)}
 
 
 def _down(node: Node, layers: dict[int, float], pitch: float) -> float:
@@ -161,10 +161,10 @@ def _across(
     used = sorted(set(slot.values())) or [0.0]
     free = _ASPECT * height / (len(used) + 2) - node_width
     pitch = node_width + min(34.0, max(14.0, free))
-    left = LABEL_GUTTER + MARGIN + node_width / 2
-    columns = {place: left + i * pitch for i, place in enumerate(used)}
-    right = left + (len(used) - 1) * pitch
-    middle = (left + right) / 2
+    first_x = LABEL_GUTTER + MARGIN + node_width / 2
+    columns = {slot: first_x + i * pitch for i, slot in enumerate(used)}
+    right = first_x + (len(used) - 1) * pitch
+    middle = (first_x + right) / 2
 
     def place(node: Node) -> float:
         if node.kind == "mlp":
@@ -186,39 +186,39 @@ def _across_spans(
 
     In a span, a row's heads close up from the left; its MLPs have the column right of the longest.
     """
-    pitch, left = node_width + 14, LABEL_GUTTER + MARGIN
+    pitch, first_x = node_width + 14, LABEL_GUTTER + MARGIN
     across: dict[str, float] = {}
     bands: dict[str, Band] = {}
     for span in spans:
-        own = [node for node in nodes if node.span == span]
+        of_span = [node for node in nodes if node.span == span]
         rows: dict[int, list[Node]] = {}
-        for node in own:
+        for node in of_span:
             if node.kind in ("head", "kv"):
                 rows.setdefault(node.layer, []).append(node)
         columns = max([1, *map(len, rows.values())])
-        has_mlp = any(node.kind == "mlp" for node in own)
-        ends = 2 if any(node.label == "pos" for node in own) else 1
+        has_mlp = any(node.kind == "mlp" for node in of_span)
+        ends = 2 if any(node.label == "pos" for node in of_span) else 1
         wide = max(columns + has_mlp, ends) * pitch + (0.45 * node_width if has_mlp else 0.0)
         wide = max(wide, 0.62 * FONT_SIZE * len(span)) + 14
-        first = left + 14 + node_width / 2
+        first = first_x + 14 + node_width / 2
         for row in rows.values():
             row.sort(key=lambda node: _slot(node, heads_per_group))
-            across |= {node.name: first + place * pitch for place, node in enumerate(row)}
-        for node in own:
+            across |= {node.name: first + index * pitch for index, node in enumerate(row)}
+        for node in of_span:
             if node.kind == "mlp":
                 across[node.name] = first + columns * pitch
             elif node.kind in ("input", "logits"):
                 across[node.name] = first + (columns - 1) * pitch / 2 + _end(node, node_width)
-        bands[span] = (left, left + wide)
-        left += wide
+        bands[span] = (first_x, first_x + wide)
+        first_x += wide
     return across, bands
 
 
 def _columns(places: dict[str, Point]) -> dict[float, list[float]]:
     """The y of every node, by its x."""
     columns: dict[float, list[float]] = {}
-    for place in places.values():
-        columns.setdefault(place.x, []).append(place.y)
+    for centre in places.values():
+        columns.setdefault(centre.x, []).append(centre.y)
     return columns
 
 
@@ -286,11 +286,11 @@ class _Obstacles:
 
     def _hidden_by(self, edge: Edge, curves: np.ndarray) -> np.ndarray:
         """Behind how many nodes other than its own each of these curves of an edge passes."""
-        others = [name not in (edge.source, edge.destination) for name in self._names]
+        unrelated = [name not in (edge.source, edge.destination) for name in self._names]
         along = _points(curves)  # [curve, place, 2]
-        off = np.abs(along[:, :, None] - self._centres[others])  # [curve, place, node, 2]
-        outside = (along[..., 0] < LABEL_GUTTER).any(1)  # worse than behind any node
-        return (off < self._half).all(-1).any(1).sum(1) + outside * len(self._names)
+        off = np.abs(along[:, :, None] - self._centres[unrelated])  # [curve, place, node, 2]
+        in_gutter = (along[..., 0] < LABEL_GUTTER).any(1)  # worse than behind any node
+        return (off < self._half).all(-1).any(1).sum(1) + in_gutter * len(self._names)
 
 
 def _points(curves: np.ndarray) -> np.ndarray:
@@ -320,6 +320,6 @@ def _links(nodes: Sequence[Node], heads_per_group: int) -> tuple[tuple[str, ...]
 
 def _right_end(places: dict[str, Point], curves: Sequence[Curve], node_width: float) -> float:
     """The right end of the drawing; a cubic reaches at most 3/4 of the way to its controls."""
-    nodes = max(place.x for place in places.values()) + node_width / 2
+    nodes = max(centre.x for centre in places.values()) + node_width / 2
     bows = (0.25 * min(c[0].x, c[3].x) + 0.75 * max(c[1].x, c[2].x) for c in curves)
     return max(nodes, *bows, nodes)

@@ -154,7 +154,7 @@ def page_of(
         scores = result.scores if scores is None else scores
         history = result.history if history is None else history
     weights = None if scores is None else _weights(union, scores)
-    alive = [each.without_dead_edges() for each in drawn]
+    alive = [circuit.without_dead_edges() for circuit in drawn]
     layout = circuit_layout(union)
     return Page(
         title=title if title is not None else title_of(circuit, sized=mode == "one"),
@@ -169,8 +169,8 @@ def page_of(
         ],
         edges=_edges(layout, drawn, alive, weights, _facts(explanation)),
         circuits=[
-            PageCircuit(label, each.n_edges, each.n_edges - live.n_edges, lines)
-            for label, each, live, lines in zip(labels, drawn, alive, figures, strict=True)
+            PageCircuit(label, circuit.n_edges, circuit.n_edges - live.n_edges, lines)
+            for label, circuit, live, lines in zip(labels, drawn, alive, figures, strict=True)
         ],
         first=order.index(0),
         curves=thinned(curves_of(history), CURVE_POINTS) if history else None,
@@ -179,7 +179,7 @@ def page_of(
 
 
 def _in(order: Sequence[int], things: Sequence[Any]) -> list[Any]:
-    return [things[place] for place in order]
+    return [things[index] for index in order]
 
 
 def _names(names: Sequence[str] | None, circuits: Sequence[Circuit], mode: str) -> list[str]:
@@ -190,7 +190,7 @@ def _names(names: Sequence[str] | None, circuits: Sequence[Circuit], mode: str) 
         return list(names)
     if mode == "overlay":
         return list(pair_names(circuits))
-    return [f"{each.n_edges:,} edges" for each in circuits]
+    return [f"{circuit.n_edges:,} edges" for circuit in circuits]
 
 
 def _figures(measures: Any, circuits: Sequence[Circuit]) -> list[Lines]:
@@ -201,19 +201,19 @@ def _figures(measures: Any, circuits: Sequence[Circuit]) -> list[Lines]:
                 f"{len(measures)} measures for {len(circuits)} circuits: give one of each, the "
                 "circuit's own first."
             )
-        given = list(measures)
+        values = list(measures)
     else:
-        given = [measures, *[None] * (len(circuits) - 1)]
-    told = [each.metadata.get("held_out") for each in circuits]
-    known = [figures if isinstance(figures, Mapping) else {} for figures in told]
-    return [measure_lines(k if g is None else g) for g, k in zip(given, known, strict=True)]
+        values = [measures, *[None] * (len(circuits) - 1)]
+    held_out = [circuit.metadata.get("held_out") for circuit in circuits]
+    figures_of = [figures if isinstance(figures, Mapping) else {} for figures in held_out]
+    return [measure_lines(k if g is None else g) for g, k in zip(values, figures_of, strict=True)]
 
 
 def _settings(circuit: Circuit) -> dict[str, Any]:
     """A circuit's metadata, less the figures, its settings last."""
-    own = {k: v for k, v in circuit.metadata.items() if k not in ("held_out", "settings")}
+    metadata = {k: v for k, v in circuit.metadata.items() if k not in ("held_out", "settings")}
     settings = circuit.metadata.get("settings")
-    return own | (dict(settings) if isinstance(settings, Mapping) else {})
+    return metadata | (dict(settings) if isinstance(settings, Mapping) else {})
 
 
 def _weights(
@@ -226,12 +226,12 @@ def _weights(
                 f"the scores are of another graph than the circuit: {scores.graph}, the circuit's "
                 f"is {circuit.graph}. Give the scores of the run that found it."
             )
-        shown, ranked = scores.tensor.detach().cpu(), scores.ranking()
+        values, ranked = scores.tensor.detach().cpu(), scores.ranking()
     else:
         check_scores(scores, circuit.graph)
-        shown = ranked = scores.detach().cpu()
-    kept = circuit.mask
-    return list(zip(shown[kept].tolist(), ranked[kept].tolist(), strict=True))
+        values = ranked = scores.detach().cpu()
+    mask = circuit.mask
+    return list(zip(values[mask].tolist(), ranked[mask].tolist(), strict=True))
 
 
 def _facts(explanation: Any) -> dict[str, dict[str, float | int | str]]:
@@ -245,7 +245,7 @@ def _facts(explanation: Any) -> dict[str, dict[str, float | int | str]]:
 
 
 def _drawing(layout: Layout) -> PageDrawing:
-    place = {node.name: i for i, node in enumerate(layout.nodes)}
+    index_of = {node.name: i for i, node in enumerate(layout.nodes)}
     return PageDrawing(
         size=_rounded((layout.width, layout.height)),
         node_size=(round(layout.node_width, 1), NODE_HEIGHT),
@@ -255,7 +255,7 @@ def _drawing(layout: Layout) -> PageDrawing:
         span_room=SPAN_ROOM if layout.spans else 0.0,
         layers=[(n, *_rounded(band)) for n, band in layout.layers.items()],
         spans=[(name, *_rounded(band)) for name, band in layout.spans.items()],
-        links=[[place[name] for name in group] for group in layout.links],
+        links=[[index_of[name] for name in group] for group in layout.links],
     )
 
 
@@ -266,19 +266,19 @@ def _edges(
     weights: list[tuple[float, float]] | None,
     facts: Mapping[str, dict[str, float | int | str]],
 ) -> list[PageEdge]:
-    place = {node.name: i for i, node in enumerate(layout.nodes)}
-    has = [set(each.edges) for each in circuits]
-    living = [set(each.edges) for each in alive]
+    index_of = {node.name: i for i, node in enumerate(layout.nodes)}
+    has = [set(circuit.edges) for circuit in circuits]
+    living = [set(circuit.edges) for circuit in alive]
     order = list(range(len(layout.edges)))
     if weights is not None:
         order.sort(key=lambda i: -weights[i][1])
-    rank = {i: place for place, i in enumerate(order)}
-    holders = [tuple(n for n, own in enumerate(has) if e.name in own) for e in layout.edges]
+    rank = {i: position for position, i in enumerate(order)}
+    holders = [tuple(n for n, edges in enumerate(has) if e.name in edges) for e in layout.edges]
     return [
         PageEdge(
             name=edge.name,
-            source=place[edge.source],
-            destination=place[edge.destination],
+            source=index_of[edge.source],
+            destination=index_of[edge.destination],
             kind=edge.kind,
             curve=tuple(round(c, 1) for point in layout.curves[i] for c in point),
             dead=tuple(n for n in holders[i] if edge.name not in living[n]),

@@ -60,11 +60,11 @@ def flows(
     out_of = torch.zeros(graph.n_sources, dtype=weights.dtype).index_add(0, source, weights)
     arriving = torch.zeros(len(graph.destinations), dtype=weights.dtype)
     arriving.index_add_(0, destination, weights)
-    place = {name: index for index, name in enumerate(graph.sources)}
+    index_of = {name: index for index, name in enumerate(graph.sources)}
     into = torch.zeros(graph.n_sources, dtype=weights.dtype)
     for index, name in enumerate(graph.destinations):
         for owner in graph.owner(name):
-            into[place[owner]] += arriving[index]
+            into[index_of[owner]] += arriving[index]
     shape = (graph.n_layers, graph.sources_per_layer)
     return out_of[graph.n_inputs :].view(shape), into[graph.n_inputs :].view(shape)
 

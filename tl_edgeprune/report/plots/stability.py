@@ -65,14 +65,16 @@ def _draw_agreement(figure: Figure, axes: Axes, found: Stability) -> None:
                 color = "white" if value > 0.55 else INK
                 axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=9, color=color)
     names = [_run_name(*run) for run in found.runs]
-    shown = names if n <= 20 else [""] * n
-    axes.set_xticks(range(n), shown, rotation=90 if max(map(len, shown)) > 3 else 0, fontsize=9)
-    axes.set_yticks(range(n), shown, fontsize=9)
+    tick_labels = names if n <= 20 else [""] * n
+    axes.set_xticks(
+        range(n), tick_labels, rotation=90 if max(map(len, tick_labels)) > 3 else 0, fontsize=9
+    )
+    axes.set_yticks(range(n), tick_labels, fontsize=9)
     axes.grid(False)
     axes.set_title(f"Jaccard index, mean {found.jaccard:.2f}", fontsize=10.5, loc="left")
     figure.colorbar(picture, ax=axes, fraction=0.05, pad=0.03).outline.set_visible(False)
 
 
 def _run_name(seed: int | None, resample: int | None) -> str:
-    parts = [] if seed is None else [f"seed {seed}"]
-    return ", ".join([*parts, *([] if resample is None else [f"resample {resample}"])])
+    words = [] if seed is None else [f"seed {seed}"]
+    return ", ".join([*words, *([] if resample is None else [f"resample {resample}"])])

@@ -82,20 +82,21 @@ def hypernymy(
     kinds = single_tokens(tokenizer, [*KINDS], 2, "hypernymy's kinds", "apples, pears and other")
     groups = by_lengths(tokenizer, tuple(kinds))
     prompts = exchangeable(groups)
-    things = list(prompts)
-    shown = _shown(groups, shots) if form == "few-shot" else {}
+    prompt_names = list(prompts)
+    examples = _shown(groups, shots) if form == "few-shot" else {}
     sentences = SENTENCES if form == "sentence" else (QUERY,)
-    sizes = len(sentences), len(things)
+    sizes = len(sentences), len(prompt_names)
 
     def make(number: int, generator: random.Random) -> Example:
-        sentence, place = mixed_radix(number, sizes)
-        clean = things[place]
+        sentence, index = mixed_radix(number, sizes)
+        clean = prompt_names[index]
         corrupted = generator.choice(prompts[clean])
-        before = INSTRUCTION if form == "instruction" else ""
+        introduction = INSTRUCTION if form == "instruction" else ""
         if form == "few-shot":
-            before = _shots(shown, {clean.kind, corrupted.kind}, shots, generator)
+            introduction = _shots(examples, {clean.kind, corrupted.kind}, shots, generator)
         clean_text, corrupted_text = (
-            before + sentences[sentence].format(a=two.a, b=two.b) for two in (clean, corrupted)
+            introduction + sentences[sentence].format(a=two.a, b=two.b)
+            for two in (clean, corrupted)
         )
         return Example(
             clean.kind,
@@ -106,7 +107,7 @@ def hypernymy(
             wrong=tuple(token for kind, token in kinds.items() if kind != clean.kind),
         )
 
-    return Recipe(math.prod(sizes), make, f"{len(things)} pairs of things can be exchanged")
+    return Recipe(math.prod(sizes), make, f"{len(prompt_names)} pairs of things can be exchanged")
 
 
 def _shown(groups: Mapping[tuple[int, int], ByKind], shots: int) -> ByKind:
@@ -126,8 +127,8 @@ def _shown(groups: Mapping[tuple[int, int], ByKind], shots: int) -> ByKind:
 def _shots(shown: ByKind, asked: set[str], shots: int, generator: random.Random) -> str:
     """Solved queries, of kinds that are not asked about."""
     kinds = generator.sample([kind for kind in shown if kind not in asked], shots)
-    things = [generator.choice(shown[kind]) for kind in kinds]
-    return "".join(f"{QUERY.format(a=two.a, b=two.b)} {two.kind}\n" for two in things)
+    examples = [generator.choice(shown[kind]) for kind in kinds]
+    return "".join(f"{QUERY.format(a=two.a, b=two.b)} {two.kind}\n" for two in examples)
 
 
 def by_lengths(
@@ -138,18 +139,23 @@ def by_lengths(
     groups: dict[tuple[int, int], ByKind] = defaultdict(dict)
     for kind in kinds:
         for a, b in permutations([word for word in KINDS[kind].split() if word in written], 2):
-            same = groups[len(written[a]), len(written[b])]
-            same.setdefault(kind, []).append(Things(kind, a, b))
+            group = groups[len(written[a]), len(written[b])]
+            group.setdefault(kind, []).append(Things(kind, a, b))
     return groups
 
 
 def exchangeable(groups: Mapping[tuple[int, int], ByKind]) -> dict[Things, list[Things]]:
     """Ordered pairs of things, with those of another kind and as many tokens, thing by thing."""
-    found: dict[Things, list[Things]] = {}
-    for same in groups.values():
-        for kind, some in same.items():
-            others = [two for its_kind, these in same.items() if its_kind != kind for two in these]
-            found |= dict.fromkeys(some, others) if others else {}
-    if not found:
+    partners: dict[Things, list[Things]] = {}
+    for group in groups.values():
+        for kind, members in group.items():
+            strangers = [
+                two
+                for its_kind, its_members in group.items()
+                if its_kind != kind
+                for two in its_members
+            ]
+            partners |= dict.fromkeys(members, strangers) if strangers else {}
+    if not partners:
         raise ValueError("hypernymy: this tokenizer writes no two kinds' things in equal lengths.")
-    return found
+    return partners

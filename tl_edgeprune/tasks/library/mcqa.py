@@ -47,20 +47,20 @@ def mcqa(tokenizer: PreTrainedTokenizerBase, *, choices: int = 4) -> Recipe:
     sizes = choices, len(SENTENCES), len(THINGS), len(COLOURS)
 
     def make(number: int, generator: random.Random) -> Example:
-        place, sentence, thing, colour = mixed_radix(number, sizes)
-        others = [*COLOURS[:colour], *COLOURS[colour + 1 :]]
-        listed = generator.sample(others, choices - 1)
-        listed.insert(place, COLOURS[colour])
+        answer_index, sentence, item, colour = mixed_radix(number, sizes)
+        other_colours = [*COLOURS[:colour], *COLOURS[colour + 1 :]]
+        listed = generator.sample(other_colours, choices - 1)
+        listed.insert(answer_index, COLOURS[colour])
         shift = generator.randrange(1, choices)
         moved = [listed[(i - shift) % choices] for i in range(choices)]
-        question = SENTENCES[sentence].format(thing=THINGS[thing], colour=COLOURS[colour])
-        answer, other = letters[place], letters[(place + shift) % choices]
+        question = SENTENCES[sentence].format(thing=THINGS[item], colour=COLOURS[colour])
+        answer, distractor = letters[answer_index], letters[(answer_index + shift) % choices]
         return Example(
             f"sentence-{sentence}",
             written(question, listed),
             written(question, moved),
             answer=f" {answer}",
-            distractor=f" {other}",
+            distractor=f" {distractor}",
             wrong=tuple(token for letter, token in tokens.items() if letter != answer),
         )
 
