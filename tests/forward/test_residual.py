@@ -13,6 +13,8 @@ from torch import Tensor
 
 from tl_edgeprune.forward.buffers import BufferPool
 from tl_edgeprune.forward.residual import Stream, read_naive
+from tl_edgeprune.hooks.norms import identity
+from tl_edgeprune.hooks.sites import AttentionSite, PostNorm
 
 SIZES = st.integers(1, 4)
 SEEDS = st.integers(0, 2**16)
@@ -27,6 +29,14 @@ def close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, atol=1e-10, rtol=1e-10)
 
 
+def writing_site(
+    output: Tensor, gain: Tensor | None = None, bias: Tensor | None = None
+) -> AttentionSite:
+    """An attention of which only what its heads write matters."""
+    post = None if gain is None else PostNorm(gain, 1e-5)
+    return AttentionSite("q", "k", "v", "z", identity, (), (), output, bias, post)
+
+
 class NaiveStream:
     """The same operations on lists and autograd."""
 
@@ -38,17 +48,13 @@ class NaiveStream:
         self.differences.append(difference)
 
     def write_heads(
-        self,
-        first: int,
-        z: Tensor,
-        weight: Tensor,
-        gain: Tensor | None = None,
-        bias: Tensor | None = None,
+        self, first: int, z: Tensor, site: AttentionSite, *, bias_in_heads: bool = False
     ) -> None:
         for head in range(len(z)):
-            y = z[head] @ weight[head]
-            y = y if gain is None else y * gain
-            self.write(first + head, y if bias is None else y + bias)
+            y = z[head] @ site.output[head]
+            y = y if site.post is None else y * site.post.gain
+            bias = site.output_bias if bias_in_heads else None
+            self.write(first + head, y if bias is None else y + bias / len(z))
 
     def read(self, mask: Tensor, reference: Tensor, rows: Tensor | None = None) -> Tensor:
         x = read_naive(torch.stack(self.differences[: mask.shape[1]]), reference, mask)
@@ -83,13 +89,14 @@ class Program:
         gain = normal(self.width, seed=self.seed + 100) if self.gain else None
         bias = normal(self.width, seed=self.seed + 101) if self.bias else None
         weight = normal(self.heads, self.head_width, self.width, seed=self.seed + 102)
+        site = writing_site(weight, gain, bias)
         down = normal(self.heads, self.width, self.head_width, seed=self.seed + 103)
         stream.write(0, self.leaf("input", self.rows, self.width))
         read = self.reader(stream)
         n = 1
         for layer in range(self.layers):
             x = read(f"attention {layer}")
-            stream.write_heads(n, torch.tanh(x @ down), weight, gain, bias)
+            stream.write_heads(n, torch.tanh(x @ down), site, bias_in_heads=self.bias)
             n += self.heads
             stream.write(n, torch.sin(read(f"mlp {layer}")[0]))
             n += 1
@@ -285,7 +292,9 @@ def test_reading_what_nobody_wrote_raises() -> None:
     "write",
     [
         pytest.param(lambda s: s.write(1, normal(2, 4)), id="write"),
-        pytest.param(lambda s: s.write_heads(1, normal(2, 2, 3), normal(2, 3, 4)), id="heads"),
+        pytest.param(
+            lambda s: s.write_heads(1, normal(2, 2, 3), writing_site(normal(2, 3, 4))), id="heads"
+        ),
     ],
 )
 def test_writing_twice_raises(write: Callable[[Stream], None]) -> None:

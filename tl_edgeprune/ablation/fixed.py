@@ -113,15 +113,14 @@ def _with_streams(
     sites: Sites, graph: EdgeGraph, inputs: Tensor, z: Tensor, mlp: Tensor
 ) -> Reference:
     """Add the residual streams that these source outputs and the output biases make."""
-    stream, streams = inputs.sum(0), []
+    stream, streams = inputs.sum(0), []  # [batch, pos, d_model]
     for layer, site in enumerate(sites.attention):
         streams.append(stream)
-        after = stream + torch.einsum("bphd,hdm->bpm", z[layer], site.output) * (
-            1.0 if site.gain is None else site.gain
-        )
-        after = after if site.output_bias is None else after + site.output_bias
+        rows = site.stream_after(stream.flatten(0, 1), z[layer].flatten(0, 1))  # [row, d_model]
+        after_attention = rows.view(stream.shape)
         if graph.has_mlp:
-            streams.append(stream if graph.parallel else after)
-            after = after + mlp[layer]
-        stream = after
+            streams.append(stream if graph.parallel else after_attention)
+            stream = after_attention + mlp[layer]
+        else:
+            stream = after_attention
     return Reference(inputs, z, mlp, torch.stack([*streams, stream]))

@@ -22,8 +22,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_edgeprune.hooks.sites import AttentionSite
-
 # And Constants of training/optimal_constants.py.
 ZERO_WITH_BIASES = "zero-with-biases"
 ABLATIONS = ("counterfactual", "zero", ZERO_WITH_BIASES, "mean", "mean-positional")
@@ -54,12 +52,6 @@ class Reference:
     @property
     def n_positions(self) -> int:
         return self.inputs.shape[2]
-
-    def head_bias(self, site: AttentionSite) -> Float[Tensor, " d_model"] | None:
-        """What each head of a block writes of its output bias."""
-        if not self.bias_in_heads or site.output_bias is None:
-            return None
-        return site.output_bias / site.output.shape[0]
 
     @property
     def n_bytes(self) -> int:

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from tl_edgeprune.forward.recompute import PIECE, PIECE_ON_GPU, reads_together
+from tl_edgeprune.forward.recompute import reads_together
 from tl_edgeprune.graph.edge_graph import EdgeGraph
+from tl_edgeprune.hooks.projections import PIECE, PIECE_ON_GPU
 
 GATES = 4  # bytes of a gate: float32 whatever the weights
 

@@ -1,27 +1,35 @@
-"""One masked forward: what each hook of `masked_model.py` writes into the stream and reads from
-it."""
+"""One masked forward: what each hook of `masked_model.py` reads from the stream and writes to it.
+
+1. At a block's start, attention's destinations read their mixes, which are normalised and projected
+   (`AttentionSite.read`); the hooks at queries, keys and values hand them to the block.
+2. Heads and MLPs write their difference from the reference into the stream.
+3. The logits read at the read positions only.
+
+The rest are the tensors of one forward that recomputed and partial runs prepare in the same way:
+its reference, positions, rows, spans and mask blocks.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from tl_edgeprune.ablation.recording import split_inputs
 from tl_edgeprune.ablation.reference import Reference
 from tl_edgeprune.forward.buffers import BufferPool
 from tl_edgeprune.forward.neuron_gates import NeuronGates
-from tl_edgeprune.forward.residual import Stream, WholeStream
+from tl_edgeprune.forward.residual import Stream, WholeStream, joint_mask, read_groups
 from tl_edgeprune.forward.span_masks import Spans
 from tl_edgeprune.graph.edge_graph import EdgeGraph
-from tl_edgeprune.hooks.projections import project
-from tl_edgeprune.hooks.sites import Sites
+from tl_edgeprune.hooks.sites import AttentionSite, Sites
 
 # Reads that share one pass over the buffer: those of four blocks with an MLP. More would save
-# little (few passes are left) and cost memory (their mixes wait until they are read).
+# little (few passes are left) and cost memory (mixes are kept until they are read).
 READS_AHEAD = 8
 
 
@@ -77,22 +85,14 @@ class Forward:
             self.gates = NeuronGates(neuron_kind, inputs.neurons, weight)
         # In a parallel block the MLP reads after the heads wrote, but not what they wrote.
         self.whole = inputs.whole and not self.graph.parallel
-        self.blocks = [
-            part.view(self.graph.block_shape(read))
-            for part, read in zip(
-                inputs.mask.to(weight).split(
-                    [r.n_destinations * r.n_sources for r in self.graph.reads]
-                ),
-                self.graph.reads,
-                strict=True,
-            )
-        ]
+        self.blocks = mask_blocks(self.graph, inputs.mask.to(weight))
+        self.groups = read_groups(len(self.graph.reads), READS_AHEAD)
         self.read_of: dict[tuple[str, int], int] = {
-            (read.kind, read.layer): place for place, read in enumerate(self.graph.reads)
+            (read.kind, read.layer): index for index, read in enumerate(self.graph.reads)
         }
         self.embedding: Tensor | None = None
         self.stream: Stream | None = None
-        self.handed: dict[int, Tensor] = {}
+        self.qkv: QkvHandover | None = None
         self.reads = 0
 
     def embed(self, tensor: Tensor) -> None:
@@ -104,38 +104,34 @@ class Forward:
             self._write_inputs(resid)
         site = self.sites.attention[layer]
         x = self._read("attention", layer)  # [destination, row, d_model]
-        parts = project(x, site, self.graph.split_qkv)
-        self.handed = dict(enumerate(map(self._by_head, parts)))
+        qkv = site.read(x, self.graph.split_qkv)  # [head, row, d_head] each
+        self.qkv = QkvHandover(site, layer, [self._by_head(heads) for heads in qkv])
 
-    def projected(self, tensor: Tensor, layer: int, part: int) -> Tensor:
+    def projected(self, tensor: Tensor, layer: int, index: int) -> Tensor:
         """At hook_q, hook_k, hook_v: the projections of what the destinations read."""
-        if part not in self.handed:
+        if self.qkv is None or self.qkv.layer != layer:
             raise RuntimeError(
-                f"hook_{'qkv'[part]} of block {layer} has nothing to hand on: it fired twice, or "
-                "the block's read was removed inside the context (model.reset_hooks?)."
+                f"hook_{'qkv'[index]} of block {layer} fired without the block's read: its "
+                "hook_resid_pre was removed inside the context (model.reset_hooks?)."
             )
-        site = self.sites.attention[layer]
-        return site.placed(part, self.handed.pop(part).to(tensor.dtype))
+        return self.qkv.take(tensor, index)
 
     def heads(self, z: Tensor, layer: int) -> Tensor:
-        """At hook_z: the heads write. The model goes on with a copy that no gradient follows."""
-        if self.handed:
-            raise RuntimeError(
-                f"hook_{'qkv'[min(self.handed)]} of block {layer} did not fire, or its hook was "
-                "removed inside the context (model.reset_hooks?)."
-            )
+        """At hook_z: the heads write. The model continues with a copy that has no gradient."""
+        if self.qkv is not None:
+            self.qkv.check_all_taken()
         site = self.sites.attention[layer]
-        rows = site.scaled(z.reshape(-1, *z.shape[2:])) - self.reference.z[layer].flatten(0, 1)
-        rows = self._ordered(rows)
-        bias = self.reference.head_bias(site)
+        z_rows = site.scaled(z.flatten(0, 1))  # [row, head, d_head]
+        differences = self._ordered(z_rows - self.reference.z[layer].flatten(0, 1))
         first = self.graph.first_head(layer)
-        rows = self._or_held(first, rows.transpose(0, 1))
-        gates = None if self.gates is None else self.gates.of_heads(first, len(rows))
-        self._stream.write_heads(first, rows, site.output, site.gain, bias, gates)
+        differences = self._or_held(first, differences.transpose(0, 1))  # [head, row, d_head]
+        gates = None if self.gates is None else self.gates.of_heads(first, len(differences))
+        bias_in_heads = self.reference.bias_in_heads
+        self._stream.write_heads(first, differences, site, gates, bias_in_heads=bias_in_heads)
         return z.detach()
 
     def mlp_in(self, tensor: Tensor, layer: int) -> Tensor:
-        x = self._restored(self._read("mlp", layer)[0])
+        x = self._restored(self._read("mlp", layer)[0])  # [row, d_model]
         return self.sites.mlp[layer].norm(x).view(tensor.shape)
 
     def hidden(self, h: Tensor, layer: int) -> Tensor | None:
@@ -164,18 +160,15 @@ class Forward:
         """At the last residual stream: what the logits read, at the read positions only."""
         if self.positions is None:
             return self._restored(self._read("logits", self.graph.n_layers)[0]).view(resid.shape)
-        rows = (
-            self.positions + torch.arange(self.batch, device=resid.device)[:, None] * self.pos
-        ).flatten()
+        rows = rows_of(self.positions, self.pos)
         if self.sites.cut is None:
-            x = self._read("logits", self.graph.n_layers, rows)[0]  # [batch*read, d_model]
+            x = self._read("logits", self.graph.n_layers, rows)[0]  # [batch * read, d_model]
             return x.view(self.batch, -1, x.shape[-1])
         # The Bridge must see the input's length until after its last norm; `cut` undoes this.
         rows = rows.unique()  # index_copy would give a repeated row its gradient twice
-        x = self._read("logits", self.graph.n_layers, rows)[0]
-        return (
-            x.new_zeros(self.batch * self.pos, x.shape[-1]).index_copy(0, rows, x).view(resid.shape)
-        )
+        x = self._read("logits", self.graph.n_layers, rows)[0]  # [row, d_model]
+        everywhere = x.new_zeros(self.batch * self.pos, x.shape[-1]).index_copy(0, rows, x)
+        return everywhere.view(resid.shape)
 
     def cut(self, normalised: Tensor) -> Tensor | None:
         if self.positions is None:
@@ -184,7 +177,11 @@ class Forward:
         return normalised.gather(1, index)
 
     def finish(self, output: Any, keep: list[Tensor] | None) -> None:
-        """After the forward: every destination has read, and the logits are those asked for."""
+        """After the forward: check that every destination has read and the logits' shape.
+
+        Args:
+            keep: a list that gets a copy of the sources' differences.
+        """
         if self.reads != len(self.graph.reads):
             raise RuntimeError(
                 f"{self.reads} of {len(self.graph.reads)} reads happened in this forward: a hook "
@@ -209,7 +206,7 @@ class Forward:
         self._stream.close()
 
     def abandon(self) -> None:
-        """After a forward that failed half-way: let go of its graph."""
+        """After a forward that failed half-way: free its autograd graph."""
         if self.stream is not None:
             self.stream.close()
 
@@ -235,31 +232,24 @@ class Forward:
             self._write(source, (value - reference).flatten(0, 1))
 
     def _read(self, kind: str, layer: int, rows: Tensor | None = None) -> Tensor:
-        place = self.read_of[kind, layer]
+        index = self.read_of[kind, layer]
         self.reads += 1
-        mask = self.blocks[place]
-        reference = self._ordered(self.reference.streams[place].flatten(0, 1))
+        mask = self.blocks[index]
+        reference = self._ordered(self.reference.streams[index].flatten(0, 1))
         if rows is not None and self.spans is not None:
             rows = self.spans.back[rows]
         if kind == "logits" or self.whole:
             return self._stream.read(mask, reference, rows)
-        start = place - place % READS_AHEAD
-        if place == start:
-            self._read_ahead(start)
-        first = self.graph.reads[start].n_sources
-        return self._stream.read_rest(mask[..., first:], reference)
-
-    def _read_ahead(self, start: int) -> None:
-        """Mix the sources so far for the reads from `start` on, in one pass over the buffer."""
-        first = self.graph.reads[start].n_sources
-        places = range(start, min(start + READS_AHEAD, len(self.graph.reads) - 1))
-        blocks = [self.blocks[place][..., :first] for place in places]
-        self._stream.read_ahead(torch.cat(blocks))
+        group = self.groups[index // READS_AHEAD]
+        if index == group[0]:
+            self._stream.read_ahead(joint_mask(self.blocks, group))
+        n_mixed = self.graph.reads[group[0]].n_sources
+        return self._stream.read_rest(mask[..., n_mixed:], reference)
 
     def _by_head(
         self, x: Float[Tensor, "head row d_head"]
     ) -> Float[Tensor, "batch pos head d_head"]:
-        rows = self._restored(x.transpose(0, 1))
+        rows = self._restored(x.transpose(0, 1))  # [row, head, d_head]
         return rows.reshape(self.batch, self.pos, x.shape[0], x.shape[2])
 
     def _ordered(self, rows: Tensor) -> Tensor:
@@ -271,8 +261,55 @@ class Forward:
         return rows if self.spans is None else self.spans.restored(rows)
 
 
+class QkvHandover:
+    """The queries, keys and values of one block, which its hooks hand to the model once each."""
+
+    def __init__(
+        self,
+        site: AttentionSite,
+        layer: int,
+        qkv: Sequence[Float[Tensor, "batch pos _head d_head"]],
+    ) -> None:
+        self.site, self.layer = site, layer
+        self._waiting = dict(enumerate(qkv))
+
+    def take(self, tensor: Tensor, index: int) -> Float[Tensor, "batch pos _head d_head"]:
+        """What replaces `tensor` at the hook of queries (0), keys (1) or values (2)."""
+        if index not in self._waiting:
+            raise RuntimeError(
+                f"hook_{'qkv'[index]} of block {self.layer} fired twice in one forward."
+            )
+        return self.site.add_positions(index, self._waiting.pop(index).to(tensor.dtype))
+
+    def check_all_taken(self) -> None:
+        """Raise RuntimeError if a hook has not fired."""
+        if self._waiting:
+            raise RuntimeError(
+                f"hook_{'qkv'[min(self._waiting)]} of block {self.layer} did not fire, or its hook "
+                "was removed inside the context (model.reset_hooks?)."
+            )
+
+
+# ------------------------------------------------------------------------ what a forward runs with
+
+
+def mask_blocks(
+    graph: EdgeGraph, mask: Shaped[Tensor, " edge"]
+) -> list[Shaped[Tensor, "_destination *span _source"]]:
+    """The mask of each read, as views."""
+    blocks = mask.split([read.n_destinations * read.n_sources for read in graph.reads])
+    shapes = [graph.block_shape(read) for read in graph.reads]
+    return [block.view(shape) for block, shape in zip(blocks, shapes, strict=True)]
+
+
+def rows_of(positions: Int[Tensor, "batch read"], n_positions: int) -> Int[Tensor, " read_row"]:
+    """The rows (batch * pos) of the read positions."""
+    starts = torch.arange(len(positions), device=positions.device)[:, None] * n_positions
+    return (positions + starts).flatten()  # [batch * read]
+
+
 def fitting(reference: Reference, tokens: Tensor) -> Reference:
-    """The reference for these tokens' shape: expanded where it is a mean or zero."""
+    """The reference for these tokens' shape: expanded if it is a mean or zero."""
     batch, pos = tokens.shape
     if (reference.batch, reference.n_positions) == (batch, pos):
         return reference
@@ -295,9 +332,9 @@ def checked_positions(
         raise ValueError(
             f"positions has shape {tuple(positions.shape)}, expected whole numbers [{batch}, read]."
         )
-    least, most = torch.stack(positions.aminmax()).tolist() if positions.numel() else (0, 0)
-    if not 0 <= least <= most < pos:
-        raise ValueError(f"positions go from {least} to {most}, expected 0 to {pos - 1}.")
+    first, last = torch.stack(positions.aminmax()).tolist() if positions.numel() else (0, 0)
+    if not 0 <= first <= last < pos:
+        raise ValueError(f"positions go from {first} to {last}, expected 0 to {pos - 1}.")
     return positions.to(device, torch.long)
 
 

@@ -47,7 +47,7 @@ from tl_edgeprune.hooks.modules import dropouts
 from tl_edgeprune.hooks.norms import identity
 from tl_edgeprune.hooks.prompt_checks import check_prompts
 from tl_edgeprune.hooks.sites import Sites
-from tl_edgeprune.hooks.unused_work import idle_work, resting
+from tl_edgeprune.hooks.unused_work import idle_work, skipping
 from tl_edgeprune.tasks.batch import Batch
 
 
@@ -339,6 +339,15 @@ class MaskedModel:
             self._forward = previous
 
     @contextmanager
+    def with_sites(self, sites: Sites) -> Iterator[None]:
+        """Inside this context masked runs use these sites: the same hook points, other norms."""
+        previous, self.sites = self.sites, sites
+        try:
+            yield
+        finally:
+            self.sites = previous
+
+    @contextmanager
     def _inputs_set_to(self, inputs: Inputs | None) -> Iterator[None]:
         """Inside this context the model runs with these inputs; None: unmasked."""
         previous, self._inputs = self._inputs, inputs
@@ -376,7 +385,7 @@ class MaskedModel:
         self.gates_of(inputs.neurons)
         self._forward = Forward(self.graph, self.sites, self.pool, self.neurons, inputs, tokens)
         try:
-            with resting(() if by_user else self._idle):
+            with skipping(() if by_user else self._idle):
                 output = self.model_forward(*args, **kwargs)
             self._forward.finish(output, differences)
             return output

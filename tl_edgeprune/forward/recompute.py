@@ -7,21 +7,20 @@
    gradients of what it wrote back through it to its inputs.
 3. The inputs' gradients give the mask's (times the differences) and are added to the gradient
    buffer (times the mask), as in `residual.py`.
-4. The mixes of a few neighbouring reads share one pass over the buffer, and lie in `slots`. In
-   backward a read's gradient takes the place of its mix, for the pass that they share.
+4. The mixes of a few neighbouring reads share one pass over the buffer, and are kept in `slots`. In
+   backward a read's gradient overwrites its mix, for the pass that they share.
 
 Memory is two buffers, the slots and one half block's activations, whatever the depth; the price is
-one more forward. Half blocks are run by `half_blocks.py`; a check on a few tokens holds logits and
-gradients to `MaskedModel`'s the first time that a model is seen.
+one more forward. Half blocks are run by `half_blocks.py`. The first time that a model is attached,
+a check on a few tokens compares logits and gradients with `MaskedModel`'s.
 
-Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost", where one buffer of differences
-is what has to be kept.
+Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost". Here only the buffer of
+differences has to be kept.
 """
 
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -36,16 +35,26 @@ from tl_edgeprune.ablation.reference import Reference
 from tl_edgeprune.circuits.neurons import Neurons
 from tl_edgeprune.forward.buffers import SOURCES_APART, BufferPool, add_rows
 from tl_edgeprune.forward.call_checks import check_mask
-from tl_edgeprune.forward.forward_pass import Held, checked_positions, fitting
-from tl_edgeprune.forward.half_blocks import Blocks
+from tl_edgeprune.forward.forward_pass import (
+    Held,
+    checked_positions,
+    fitting,
+    mask_blocks,
+    rows_of,
+)
+from tl_edgeprune.forward.half_blocks import Blocks, BrokenHalves, reporting_broken_halves
 from tl_edgeprune.forward.masked_model import MaskedModel
-from tl_edgeprune.forward.self_check import probe_tokens, relative, tolerance
+from tl_edgeprune.forward.residual import Products, joint_mask, read_groups
+from tl_edgeprune.forward.self_check import (
+    model_name,
+    once_per_model,
+    probe_tokens,
+    relative,
+    tolerance,
+)
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.hooks.shards import in_turns
-from tl_edgeprune.hooks.sites import AttentionSite, Sites
-
-# Numbers that are normalised at once: what a processor's cache holds; on a GPU enough to fill it.
-PIECE, PIECE_ON_GPU = 2**20, 2**26
+from tl_edgeprune.hooks.sites import Sites
 
 
 def reads_together(graph: EdgeGraph) -> int:
@@ -64,7 +73,7 @@ class RecomputedModel(MaskedModel):
         super().__init__(model, sites, graph)
         self.halves = Blocks(self)
         self.together = reads_together(graph)
-        self._trusted = False
+        self._by_halves = False
 
     @classmethod
     @contextmanager
@@ -90,7 +99,7 @@ class RecomputedModel(MaskedModel):
         with super().attach(model, graph) as run:
             assert isinstance(run, RecomputedModel)
             _check_once(run)
-            run._trusted = True
+            run._by_halves = True
             yield run
 
     def release_buffers(self) -> None:
@@ -110,7 +119,7 @@ class RecomputedModel(MaskedModel):
         neurons: Shaped[Tensor, "place unit"] | None = None,
     ) -> Float[Tensor, "batch read d_vocab"]:
         """As `MaskedModel`'s; `whole` changes nothing, and there are no spans and no neurons."""
-        if not (self._trusted and torch.is_grad_enabled()):
+        if not (self._by_halves and torch.is_grad_enabled()):
             return super().__call__(tokens, mask, reference, positions, held, contract, whole)
         self._checked_call(tokens, {})
         check_mask(mask, self.graph)
@@ -159,10 +168,7 @@ class _Job:
         self.run, self.graph, self.inputs = run, run.graph, inputs
         self.reference, self.held, self.contract = reference, held, contract
         self.batch, self.pos, self.d_model = inputs.shape[1:]
-        self.rows: Int[Tensor, " read"] | None = None
-        if positions is not None:
-            starts = torch.arange(self.batch, device=inputs.device)[:, None] * self.pos
-            self.rows = (positions + starts).flatten()
+        self.rows = None if positions is None else rows_of(positions, self.pos)
         self.differences: Tensor | None = None
 
     def release(self) -> None:
@@ -174,7 +180,7 @@ class _Job:
         self, mask: Shaped[Tensor, " edge"], tensors: tuple[Tensor, ...]
     ) -> Float[Tensor, "batch read d_model"]:
         """What the logits read. `tensors`: the reference's."""
-        reference = self._of(tensors)
+        reference = self._reference_of(tensors)
         like = self.inputs[0].flatten(0, 1)  # [row, d_model]
         self.run.pool.start(like)
         self.differences = self.run.pool.take(self.graph.n_sources, like, SOURCES_APART)
@@ -184,65 +190,63 @@ class _Job:
         with in_turns(self.run.model) as turn_to:
             for group in reads.groups:
                 reads.mix_ahead(group)
-                for place in group:
-                    turn_to(self.graph.reads[place].layer)
-                    self._write(place, self._half(place, reads.mixed(place), reference))
+                for index in group:
+                    turn_to(self.graph.reads[index].layer)
+                    self._write(index, self._half(index, reads.mixed(index), reference))
         x = reads.logits()
         reads.close()
-        return x.view(self.batch, -1, self.d_model)
+        return x.view(self.batch, -1, self.d_model)  # [batch, read, d_model]
 
     def backward(
         self,
         mask: Shaped[Tensor, " edge"],
         tensors: tuple[Tensor, ...],
         grad: Float[Tensor, "batch read d_model"],
-        wanted: tuple[bool, ...],
+        needs_grad: tuple[bool, ...],
     ) -> list[Tensor | None]:
-        """Gradients of the mask, and of the reference's four tensors where wanted."""
+        """Gradients of the mask, and of those of the reference's four tensors that need one."""
         if self.differences is None:
             raise RuntimeError(
                 "backward through a masked forward that has been backpropagated before: its "
                 "buffers are gone. Run the forward again for each backward."
             )
-        reference = self._of(tensors)
-        back = _Gradients(self, mask, reference, wanted)
+        reference = self._reference_of(tensors)
+        back = _Gradients(self, mask, reference, needs_grad)
         back.add_logits(grad.flatten(0, 1))
         with in_turns(self.run.model) as turn_to:
             for group in reversed(back.groups):
                 back.mix_ahead(group)
-                for place in reversed(group):
-                    turn_to(self.graph.reads[place].layer)
-                    self._back_through(place, back, reference)
+                for index in reversed(group):
+                    turn_to(self.graph.reads[index].layer)
+                    self._back_through(index, back, reference)
                 back.add_ahead(group)
         return back.finish()
 
-    def _back_through(self, place: int, back: _Gradients, reference: Reference) -> None:
+    def _back_through(self, index: int, back: _Gradients, reference: Reference) -> None:
         """Run a half block again and send the gradient of what it wrote to what it read."""
-        if self._is_held(self._first_source(place)):
-            back.add_nothing(place)
+        if self._is_held(self._sources(index).start):
+            back.add_nothing(index)
             return
-        x, grad = back.mixed(place), self._grad_written(place, back)
-        back.add_reference(place, grad)
-        if self.graph.reads[place].kind == "mlp":
-            self._back_through_mlp(place, x, grad, reference)
+        x, grad = back.mixed(index), self._grad_written(index, back)
+        back.add_reference(index, grad)
+        if self.graph.reads[index].kind == "mlp":
+            self._back_through_mlp(index, x, grad, reference)
         else:
-            self._back_through_attention(place, x, grad, reference)
-        back.add(place, x)
+            self._back_through_attention(index, x, grad, reference)
+        back.add(index, x)
 
     # ------------------------------------------------------------------------------ half blocks
 
     def _half(
-        self, place: int, x: Float[Tensor, "destination row d_model"], reference: Reference
+        self, index: int, x: Float[Tensor, "destination row d_model"], reference: Reference
     ) -> Tensor:
         """What a half block that reads x writes, less its reference: heads before their output
         weights, [head, row, d_head], or an MLP, [1, row, d_model].
         """
-        read = self.graph.reads[place]
+        read = self.graph.reads[index]
         if read.kind == "mlp":
             return self._mlp(read.layer, x, reference)
-        site = self.run.sites.attention[read.layer]
-        parts = project(x, site, self.graph.split_qkv)
-        return self._heads(read.layer, [self._by_head(part) for part in parts], reference)
+        return self._heads(read.layer, self._qkv(read.layer, x), reference)
 
     def _mlp(
         self, layer: int, x: Float[Tensor, "1 row d_model"], reference: Reference
@@ -250,81 +254,69 @@ class _Job:
         y = self.run.halves.mlp(layer, x.view(self.batch, self.pos, self.d_model))
         return (y - reference.mlp[layer]).flatten(0, 1)[None]
 
+    def _qkv(
+        self, layer: int, x: Float[Tensor, "destination row d_model"]
+    ) -> list[Float[Tensor, "batch pos _head d_head"]]:
+        qkv = self.run.sites.attention[layer].read_in_pieces(x, self.graph.split_qkv)
+        rows = [heads.transpose(0, 1) for heads in qkv]  # [row, head, d_head] each
+        return [heads.reshape(self.batch, self.pos, *heads.shape[1:]) for heads in rows]
+
     def _heads(
-        self, layer: int, parts: list[Tensor], reference: Reference
+        self,
+        layer: int,
+        qkv: list[Float[Tensor, "batch pos _head d_head"]],
+        reference: Reference,
     ) -> Float[Tensor, "head row d_head"]:
-        """From queries, keys and values, [batch, pos, head, d_head] each."""
-        z = self.run.halves.attention(layer, *parts)
-        scaled = self.run.sites.attention[layer].scaled(z.reshape(-1, *z.shape[2:]))
+        z = self.run.halves.attention(layer, *qkv)
+        scaled = self.run.sites.attention[layer].scaled(z.flatten(0, 1))  # [row, head, d_head]
         return (scaled - reference.z[layer].flatten(0, 1)).transpose(0, 1)
 
-    def _back_through_mlp(self, place: int, x: Tensor, grad: Tensor, reference: Reference) -> None:
+    def _back_through_mlp(self, index: int, x: Tensor, grad: Tensor, reference: Reference) -> None:
         """Overwrite x by its gradient."""
         leaf = x.detach().requires_grad_()
         with torch.enable_grad():
-            written = self._mlp(self.graph.reads[place].layer, leaf, reference)
+            written = self._mlp(self.graph.reads[index].layer, leaf, reference)
         x.copy_(torch.autograd.grad(written, leaf, grad)[0])
 
     def _back_through_attention(
-        self, place: int, x: Tensor, grad: Tensor, reference: Reference
+        self, index: int, x: Tensor, grad: Tensor, reference: Reference
     ) -> None:
         """Overwrite x by its gradient."""
-        layer = self.graph.reads[place].layer
-        site, split = self.run.sites.attention[layer], self.graph.split_qkv
-        leaves = [self._by_head(p).detach().requires_grad_() for p in project(x, site, split)]
+        layer = self.graph.reads[index].layer
+        leaves = [heads.detach().requires_grad_() for heads in self._qkv(layer, x)]
         with torch.enable_grad():
             written = self._heads(layer, leaves, reference)
         grads = torch.autograd.grad(written, leaves, grad)
         del written, leaves
-        project_back(x, [g.flatten(0, 1).transpose(0, 1) for g in grads], site, split)
+        by_head = [g.flatten(0, 1).transpose(0, 1) for g in grads]  # [head, row, d_head]
+        self.run.sites.attention[layer].read_in_pieces_back(x, by_head, self.graph.split_qkv)
 
-    def _write(self, place: int, written: Tensor) -> None:
+    def _write(self, index: int, written: Tensor) -> None:
         """What a half block gave, into its sources' rows of the buffer."""
-        read, rows = self.graph.reads[place], self._sources(self.differences, place)
-        share = self._share(self._first_source(place))
+        assert self.differences is not None
+        read, sources = self.graph.reads[index], self._sources(index)
+        rows, share = self.differences[sources.start : sources.stop], self._share(sources.start)
         written = written if share == 1 else written * share
         if read.kind == "mlp":
             rows.copy_(written)
-            return
-        site = self.run.sites.attention[read.layer]
-        torch.bmm(written.to(rows.dtype), site.output, out=rows)
-        if site.gain is not None:
-            rows.mul_(site.gain)
-        bias = self.reference.head_bias(site)
-        if bias is not None:
-            rows.add_(bias)
+        else:
+            site, bias_in_heads = self.run.sites.attention[read.layer], self.reference.bias_in_heads
+            site.write(written, rows, bias_in_heads=bias_in_heads)
 
-    def _grad_written(self, place: int, back: _Gradients) -> Tensor:
+    def _grad_written(self, index: int, back: _Gradients) -> Tensor:
         """The gradient of what `_half` gave, from the gradient buffer."""
-        read, rows = self.graph.reads[place], self._sources(back.gradients, place)
-        if read.kind == "mlp":
-            return rows
-        site = self.run.sites.attention[read.layer]
-        rows = rows if site.gain is None else rows * site.gain
-        return torch.bmm(rows, site.output.transpose(1, 2))
+        read, sources = self.graph.reads[index], self._sources(index)
+        rows = back.gradients[sources.start : sources.stop]
+        return rows if read.kind == "mlp" else self.run.sites.attention[read.layer].write_back(rows)
 
     # ---------------------------------------------------------------------------------- details
 
-    def _of(self, tensors: tuple[Tensor, ...]) -> Reference:
+    def _reference_of(self, tensors: tuple[Tensor, ...]) -> Reference:
         return self.reference._with(tensor.detach() for tensor in tensors)
 
-    def _by_head(
-        self, x: Float[Tensor, "head row d_head"]
-    ) -> Float[Tensor, "batch pos head d_head"]:
-        return x.transpose(0, 1).reshape(self.batch, self.pos, x.shape[0], x.shape[2])
-
-    def _first_source(self, place: int) -> int:
-        """The first source that the half block of a read writes."""
-        read = self.graph.reads[place]
-        of_mlp = read.kind == "mlp"
-        return self.graph.mlp_source(read.layer) if of_mlp else self.graph.first_head(read.layer)
-
-    def _sources(self, buffer: Tensor | None, place: int) -> Float[Tensor, "source row d_model"]:
-        """A buffer's rows of the sources that the half block of a read writes."""
-        assert buffer is not None
-        first = self._first_source(place)
-        of_mlp = self.graph.reads[place].kind == "mlp"
-        return buffer[first : first + (1 if of_mlp else self.graph.n_heads)]
+    def _sources(self, index: int) -> range:
+        """The sources that the half block of a read writes."""
+        return self.graph.sources_written(self.graph.reads[index])
 
     def _is_held(self, source: int) -> bool:
         return self.held is not None and source in self.held.sources
@@ -340,47 +332,43 @@ class _Reads:
         self.job, self.reads, self.streams = job, job.graph.reads, reference.streams
         assert job.differences is not None
         self.differences = job.differences
-        flat = mask.detach().to(self.differences)
-        self.blocks = [
-            flat[read.edges].view(read.n_destinations, read.n_sources) for read in self.reads
-        ]
-        places, size = list(range(len(self.reads) - 1)), job.run.together
-        self.groups = [places[start : start + size] for start in range(0, len(places), size)]
-        most = max(sum(self.reads[p].n_destinations for p in group) for group in self.groups)
-        self.memory = job.run.pool.take(most, self.differences[0])
+        self.products = Products()
+        self.blocks = mask_blocks(job.graph, mask.detach().to(self.differences))
+        self.groups = read_groups(len(self.reads), job.run.together)
+        sizes = [sum(len(self.blocks[index]) for index in group) for group in self.groups]
+        self.memory = job.run.pool.take(max(sizes), self.differences[0])
         self.slots: dict[int, Tensor] = {}
-        self.first = 0  # how many sources the group's shared pass goes over
+        self.n_mixed = 0  # how many sources the group's shared pass goes over
 
-    def mix_ahead(self, group: list[int]) -> None:
+    def mix_ahead(self, group: range) -> None:
         """Mix, for all destinations of a group, the sources that its first read sees."""
-        self.first = self.reads[group[0]].n_sources
-        whole, together = self._together(group)
-        torch.mm(together, self.differences[: self.first].flatten(1), out=whole.flatten(1))
-        parts = whole.split([self.reads[place].n_destinations for place in group])
+        self.n_mixed = self.reads[group[0]].n_sources
+        mask, slots = self._joint(group)
+        self.products.mix(mask, self.differences[: self.n_mixed], slots)
+        parts = slots.split([len(self.blocks[index]) for index in group])
         self.slots = dict(zip(group, parts, strict=True))
 
-    def mixed(self, place: int) -> Float[Tensor, "destination row d_model"]:
+    def mixed(self, index: int) -> Float[Tensor, "destination row d_model"]:
         """What the destinations of a read of this group read (in its slot)."""
-        x = self.slots[place].add_(self.streams[place].flatten(0, 1))
-        rest = self.differences[self.first : self.reads[place].n_sources]
-        if len(rest):
-            x.flatten(1).addmm_(self.blocks[place][:, self.first :], rest.flatten(1))
+        x = self.slots[index].add_(self.streams[index].flatten(0, 1))
+        recent = self.differences[self.n_mixed : self.reads[index].n_sources]
+        if len(recent):
+            self.products.add(self.blocks[index][:, self.n_mixed :], recent, x)
         return x
 
-    def logits(self) -> Float[Tensor, "row d_model"]:
+    def logits(self) -> Float[Tensor, "read_row d_model"]:
         """What the logits read, at the read positions."""
-        stream, block = self.streams[-1].flatten(0, 1), self._at_rows(self.differences)
-        stream = stream if self.job.rows is None else stream[self.job.rows]
-        x = torch.addmm(stream.reshape(1, -1), self.blocks[-1], block.flatten(1))
-        return x.view(-1, self.differences.shape[-1])
+        rows, stream = self.job.rows, self.streams[-1].flatten(0, 1)
+        stream, block = stream if rows is None else stream[rows], self._at_rows(self.differences)
+        return self.products.mixed(self.blocks[-1], stream, block, rows)[0]
 
     def close(self) -> None:
         self.job.run.pool.give(self.memory)
 
-    def _together(self, group: list[int]) -> tuple[Tensor, Tensor]:
-        """The slots of a group, and its destinations' weights of the sources before it."""
-        blocks = torch.cat([self.blocks[place][:, : self.first] for place in group])
-        return self.memory[: len(blocks)], blocks
+    def _joint(self, group: range) -> tuple[Tensor, Tensor]:
+        """The masks of a group's destinations over the sources before it, and their slots."""
+        mask = joint_mask(self.blocks, group)
+        return mask, self.memory[: len(mask)]
 
     def _at_rows(self, buffer: Tensor) -> Tensor:
         return buffer if self.job.rows is None else buffer[:, self.job.rows]
@@ -396,178 +384,108 @@ class _Gradients(_Reads):
         job: _Job,
         mask: Shaped[Tensor, " edge"],
         reference: Reference,
-        wanted: tuple[bool, ...],
+        needs_grad: tuple[bool, ...],
     ) -> None:
         super().__init__(job, mask, reference)
-        count, like = len(self.differences), self.differences[0]
-        self.gradients = job.run.pool.take(count, like, SOURCES_APART).zero_()
+        n_sources, like = len(self.differences), self.differences[0]
+        self.gradients = job.run.pool.take(n_sources, like, SOURCES_APART).zero_()
         self.against = self.differences if job.contract is None else job.contract
         self.of_mask = torch.empty_like(mask)
+        self.of_blocks = mask_blocks(job.graph, self.of_mask)
         tensors = reference._tensors()
         self.of_reference = [
-            torch.zeros_like(t) if w else None for t, w in zip(tensors, wanted, strict=True)
+            torch.zeros_like(tensor) if needed else None
+            for tensor, needed in zip(tensors, needs_grad, strict=True)
         ]
 
-    def add_logits(self, grad: Float[Tensor, "row d_model"]) -> None:
+    def add_logits(self, grad: Float[Tensor, "read_row d_model"]) -> None:
         """From the logits' read."""
-        rows, flat = self.job.rows, grad.reshape(1, -1)
-        self._of_block(-1).copy_(flat @ self._at_rows(self.against).flatten(1).T)
+        rows, mask = self.job.rows, self.blocks[-1]
+        against = self._at_rows(self.against)
+        self.of_blocks[-1].copy_(self.products.of_mask(mask, grad[None], against, rows))
         if rows is None:
-            self.gradients.flatten(1).addmm_(self.blocks[-1].T, flat)
+            self.products.add_back(mask, grad[None], self.gradients)
         else:
-            more = self.blocks[-1].T.unsqueeze(-1) * grad  # [source, read, d_model]
-            add_rows(self.gradients, rows, more)
+            add_rows(self.gradients, rows, mask.T.unsqueeze(-1) * grad)  # [source, read, d_model]
         stream = self._of_stream(-1)
         if stream is not None:
             everywhere = torch.arange(len(stream), device=grad.device)
             stream.index_add_(0, everywhere if rows is None else rows, grad)
 
-    def add(self, place: int, grad: Float[Tensor, "destination row d_model"]) -> None:
-        """From a read whose slot holds the gradient, of the group's own sources; of those before
-        them, `add_ahead` does.
+    def add(self, index: int, grad: Float[Tensor, "destination row d_model"]) -> None:
+        """From a read whose slot holds the gradient, of the sources since the group's shared pass;
+        `add_ahead` does those before.
         """
-        n, first, flat = self.reads[place].n_sources, self.first, grad.flatten(1)
-        if n > first:
-            self._of_block(place)[:, first:] = flat @ self.against[first:n].flatten(1).T
-            own = self.gradients[first:n].flatten(1)
-            own.addmm_(self.blocks[place][:, first:].T, flat)
-        stream = self._of_stream(place)
+        first, stop = self.n_mixed, self.reads[index].n_sources
+        if stop > first:
+            mask, against = self.blocks[index][:, first:], self.against[first:stop]
+            self.of_blocks[index][:, first:] = self.products.of_mask(mask, grad, against, None)
+            self.products.add_back(mask, grad, self.gradients[first:stop])
+        stream = self._of_stream(index)
         if stream is not None:
             stream.copy_(grad.sum(0))
 
-    def add_nothing(self, place: int) -> None:
+    def add_nothing(self, index: int) -> None:
         """For a read that no gradient comes from."""
-        self._of_block(place)[:, self.first :] = 0
-        self.slots[place].zero_()
+        self.of_blocks[index][:, self.n_mixed :] = 0
+        self.slots[index].zero_()
 
-    def add_ahead(self, group: list[int]) -> None:
+    def add_ahead(self, group: range) -> None:
         """From all reads of a group, of the sources before it, in one pass over both buffers."""
-        slots, together = self._together(group)
-        own = slots.flatten(1) @ self.against[: self.first].flatten(1).T
-        sizes = [self.reads[place].n_destinations for place in group]
-        for place, part in zip(group, own.split(sizes), strict=True):
-            self._of_block(place)[:, : self.first] = part
-        self.gradients[: self.first].flatten(1).addmm_(together.T, slots.flatten(1))
+        mask, grads = self._joint(group)
+        of_mask = self.products.of_mask(mask, grads, self.against[: self.n_mixed], None)
+        sizes = [len(self.blocks[index]) for index in group]
+        for index, of_block in zip(group, of_mask.split(sizes), strict=True):
+            self.of_blocks[index][:, : self.n_mixed] = of_block
+        self.products.add_back(mask, grads, self.gradients[: self.n_mixed])
 
-    def add_reference(self, place: int, grad: Tensor) -> None:
-        """A half block's reference, which its differences are less."""
-        read = self.reads[place]
-        of_parts = self.of_reference[2 if read.kind == "mlp" else 1]
-        if of_parts is not None:
-            part = of_parts[read.layer].flatten(0, 1)
-            part.copy_(-grad[0] if read.kind == "mlp" else -grad.transpose(0, 1))
+    def add_reference(self, index: int, grad: Tensor) -> None:
+        """The gradient of a half block's reference, which is subtracted from what it writes."""
+        read = self.reads[index]
+        tensor = self.of_reference[2 if read.kind == "mlp" else 1]
+        if tensor is not None:
+            rows = tensor[read.layer].flatten(0, 1)
+            rows.copy_(-grad[0] if read.kind == "mlp" else -grad.transpose(0, 1))
 
     def finish(self) -> list[Tensor | None]:
         """All gradients; the buffers go back to where they came from."""
-        of_inputs, count = self.of_reference[0], self.job.graph.n_inputs
+        of_inputs, n_inputs = self.of_reference[0], self.job.graph.n_inputs
         if of_inputs is not None:
-            of_inputs.copy_(-self.gradients[:count].reshape_as(of_inputs))
+            of_inputs.copy_(-self.gradients[:n_inputs].reshape_as(of_inputs))
         self.job.run.pool.give(self.gradients)
         self.job.release()
         self.close()
         return [self.of_mask, *self.of_reference]
 
-    def _of_block(self, place: int) -> Float[Tensor, "destination source"]:
-        """The mask's gradient, as the block of a read."""
-        read = self.reads[place]
-        return self.of_mask[read.edges].view(read.n_destinations, read.n_sources)
-
-    def _of_stream(self, place: int) -> Float[Tensor, "row d_model"] | None:
+    def _of_stream(self, index: int) -> Float[Tensor, "row d_model"] | None:
         streams = self.of_reference[3]
-        return None if streams is None else streams[place].flatten(0, 1)
+        return None if streams is None else streams[index].flatten(0, 1)
 
 
-# -------------------------------------------------------------- queries, keys and values, in pieces
-
-
-def project(
-    x: Float[Tensor, "destination row d_model"], site: AttentionSite, split: bool
-) -> list[Float[Tensor, "_head row d_head"]]:
-    """Queries, keys and values from attention's inputs, normalised a few destinations at a time.
-
-    `split`: whether they have a destination each.
-    """
-    parts = [x.new_empty(len(w), x.shape[1], w.shape[2]) for w in site.weights]
-    for own, users in _pieces(x, site, split):
-        normalised = site.norm(x[own])
-        for part, heads in users:
-            torch.bmm(normalised, site.weights[part][heads], out=parts[part][heads])
-    for projected, bias in zip(parts, site.biases, strict=True):
-        if bias is not None:
-            projected.add_(bias[:, None])
-    return parts
-
-
-def project_back(
-    x: Float[Tensor, "destination row d_model"],
-    grads: list[Tensor],
-    site: AttentionSite,
-    split: bool,
-) -> None:
-    """Overwrite attention's inputs by their gradient, from that of queries, keys and values,
-    [head, row, d_head] each.
-    """
-    for own, users in _pieces(x, site, split):
-        leaf = x[own].detach().requires_grad_()
-        grad = torch.zeros_like(leaf) if len(users) > 1 else torch.empty_like(leaf)
-        for part, heads in users:
-            weight = site.weights[part][heads].transpose(1, 2)
-            if len(users) == 1:
-                torch.bmm(grads[part][heads], weight, out=grad)
-            else:
-                grad.baddbmm_(grads[part][heads], weight)
-        with torch.enable_grad():
-            normalised = site.norm(leaf)
-        if normalised is not leaf:
-            (grad,) = torch.autograd.grad(normalised, leaf, grad)
-        x[own] = grad
-
-
-def _pieces(
-    x: Float[Tensor, "destination row d_model"], site: AttentionSite, split: bool
-) -> Iterator[tuple[slice, list[tuple[int, slice]]]]:
-    """A few destinations at a time, and the parts (query 0, key 1, value 2) and heads that they
-    are.
-    """
-    most = PIECE if x.device.type == "cpu" else PIECE_ON_GPU
-    size = max(1, most // x[0].numel())
-    first = 0
-    for part in range(3 if split else 1):
-        heads = len(site.weights[part])
-        for start in range(0, heads, size):
-            stop = min(start + size, heads)
-            own = slice(start, stop)
-            users = [(part, own)] if split else [(p, own) for p in range(3)]
-            yield slice(first + start, first + stop), users
-        first += heads
-
-
-# ---------------------------------------------------------------------------------- the first look
-
-
-_agreed: weakref.WeakKeyDictionary[Any, set[torch.dtype]] = weakref.WeakKeyDictionary()
+# -------------------------------------------------------------------------------------- the check
 
 
 def _check_once(run: RecomputedModel) -> None:
     """Raise NotImplementedError unless half blocks give the whole model's logits and gradients."""
-    dtype = run.sites.attention[0].output.dtype
-    if dtype in _agreed.get(run.model, ()) or run.active_dropout():
-        return
-    name = getattr(run.model.cfg, "model_name", "this model")
-    advice = "Leave recompute out for it."
+    if not run.active_dropout():
+        once_per_model(run, "half blocks", lambda: _check_halves(run))
+
+
+def _check_halves(run: RecomputedModel) -> None:
+    name, advice = model_name(run), "Leave recompute out for it."
     try:
-        errors = _errors(run)
-    except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+        with reporting_broken_halves():
+            logits_error, gradient_error = _errors(run)
+    except BrokenHalves as error:
         raise NotImplementedError(
             f"{name}: its blocks cannot be run by halves, as recompute=True asks ({error}). "
             f"{advice}"
         ) from error
-    if not max(errors) <= tolerance(dtype):
+    if not max(logits_error, gradient_error) <= tolerance(run.dtype):
         raise NotImplementedError(
             f"{name}: run by halves, as recompute=True asks, its logits are off by "
-            f"{errors[0]:.2g} of their size and its gradients by {errors[1]:.2g}. {advice}"
+            f"{logits_error:.2g} of their size and its gradients by {gradient_error:.2g}. {advice}"
         )
-    _agreed.setdefault(run.model, set()).add(dtype)
 
 
 def _errors(run: RecomputedModel) -> list[float]:
@@ -576,12 +494,14 @@ def _errors(run: RecomputedModel) -> list[float]:
     positions = torch.full((len(tokens), 1), tokens.shape[1] - 1, device=tokens.device)
     reference, _ = run.record(tokens.flip(0))
     uniform = torch.rand(run.graph.n_edges, generator=torch.Generator().manual_seed(0))
-    figures = []
-    for run._trusted in (False, True):
+
+    def logits_and_gradient(by_halves: bool) -> tuple[Tensor, Tensor]:
+        run._by_halves = by_halves
         mask = uniform.to(tokens.device).requires_grad_()
         with torch.enable_grad():
             logits = run(tokens, mask, reference, positions)
             (grad,) = torch.autograd.grad(logits.float().logsumexp(-1).sum(), mask)
-        figures.append((logits.detach(), grad))
-    run._trusted = False
-    return [relative(mine, theirs) for theirs, mine in zip(*figures, strict=True)]
+        return logits.detach(), grad
+
+    expected, actual = logits_and_gradient(False), logits_and_gradient(True)
+    return [relative(a, e) for a, e in zip(actual, expected, strict=True)]

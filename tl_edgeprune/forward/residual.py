@@ -21,6 +21,7 @@ definition; tests hold `Stream.read` to it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tl_edgeprune.forward.buffers import SOURCES_APART, BufferPool, add_rows
+from tl_edgeprune.hooks.sites import AttentionSite
 
 
 def read_naive(
@@ -42,6 +44,22 @@ def read_naive(
     difference.
     """
     return reference + einsum(mask, differences, "dst src, src row d -> dst row d")
+
+
+def read_groups(n_reads: int, size: int) -> list[range]:
+    """Groups of up to `size` neighbouring reads that share one pass over the buffer: all but the
+    last read, which is the logits'.
+    """
+    stop = n_reads - 1
+    return [range(first, min(first + size, stop)) for first in range(0, stop, size)]
+
+
+def joint_mask(
+    blocks: Sequence[Float[Tensor, "_destination *span _source"]], group: Sequence[int]
+) -> Float[Tensor, "destination *span source"]:
+    """The mask rows of all destinations of a group, over the sources before its first read."""
+    n_sources = blocks[group[0]].shape[-1]
+    return torch.cat([blocks[index][..., :n_sources] for index in group])
 
 
 class Products:
@@ -129,16 +147,14 @@ class Stream:
         self,
         first: int,
         z: Float[Tensor, "head row d_head"],
-        weight: Float[Tensor, "head d_head d_model"],
-        gain: Float[Tensor, " d_model"] | None = None,
-        bias: Float[Tensor, " d_model"] | None = None,
+        site: AttentionSite,
         gates: Float[Tensor, "head d_model"] | None = None,
+        *,
+        bias_in_heads: bool = False,
     ) -> None:
-        """Heads `first`, `first + 1`, … add `z @ weight` (times `gain`, plus `bias`, the whole
-        times `gates`) to the stream.
-        """
+        """Heads `first`, `first + 1`, … add what `site.write` gives for z (times `gates`)."""
         self._mark(first, z.shape[0])
-        self._token = _WriteHeads.apply(self._token, z, weight, gain, bias, gates, self, first)
+        self._token = _WriteHeads.apply(self._token, z, gates, site, bias_in_heads, self, first)
 
     def read(
         self,
@@ -335,24 +351,19 @@ class _WriteHeads(torch.autograd.Function):
         ctx: Any,
         token: Tensor,
         z: Tensor,
-        weight: Tensor,
-        gain: Tensor | None,
-        bias: Tensor | None,
         gates: Tensor | None,
+        site: AttentionSite,
+        bias_in_heads: bool,
         stream: Stream,
         first: int,
     ) -> Tensor:
         stream.number(ctx)
-        ctx.first, ctx.weight, ctx.gain, ctx.bias = first, weight, gain, bias
+        ctx.first, ctx.site, ctx.bias_in_heads = first, site, bias_in_heads
         if gates is not None:
             ctx.save_for_backward(z, gates)
         assert stream.differences is not None
-        rows = stream.differences[first : first + z.shape[0]]
-        torch.bmm(z, weight, out=rows)
-        if gain is not None:
-            rows.mul_(gain)
-        if bias is not None:
-            rows.add_(bias)
+        rows = stream.differences[first : first + z.shape[0]]  # [head, row, d_model]
+        site.write(z, rows, bias_in_heads=bias_in_heads)
         if gates is not None:
             rows.mul_(gates.unsqueeze(1))
         stream.wrote(first, z.shape[0])
@@ -362,25 +373,16 @@ class _WriteHeads(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_token: Tensor) -> tuple[Tensor | None, ...]:
         ctx.stream.begin_backward(ctx.operation)
-        grad = grad_gates = None
-        gates = ctx.saved_tensors[1] if ctx.saved_tensors else None
-        if ctx.needs_input_grad[5]:
-            grad_gates = _head_gates_gradient(ctx, ctx.saved_tensors[0])
-        if ctx.needs_input_grad[1]:
-            rows = ctx.stream.gradient_of(ctx.first, ctx.weight.shape[0])
-            rows = rows if gates is None else rows * gates.unsqueeze(1)
-            rows = rows if ctx.gain is None else rows * ctx.gain
-            grad = torch.bmm(rows, ctx.weight.transpose(1, 2))
+        grad_z = grad_gates = None
+        z, gates = ctx.saved_tensors or (None, None)
+        if any(ctx.needs_input_grad[1:3]):
+            grad = ctx.stream.gradient_of(ctx.first, len(ctx.site.output))  # [head, row, d_model]
+            if ctx.needs_input_grad[2]:
+                grad_gates = ctx.site.write_dot(z, grad, bias_in_heads=ctx.bias_in_heads)
+            if ctx.needs_input_grad[1]:
+                grad_z = ctx.site.write_back(grad if gates is None else grad * gates.unsqueeze(1))
         ctx.stream.end_backward(ctx.operation)
-        return grad_token, grad, None, None, None, grad_gates, None, None
-
-
-def _head_gates_gradient(ctx: Any, z: Tensor) -> Float[Tensor, "head d_model"]:
-    """Sum over rows of gradient * (z @ weight * gain + bias), without that product's rows."""
-    grad = ctx.stream.gradient_of(ctx.first, len(ctx.weight))
-    found = (ctx.weight * torch.bmm(z.transpose(1, 2), grad)).sum(1)
-    found = found if ctx.gain is None else found * ctx.gain
-    return found if ctx.bias is None else found + ctx.bias * grad.sum(1)
+        return grad_token, grad_z, grad_gates, None, None, None, None
 
 
 class _Read(torch.autograd.Function):

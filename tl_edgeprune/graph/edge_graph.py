@@ -138,6 +138,11 @@ class EdgeGraph:
         """Index of the source m{layer}."""
         return self.first_head(layer) + self.n_heads
 
+    def sources_written(self, read: Read) -> range:
+        """The sources that the attention or MLP of this read writes: its heads, or itself."""
+        first = self.mlp_source(read.layer) if read.kind == "mlp" else self.first_head(read.layer)
+        return range(first, first + (1 if read.kind == "mlp" else self.n_heads))
+
     @cached_property
     def reads(self) -> tuple[Read, ...]:
         """Every block of edges in flat order: attention and MLP of each layer, then the logits."""

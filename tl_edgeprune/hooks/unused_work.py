@@ -1,10 +1,9 @@
-"""What a block computes for nothing while its edges are masked, left out.
+"""Skips computations of a block whose results a masked pass ignores.
 
-A masked run hands queries, keys, values and heads' outputs over by itself
-(`forward/masked_model.py`). So a block's own first norm, its own query, key and value projections
-and its output projection give what is overwritten or unread. In this file they give their input or
-zeros in place of it: in the package's own runs, and never where the user calls the model, whose
-hooks and caches would see it.
+A masked run hands over queries, keys, values and heads' outputs itself (`forward/masked_model.py`).
+So the results of a block's own first norm, of its query, key and value projections and of its
+output projection are overwritten or unread. Here they are replaced by their input or by zeros: in
+the package's own runs, and never if the user calls the model, whose hooks and caches would see it.
 """
 
 from __future__ import annotations
@@ -16,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# An object, the name of one of its methods, and what stands in for it.
-StandIn = tuple[Any, str, Callable[..., Any]]
+# An object, the name of one of its methods, and the function that replaces it.
+Replacement = tuple[Any, str, Callable[..., Any]]
 
 
-def idle_projections(attention: Any, names: Sequence[str] = "qkv") -> list[StandIn]:
+def idle_projections(attention: Any, names: Sequence[str] = "qkv") -> list[Replacement]:
     """Zeros for a Bridge's linear maps of these names ("q", "k", "v", "o")."""
     modules = getattr(attention, "_modules", {})
     originals = [getattr(modules.get(name), "original_component", None) for name in names]
@@ -29,55 +28,55 @@ def idle_projections(attention: Any, names: Sequence[str] = "qkv") -> list[Stand
 
 
 def _width(module: Any) -> int | None:
-    """How many numbers a linear map gives; None for any other module."""
+    """The number of outputs of a linear map; None for any other module."""
     if isinstance(module, torch.nn.Linear):
         return int(module.out_features)
     return int(module.nf) if type(module).__name__ == "Conv1D" else None  # transformers' GPT-2
 
 
-def idle_work(block: Any, *, norm_precedes: bool, parallel: bool) -> list[StandIn]:
-    """Stand-ins for all that a block computes for nothing in a masked run.
+def idle_work(block: Any, *, norm_precedes: bool, parallel: bool) -> list[Replacement]:
+    """Replacements for all of a block's computations that a masked run ignores.
 
-    `norm_precedes`: whether ln1 comes before attention. In a `parallel` block the MLP may read it.
+    Args:
+        norm_precedes: whether ln1 comes before attention.
+        parallel: whether the MLP may read ln1's output too.
     """
     attention = block.attn
-    idle = idle_projections(attention, "qkvo") or _idle_hooked(attention)
+    replacements = idle_projections(attention, "qkvo") or _idle_hooked(attention)
     norm = getattr(block, "_modules", {}).get("ln1")
-    if idle and norm is not None and norm_precedes and not parallel:
-        idle.append((norm, "forward", lambda x: x))
-    return idle
+    if replacements and norm is not None and norm_precedes and not parallel:
+        replacements.append((norm, "forward", lambda x: x))
+    return replacements
 
 
 @contextmanager
-def resting(stand_ins: Sequence[StandIn]) -> Iterator[None]:
-    """Every stand-in in its method's place, in this context."""
+def skipping(replacements: Sequence[Replacement]) -> Iterator[None]:
+    """Inside this context every replacement is in effect."""
     with ExitStack() as undo:
-        for owner, name, function in stand_ins:
+        for owner, name, function in replacements:
             undo.enter_context(replaced(owner, name, function))
         yield
 
 
 @contextmanager
 def replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
-    """The object with another method of this name, in this context."""
-    own: dict[str, Any] = owner.__dict__
-    had, before = name in own, own.get(name)
-    own[name] = function
+    """Inside this context the object has another method of this name."""
+    attributes: dict[str, Any] = owner.__dict__
+    overwritten = {name: attributes[name]} if name in attributes else {}
+    attributes[name] = function
     try:
         yield
     finally:
-        if had:
-            own[name] = before
-        else:
-            del own[name]
+        del attributes[name]
+        attributes.update(overwritten)
 
 
-def _idle_hooked(attention: Any) -> list[StandIn]:
+def _idle_hooked(attention: Any) -> list[Replacement]:
     """Zeros for the queries, keys and values of a HookedTransformer's attention without groups."""
     cfg = getattr(attention, "cfg", None)
     method = "calculate_qkv_matrices"
-    plain = type(attention).__name__ == "Attention" and hasattr(attention, method)
-    if not plain or cfg is None or getattr(cfg, "use_qk_norm", False):
+    ungrouped = type(attention).__name__ == "Attention" and hasattr(attention, method)
+    if not ungrouped or cfg is None or getattr(cfg, "use_qk_norm", False):
         return []
 
     def zeros(*inputs: Tensor) -> tuple[Tensor, ...]:

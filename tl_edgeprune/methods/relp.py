@@ -83,12 +83,9 @@ def relevance_rules(run: MaskedModel) -> Iterator[None]:
     hooks = _hooks(run.model)  # what cannot be ruled is refused before anything changes
     attention = tuple(_ruled(site, f"blocks.{i}") for i, site in enumerate(sites.attention))
     mlp = tuple(replace(s, norm=_frozen(s.norm, f"blocks.{i}")) for i, s in enumerate(sites.mlp))
-    run.sites = replace(sites, attention=attention, mlp=mlp)
-    try:
-        with attached(run.model, hooks):
-            yield
-    finally:
-        run.sites = sites
+    ruled_sites = replace(sites, attention=attention, mlp=mlp)
+    with run.with_sites(ruled_sites), attached(run.model, hooks):
+        yield
 
 
 def _ruled(site: Any, where: str) -> Any:

@@ -1,17 +1,20 @@
 """What cutting edges does to the objective: one mask, many candidate cuts, no gradients.
 
-`WholeCuts` is the definition, `PartCuts` the same from partial runs. A check on a few tokens holds
-the one to the other; where a model's blocks cannot be run in parts, `find_cuts` gives the
-definition: the same, slower.
+`WholeCuts` is the definition, `PartCuts` the same from partial runs. A check on a few pairs
+compares the two, once per model. If a model's blocks cannot be run in parts, `find_cuts` warns and
+gives the definition, which is slower.
 """
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
+from tl_edgeprune.forward.half_blocks import BrokenHalves, reporting_broken_halves
 from tl_edgeprune.forward.masked_model import MaskedModel
-from tl_edgeprune.forward.self_check import relative, tolerance
+from tl_edgeprune.forward.self_check import model_name, once_per_model, relative, tolerance
 from tl_edgeprune.objectives import Objective
 from tl_edgeprune.runs.targets import Lesson, Teacher
 from tl_edgeprune.search.full_cuts import WholeCuts, first_pairs
@@ -26,42 +29,63 @@ def find_cuts(
     batch_size: int = 8,
     max_bytes: int = MAX_BYTES,
 ) -> WholeCuts:
-    """The fastest engine that this model allows, on all of the teacher's pairs."""
+    """The fastest engine that this model allows, on all of the teacher's pairs.
+
+    Warns if that is whole runs: partial runs then fail, or give something else.
+    """
     lessons = [teacher.lesson(batch) for batch in teacher.task.batches(batch_size)]
-    if partial_run_agrees(run, lessons[0]):
+    problem = problem_of_partial_runs(run, lessons[0])
+    if problem is None:
         return PartCuts(run, lessons, loss_of, max_bytes=max_bytes)
+    warnings.warn(
+        f"{model_name(run)}: every candidate cut is a run of the whole model, which is slow, since "
+        f"partial runs {problem}.",
+        stacklevel=3,
+    )
     return WholeCuts(run, lessons, loss_of)
 
 
-@torch.no_grad()
-def partial_run_agrees(run: MaskedModel, lesson: Lesson) -> bool:
-    """Whether partial runs give whole runs' logits, for random cuts of some pairs' first read and
-    of a middle one.
+def problem_of_partial_runs(run: MaskedModel, lesson: Lesson) -> str | None:
+    """What is wrong with partial runs of this model, if anything is.
+
+    Raises torch.OutOfMemoryError: it says nothing about the model.
     """
+    if run.active_dropout():
+        return _compare(run, lesson)
+    return once_per_model(run, f"partial runs of {run.graph}", lambda: _compare(run, lesson))
+
+
+@torch.no_grad()
+def _compare(run: MaskedModel, lesson: Lesson) -> str | None:
+    """Compare partial with whole runs, for random cuts of some pairs' first and middle read."""
     lesson = first_pairs(lesson)
-    seen: list[Tensor] = []
+    expected = _logits_under_cuts(run, lesson, WholeCuts)
+    try:
+        with reporting_broken_halves():
+            actual = _logits_under_cuts(run, lesson, PartCuts)
+    except BrokenHalves as broken:
+        return f"fail ({broken})"
+    error = relative(actual, expected)
+    if error <= tolerance(expected.dtype):
+        return None
+    return f"give logits that are off by {error:.2g} of their size"
+
+
+def _logits_under_cuts(run: MaskedModel, lesson: Lesson, engine: type[WholeCuts]) -> Tensor:
+    """The logits of every run for the same random cuts, [run, pair, read, vocab]."""
+    logits_of_runs: list[Tensor] = []
 
     def keep(logits: Tensor, full: Tensor, batch: object) -> Tensor:
-        seen.append(logits)
+        logits_of_runs.append(logits)
         return logits.new_zeros(len(logits))
 
-    generator = torch.Generator().manual_seed(0)
-    mask = torch.rand(run.graph.n_edges, generator=generator) < 0.8
-    whole, part = WholeCuts(run, [lesson], keep), PartCuts(run, [lesson], keep)
-    figures = []
-    for cuts in (whole, part):
-        try:
-            cuts.set(mask)
-            for place in (0, len(run.graph.reads) // 2):
-                read = run.graph.reads[place]
-                shape = (2, read.n_destinations, read.n_sources)
-                random = torch.Generator().manual_seed(place)
-                cuts.losses(place, torch.rand(shape, generator=random) < 0.5)
-                cuts.commit(1)
-        except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, IndexError):
-            if cuts is whole:
-                raise
-            return False
-        figures.append(torch.stack(seen))
-        seen.clear()
-    return relative(figures[1], figures[0]) <= tolerance(figures[0].dtype)
+    mask = torch.rand(run.graph.n_edges, generator=torch.Generator().manual_seed(0)) < 0.8
+    cuts = engine(run, [lesson], keep)
+    cuts.set(mask)
+    for read_index in (0, len(run.graph.reads) // 2):
+        read = run.graph.reads[read_index]
+        shape = (2, read.n_destinations, read.n_sources)  # [candidate, destination, source]
+        generator = torch.Generator().manual_seed(read_index)
+        cuts.losses(read_index, torch.rand(shape, generator=generator) < 0.5)
+        cuts.commit(1)
+    return torch.stack(logits_of_runs)

@@ -1,8 +1,8 @@
 """Candidate cuts by definition: set the mask, run the masked model, take the objective.
 
-`losses` tells, for candidate cuts of edges of one read (the destinations that read together), each
-pair's objective if those edges were removed as well; `commit` makes the current mask one of the
-candidates just told of.
+`losses` gives, for candidate cuts of edges of one read (the destinations that read together), each
+pair's objective if those edges were removed as well. `commit` removes the edges of one of the
+candidates of the last `losses`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_edgeprune.forward.forward_pass import mask_blocks
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.graph.reachability import lead_to_logits
 from tl_edgeprune.objectives import Objective, losses
@@ -30,7 +31,7 @@ class WholeCuts:
         self.runs = 0
         self.mask: Bool[Tensor, " edge"] = torch.ones(self.graph.n_edges, dtype=torch.bool)
         self.per_pair: Float[Tensor, " pair"] = torch.zeros(0)
-        self._told: tuple[int, Tensor, Tensor] | None = None
+        self._last: tuple[int, Tensor, Tensor] | None = None  # read, cuts and their losses
         self._alive: Tensor | None = None  # of the current mask
 
     @property
@@ -41,40 +42,40 @@ class WholeCuts:
     @torch.no_grad()
     def set(self, mask: Bool[Tensor, " edge"]) -> None:
         """Start from this mask: one whole run."""
-        self.mask, self._told, self._alive = mask.detach().cpu().clone(), None, None
+        self.mask, self._last, self._alive = mask.detach().cpu().clone(), None, None
         self.runs += 1
         self.per_pair = self._cat([self._start(lesson) for lesson in self.lessons])
 
     @torch.no_grad()
     def losses(
-        self, place: int, cuts: Bool[Tensor, "candidate destination source"]
+        self, read_index: int, cuts: Bool[Tensor, "candidate destination source"]
     ) -> Float[Tensor, "candidate pair"]:
-        """Each pair's objective if a candidate's edges of read `place` were removed (in float64).
+        """Each pair's objective (in float64) if a candidate's edges of this read were removed.
 
         Pairs are in the order of the lessons. Edges that are removed already may be cut again.
         """
         cuts = cuts.cpu()
         self.runs += len(cuts)
-        told = self._losses(place, cuts)
-        self._told = place, cuts, told
-        return told
+        per_pair = self._losses(read_index, cuts)
+        self._last = read_index, cuts, per_pair
+        return per_pair
 
-    def values(self, place: int, cuts: Bool[Tensor, "candidate destination source"]) -> list[float]:
+    def values(
+        self, read_index: int, cuts: Bool[Tensor, "candidate destination source"]
+    ) -> list[float]:
         """The mean objective of each candidate."""
-        return self.losses(place, cuts).mean(1).tolist()
+        return self.losses(read_index, cuts).mean(1).tolist()
 
     @torch.no_grad()
     def commit(self, candidate: int) -> None:
-        """Remove what this candidate of the last `losses` cuts. Its figures are the current ones
-        now.
-        """
-        if self._told is None:
+        """Remove what this candidate of the last `losses` cuts, and keep its objective."""
+        if self._last is None:
             raise RuntimeError("nothing to commit: ask for losses first.")
-        place, cuts, told = self._told
-        self._told = None
-        self._advance(place, cuts, candidate)
-        self._remove(place, cuts[candidate])
-        self.per_pair = told[candidate]
+        read_index, cuts, per_pair = self._last
+        self._last = None
+        self._advance(read_index, cuts, candidate)
+        self._remove(read_index, cuts[candidate])
+        self.per_pair = per_pair[candidate]
 
     def drop(self, edges: Int[Tensor, " dropped"]) -> None:
         """Remove edges that carry nothing to the logits: no run is needed."""
@@ -87,8 +88,8 @@ class WholeCuts:
             self._alive = lead_to_logits(self.graph, self.mask)
         return self._alive
 
-    def candidates(self, place: int) -> int:
-        """How many candidates of a read to ask for at once."""
+    def candidates(self, read_index: int) -> int:
+        """How many candidates of a read to evaluate at once."""
         return 1
 
     # ---------------------------------------------------------------------------- one mask, one run
@@ -96,36 +97,36 @@ class WholeCuts:
     def _start(self, lesson: Lesson) -> Float[Tensor, " pair"]:
         return self._whole(lesson, self.mask)
 
-    def _losses(self, place: int, cuts: Tensor) -> Float[Tensor, "candidate pair"]:
+    def _losses(self, read_index: int, cuts: Tensor) -> Float[Tensor, "candidate pair"]:
         rows = []
         for cut in cuts:
             mask = self.mask.clone()
-            mask[self.graph.reads[place].edges] &= ~cut.flatten()
+            mask[self.graph.reads[read_index].edges] &= ~cut.flatten()
             rows.append(self._cat([self._whole(lesson, mask) for lesson in self.lessons]))
         return torch.stack(rows)
 
-    def _advance(self, place: int, cuts: Tensor, candidate: int) -> None:
+    def _advance(self, read_index: int, cuts: Tensor, candidate: int) -> None:
         """Nothing is kept between runs here."""
 
-    def _remove(self, place: int, cut: Tensor) -> None:
+    def _remove(self, read_index: int, cut: Tensor) -> None:
         self._alive = None
-        self.mask[self.graph.reads[place].edges] &= ~cut.flatten()
+        self.mask[self.graph.reads[read_index].edges] &= ~cut.flatten()
 
     def _whole(self, lesson: Lesson, mask: Tensor) -> Float[Tensor, " pair"]:
         logits = self.run.logits(lesson, mask.to(self.device))
         return losses(self.loss_of, logits, lesson.full, lesson.batch)
 
     @staticmethod
-    def _cat(parts: list[Tensor]) -> Float[Tensor, "*candidate pair"]:
-        return torch.cat([part.double().cpu() for part in parts], dim=-1)
+    def _cat(batches: list[Tensor]) -> Float[Tensor, "*candidate pair"]:
+        return torch.cat([batch.double().cpu() for batch in batches], dim=-1)
 
 
 @torch.no_grad()
 def heads_interact(run: MaskedModel, lesson: Lesson) -> bool:
     """Whether what one head reads changes what another head of its layer writes.
 
-    So it is where a norm follows the sum of the heads (Gemma 2), or where one norm is over all
-    heads' queries or keys (OLMo 2). Then a head that leads nowhere still changes the logits.
+    It does if a norm follows the sum of the heads (Gemma 2), or if one norm is over all heads'
+    queries or keys (OLMo 2). Then a head that leads nowhere still changes the logits.
     """
     graph = run.graph
     if graph.n_heads == 1:
@@ -134,14 +135,14 @@ def heads_interact(run: MaskedModel, lesson: Lesson) -> bool:
         return True
     lesson = first_pairs(lesson)
     mask = torch.ones(graph.n_edges, dtype=torch.bool, device=lesson.full.device)
-    last = graph.reads[-1].edges
-    mask[last].view(graph.n_spans, -1)[:, graph.first_head(0)] = False
-    block = mask[graph.reads[0].edges].view(-1, graph.reads[0].n_sources)
-    for read in graph.reads[1:-1]:  # a0.h0 leads nowhere
-        mask[read.edges].view(-1, read.n_sources)[:, graph.first_head(0) :][:, :1] = False
-    before = run.logits(lesson, mask)
-    block[: graph.n_spans] = False  # nor does it read anything, with its queries
-    return float((run.logits(lesson, mask) - before).abs().max()) > 1e-4 * float(before.abs().max())
+    first_head, blocks = graph.first_head(0), mask_blocks(graph, mask)
+    blocks[-1][..., first_head] = False
+    for block in blocks[1:-1]:  # a0.h0 leads nowhere
+        block[..., first_head : first_head + 1] = False  # none, if the block reads no heads
+    expected = run.logits(lesson, mask)
+    blocks[0][0] = False  # and its queries read nothing
+    difference = (run.logits(lesson, mask) - expected).abs().max()
+    return float(difference) > 1e-4 * float(expected.abs().max())
 
 
 def first_pairs(lesson: Lesson, pairs: int = 2) -> Lesson:
