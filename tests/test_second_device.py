@@ -42,6 +42,7 @@ from tl_edgeprune import (
     stability,
 )
 from tl_edgeprune.forward.masked_model import MaskedModel
+from tl_edgeprune.forward.recompute import RecomputedModel
 from tl_edgeprune.methods.registry import METHODS, TRAINED
 from tl_edgeprune.objectives import kl
 from tl_edgeprune.runs.targets import Teacher
@@ -365,6 +366,41 @@ def test_a_step_waits_for_the_device_a_few_times(monkeypatch: pytest.MonkeyPatch
         sum(n for line, n in waits.items() if not line.startswith("training/gates.py")) <= 5
         for waits in steps
     )
+
+
+def attach_recomputed(model: Any, task: Task) -> None:
+    with RecomputedModel.attach(model):
+        pass
+
+
+def look_for_cuts(model: Any, task: Task) -> None:
+    with MaskedModel.attach(model) as run:
+        assert isinstance(find_cuts(run, Teacher(run, task), kl), PartCuts)
+
+
+@pytest.mark.parametrize("check", [attach_recomputed, look_for_cuts])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_a_check_that_runs_out_of_memory_says_nothing_about_the_model(
+    check: Callable[[Any, Task], None], share: float
+) -> None:
+    model = model_zoo.build(SMALL)
+    task = model_zoo.pairs(model, 2)
+    with moved(model) as device:
+        needed = allocations(device, lambda: check(model, task))
+    model = model_zoo.build(SMALL)
+    with moved(model) as device:
+        device.most_allocations = device.allocations + int(share * needed)
+        with pytest.raises(torch.OutOfMemoryError, match="is full"):
+            check(model, task)
+        device.most_allocations = None
+        first, second = (allocations(device, lambda: check(model, task)) for _ in range(2))
+    assert second < first  # nothing was remembered of the check that failed
+
+
+def allocations(device: OtherDevice, work: Callable[[], object]) -> int:
+    before = device.allocations
+    work()
+    return device.allocations - before
 
 
 def test_partial_runs_do_not_ask_the_device_what_is_kept() -> None:

@@ -17,7 +17,7 @@ from transformer_lens.model_bridge.sources import build_bridge_from_module
 from tl_edgeprune import EdgeGraph, EdgePruner
 from tl_edgeprune.forward.buffers import BufferPool
 from tl_edgeprune.forward.forward_pass import Held
-from tl_edgeprune.forward.half_blocks import Blocks
+from tl_edgeprune.forward.half_blocks import Blocks, reporting_broken_halves
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.forward.recompute import RecomputedModel
 from tl_edgeprune.utils.profiling import LiveBytes
@@ -233,6 +233,21 @@ def test_blocks_that_cannot_be_run_by_halves_are_refused_by_name(monkeypatch: An
             pass
     with MaskedModel.attach(model):  # left as it was
         pass
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+        MemoryError(),
+    ],
+    ids=["gpu", "cpu", "python"],
+)
+def test_running_out_of_memory_is_no_refusal(error: BaseException) -> None:
+    with pytest.raises(type(error)) as raised, reporting_broken_halves():
+        raise error
+    assert raised.value is error
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)

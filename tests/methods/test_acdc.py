@@ -115,7 +115,7 @@ def test_every_architecture_runs_from_the_middle(name):
 
 @pytest.mark.slow
 def test_a_partial_run_that_is_wrong_is_not_used(monkeypatch):
-    """Where half blocks give something else, or cannot be run, whole runs do the work."""
+    """If half blocks give something else, or cannot be run, whole runs do the work and say so."""
     model, task = model_zoo.load("bridge-gpt2"), model_zoo.pairs(model_zoo.load("bridge-gpt2"), 2)
     fast = acdc(model, task, threshold=0.05)
     assert fast.metadata["partial_runs"]
@@ -126,11 +126,14 @@ def test_a_partial_run_that_is_wrong_is_not_used(monkeypatch):
     def impossible(self, layer, x):
         raise TypeError("this block wants more")
 
-    for replacement in (wrong, impossible):
+    for replacement, message in (wrong, "give logits that are off"), (impossible, "wants more"):
         monkeypatch.setattr(part_cuts.Blocks, "mlp", replacement)
-        slow = acdc(model, task, threshold=0.05)
-        assert not slow.metadata["partial_runs"]
-        assert slow == fast
+        model = model_zoo.build("bridge-gpt2")  # each model is checked once
+        for _ in range(2):
+            with pytest.warns(UserWarning, match=f"partial runs .*{message}"):
+                slow = acdc(model, task, threshold=0.05)
+            assert not slow.metadata["partial_runs"]
+            assert slow == fast
 
 
 def test_heads_act_on_one_another_where_a_norm_follows_their_sum():

@@ -9,7 +9,8 @@ tensors and in-place operations carry the mark as a real device's memory would.
 2. A dispatch mode sees every operation of torch, autograd's too: it refuses tensors of two devices
    (but for a CPU number among the operands of a pointwise operation, and a CPU index), a generator
    of another device, and products of integers, which CUDA does not have; and it marks the results.
-3. What makes the CPU wait for the device is counted by line of the package: reading a number, a
+3. The device can run out of memory: from its n-th allocation on it raises torch.OutOfMemoryError.
+4. What makes the CPU wait for the device is counted by line of the package: reading a number, a
    copy (but for `non_blocking` ones), and operations whose result's size depends on values.
 
 What stays unseen: kernels that CUDA lacks, their rounding, streams, and memory.
@@ -100,6 +101,8 @@ class OtherDevice(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.waits: Counter[str] = Counter()
+        self.allocations = 0
+        self.most_allocations: int | None = None
         self.near: Place = ANY  # where the arguments of the call under way are
         self._undo = contextlib.ExitStack()
         tensor = torch.Tensor
@@ -157,6 +160,12 @@ class OtherDevice(TorchFunctionMode):
         finally:
             self.near = before
         return result if wanted is None or wanted.type == "meta" else put(result, wanted)
+
+    def allocate(self) -> None:
+        """Count an allocation, if memory is left."""
+        if self.most_allocations is not None and self.allocations >= self.most_allocations:
+            raise torch.OutOfMemoryError("CUDA out of memory: the pretended device is full.")
+        self.allocations += 1
 
     def wait(self, what: str) -> None:
         """Count a wait at the package's line."""
@@ -250,6 +259,8 @@ class _Operations(TorchDispatchMode):
                 storage = tensor.untyped_storage()
                 if storage._cdata not in known and not hasattr(storage, "place"):
                     put(tensor, place)
+                    if place == GPU:
+                        self.device.allocate()
         return result
 
     def _checked(self, function: Any, args: tuple[Any, ...], operands: list[Tensor]) -> Place:
