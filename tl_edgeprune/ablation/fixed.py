@@ -15,20 +15,18 @@ from tl_edgeprune.ablation.reference import Reference
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.hooks.sites import Sites
 
-# ------------------------------------------------------------------------------ fixed references
-
 
 def zero_reference(
     sites: Sites, graph: EdgeGraph, like: Float[Tensor, "..."], *, bias_in_heads: bool = False
 ) -> Reference:
     """Every source contributes nothing: one prompt, one position, to be expanded.
 
-    `bias_in_heads`: the output biases go with the heads, in equal shares, as in the published code.
+    `bias_in_heads`: each head writes an equal share of the output bias, as in the published code.
     """
     heads, d_head, d_model = sites.attention[0].output.shape
     if bias_in_heads:
-        plain = zero_reference(sites, graph, like)
-        return replace(plain, streams=torch.zeros_like(plain.streams), bias_in_heads=True)
+        zero = zero_reference(sites, graph, like)
+        return replace(zero, streams=torch.zeros_like(zero.streams), bias_in_heads=True)
     reference = _with_streams(
         sites,
         graph,
@@ -47,8 +45,8 @@ def constant_reference(
     mlp: Float[Tensor, "mlp d_model"],
 ) -> Reference:
     """The same output of each source at every prompt and position, to be expanded."""
-    parts = {"inputs": inputs, "z": z, "mlp": mlp}
-    reference = _with_streams(sites, graph, **{k: t[:, None, None] for k, t in parts.items()})
+    inputs, z, mlp = (t[:, None, None] for t in (inputs, z, mlp))  # [source, batch, pos, …]
+    reference = _with_streams(sites, graph, inputs, z, mlp)
     return replace(reference, any_batch=True, any_position=True)
 
 
@@ -72,18 +70,19 @@ def mean_reference(
     sums: list[Tensor] | None = None
     for tokens in batches_by_length(prompts):
         reference, _ = record(model, sites, graph, tokens)
-        parts = [getattr(reference, name).double().sum(1) for name in names]  # [source, pos, …]
+        batch_sums = [
+            getattr(reference, name).double().sum(1) for name in names
+        ]  # [source, pos, …]
         if sums is None:
-            sums = [t.new_zeros(t.shape[0], longest, *t.shape[2:]) for t in parts]
+            sums = [t.new_zeros(t.shape[0], longest, *t.shape[2:]) for t in batch_sums]
         pos = tokens.shape[1]
         counts[:pos] += tokens.shape[0]
-        for total, part in zip(sums, parts, strict=True):
-            total[:, :pos] += part
+        for total, batch_sum in zip(sums, batch_sums, strict=True):
+            total[:, :pos] += batch_sum
     assert sums is not None
-    kept = dict(zip(names, sums, strict=True))
-    like = reference.inputs
     means = {
-        name: _mean(t, counts.to(t.device), positional).to(like.dtype) for name, t in kept.items()
+        name: _mean(total, counts.to(total.device), positional).to(reference.inputs.dtype)
+        for name, total in zip(names, sums, strict=True)
     }
     hidden = means.pop("hidden", None)
     reference = _with_streams(sites, graph, **means)
@@ -91,7 +90,7 @@ def mean_reference(
 
 
 def _mean(total: Tensor, counts: Tensor, positional: bool) -> Tensor:
-    """Sums [source, pos, …] over prompts as means [source, 1, pos or 1, …]."""
+    """Means [source, 1, pos or 1, …] from sums over prompts [source, pos, …]."""
     if not positional:
         return (total.sum(1, keepdim=True) / counts.sum()).unsqueeze(1)
     return (total / counts.view(-1, *[1] * (total.dim() - 2))).unsqueeze(1)
@@ -100,7 +99,7 @@ def _mean(total: Tensor, counts: Tensor, positional: bool) -> Tensor:
 def batches_by_length(
     prompts: Sequence[Tensor] | Int[Tensor, "prompt pos"], size: int = 32
 ) -> Iterator[Int[Tensor, "batch pos"]]:
-    """Batches of prompts of one length each."""
+    """Batches of prompts, each of one length."""
     by_length: dict[int, list[Tensor]] = {}
     for prompt in prompts:
         by_length.setdefault(len(prompt), []).append(torch.as_tensor(prompt))
@@ -112,7 +111,7 @@ def batches_by_length(
 def _with_streams(
     sites: Sites, graph: EdgeGraph, inputs: Tensor, z: Tensor, mlp: Tensor
 ) -> Reference:
-    """Add the residual streams that these source outputs and the output biases make."""
+    """A reference of these source outputs, with the residual streams that they add up to."""
     stream, streams = inputs.sum(0), []  # [batch, pos, d_model]
     for layer, site in enumerate(sites.attention):
         streams.append(stream)

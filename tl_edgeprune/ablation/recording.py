@@ -14,8 +14,6 @@ from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.hooks.attach import Hook, attached
 from tl_edgeprune.hooks.sites import Sites
 
-# ------------------------------------------------------------------------------------ one run
-
 
 def record(
     model: Any,
@@ -24,32 +22,34 @@ def record(
     tokens: Int[Tensor, "batch pos"],
     positions: Int[Tensor, "batch read"] | None = None,
 ) -> tuple[Reference, Float[Tensor, "batch read d_vocab"]]:
-    """Run the model as it is (`prepared`) on `tokens`: its sources and streams as a Reference, and
-    its logits at `positions` (the others are not computed), or everywhere.
+    """Run the unmasked model (`prepared`) on `tokens`.
+
+    Returns its sources and streams as a Reference, and its logits at `positions` (no others are
+    computed), or everywhere.
     """
-    tokens = tokens.to(sites.attention[0].output.device)  # a Bridge does not move them
-    seen: dict[str, Tensor] = {}
-    recorders = _recorders(sites, seen)
+    tokens = tokens.to(sites.attention[0].output.device)  # a Bridge does not move tokens
+    recorded: dict[str, Tensor] = {}
+    recorders = _recorders(sites, recorded)
     with torch.no_grad(), attached(model, [*recorders, *_cuts(sites, positions)]):
         try:
             logits = model(tokens)
         except _Recorded:
-            logits = seen[sites.final].new_empty(len(tokens), 0, int(model.cfg.d_vocab))
-    silent = [name for name, _ in recorders if name not in seen]
+            logits = recorded[sites.final].new_empty(len(tokens), 0, int(model.cfg.d_vocab))
+    silent = [name for name, _ in recorders if name not in recorded]
     if silent:
         raise NotImplementedError(
             f"{getattr(model.cfg, 'model_name', 'this model')}: its hook point {silent[0]} does "
             "not fire, so what passes there cannot be masked. Such a model is not supported."
         )
-    return _reference_from(sites, graph, seen), logits
+    return _reference_from(sites, graph, recorded), logits
 
 
 class _Recorded(BaseException):
-    """Nothing is left to run. Not an Exception: those, some models catch."""
+    """Ends a run once everything is recorded. Some models catch every Exception, so it is none."""
 
 
 def _cuts(sites: Sites, positions: Tensor | None) -> list[Hook]:
-    """Hooks that keep the model from computing logits that nobody wants."""
+    """Hooks that keep the model from computing logits that are not asked for."""
     if positions is None:
         return []
     if positions.shape[1]:
@@ -62,7 +62,7 @@ def _leave(tensor: Tensor, hook: Any) -> None:
 
 
 def _cutter(positions: Int[Tensor, "batch read"]) -> Callable[..., Tensor]:
-    """A hook that hands on these positions alone."""
+    """A hook that passes on these positions only."""
 
     def cut(tensor: Tensor, hook: Any) -> Tensor:
         index = positions.to(tensor.device).unsqueeze(-1).expand(-1, -1, tensor.shape[-1])
@@ -71,9 +71,9 @@ def _cutter(positions: Int[Tensor, "batch read"]) -> Callable[..., Tensor]:
     return cut
 
 
-def _recorders(sites: Sites, seen: dict[str, Tensor]) -> list[Hook]:
+def _recorders(sites: Sites, recorded: dict[str, Tensor]) -> list[Hook]:
     def keep(tensor: Tensor, hook: Any, *, name: str) -> None:
-        seen[name] = tensor.detach()
+        recorded[name] = tensor.detach()
 
     def recorder(name: str) -> Hook:
         return name, lambda tensor, hook: keep(tensor, hook, name=name)
@@ -85,51 +85,52 @@ def _recorders(sites: Sites, seen: dict[str, Tensor]) -> list[Hook]:
     return [recorder(name) for name in names]
 
 
-def _reference_from(sites: Sites, graph: EdgeGraph, seen: dict[str, Tensor]) -> Reference:
-    start = seen["blocks.0.hook_resid_pre"]
-    inputs = split_inputs(graph, start, seen.get(sites.embed))
+def _reference_from(sites: Sites, graph: EdgeGraph, recorded: dict[str, Tensor]) -> Reference:
+    start = recorded["blocks.0.hook_resid_pre"]
+    inputs = split_inputs(graph, start, recorded.get(sites.embed))
     z = [
-        site.scaled(seen[site.z].flatten(0, 1)).view(seen[site.z].shape) for site in sites.attention
+        site.scaled(recorded[site.z].flatten(0, 1)).view(recorded[site.z].shape)
+        for site in sites.attention
     ]
     streams = []
     for read in graph.reads:
         if read.kind == "logits":
-            streams.append(seen[sites.final])
+            streams.append(recorded[sites.final])
         elif read.kind == "attention" or graph.parallel:
-            streams.append(seen[f"{sites.blocks[read.layer]}.hook_resid_pre"])
+            streams.append(recorded[f"{sites.blocks[read.layer]}.hook_resid_pre"])
         else:
-            streams.append(seen[sites.mlp[read.layer].read])
-    mlp = _mlp_outputs(sites, seen, start)
+            streams.append(recorded[sites.mlp[read.layer].read])
+    mlp = _mlp_outputs(sites, recorded, start)
     return Reference(
-        inputs, torch.stack(z), mlp, torch.stack(streams), hidden=_hidden(sites, seen, start)
+        inputs, torch.stack(z), mlp, torch.stack(streams), hidden=_hidden(sites, recorded, start)
     )
 
 
 def _hidden(
-    sites: Sites, seen: dict[str, Tensor], like: Tensor
+    sites: Sites, recorded: dict[str, Tensor], like: Tensor
 ) -> Float[Tensor, "mlp batch pos d_mlp"] | None:
     if not sites.hidden:
         return None
-    parts = [seen[name].reshape(*like.shape[:2], -1) for name in sites.hidden]
-    widths = {part.shape[-1] for part in parts}
+    hidden = [recorded[name].reshape(*like.shape[:2], -1) for name in sites.hidden]
+    widths = {activations.shape[-1] for activations in hidden}
     if len(widths) > 1:
         raise NotImplementedError(
-            f"neurons='mlp' needs MLPs of one width, and this model's have {sorted(widths)} hidden "
-            "neurons. Use neurons='dimensions'."
+            f"neurons='mlp' needs MLPs of equal width, but this model's have {sorted(widths)} "
+            "hidden neurons. Use neurons='dimensions'."
         )
-    return torch.stack(parts)
+    return torch.stack(hidden)  # [mlp, batch, pos, d_mlp]
 
 
-def _mlp_outputs(sites: Sites, seen: dict[str, Tensor], like: Tensor) -> Tensor:
+def _mlp_outputs(sites: Sites, recorded: dict[str, Tensor], like: Tensor) -> Tensor:
     if not sites.mlp:
         return like.new_empty((0, *like.shape))
-    return torch.stack([seen[site.write] for site in sites.mlp])
+    return torch.stack([recorded[site.write] for site in sites.mlp])
 
 
 def split_inputs(
     graph: EdgeGraph, start: Float[Tensor, "batch pos d_model"], embed: Tensor | None
 ) -> Float[Tensor, "input batch pos d_model"]:
-    """What enters block 0 as the graph's input sources: whole, or tokens and positions apart."""
+    """What enters block 0 as the graph's input sources: one, or token and position embeddings."""
     if not graph.split_embeddings:
         return start.unsqueeze(0)
     assert embed is not None

@@ -7,7 +7,8 @@ every head is never made.
 
 - counterfactual: the outputs on a corrupted prompt, position by position (one run).
 - zero: nothing; the stream then holds only the attention output biases.
-- zero-with-biases: not these either: each head writes a share of its block's (published code).
+- zero-with-biases: nothing, and each head writes a share of its block's output bias (as in the
+  published code), so that the stream holds no bias either.
 - mean: the mean over prompts and positions. mean-positional: over prompts, position by position.
 
 Bhaskar et al. 2024, section 3 (zero and interchange ablation); Wang et al. 2022 (mean).
@@ -31,9 +32,10 @@ ABLATIONS = ("counterfactual", "zero", ZERO_WITH_BIASES, "mean", "mean-positiona
 class Reference:
     """Reference outputs of every source, and the reference stream at every read.
 
-    `bias_in_heads`: the output biases are no part of the streams; each head writes its share.
-    `any_batch`, `any_position`: one prompt's that stands for all, one position's that stands for
-    all. `hidden`: what the MLPs' output weights read, in runs with gates on their neurons.
+    Attributes:
+        bias_in_heads: each head writes its share of the output bias, which the streams lack.
+        any_batch, any_position: one prompt's, or one position's, for all prompts or positions.
+        hidden: what the MLPs' output weights read, in runs with gates on their neurons.
     """
 
     inputs: Float[Tensor, "input batch pos d_model"]
@@ -58,7 +60,7 @@ class Reference:
         return sum(t.numel() * t.element_size() for t in self._tensors())
 
     def expand(self, batch: int, pos: int) -> Reference:
-        """One prompt's reference for every prompt (and, from one position, for every position)."""
+        """One prompt's reference (or one position's) for every prompt and position."""
         if not self.any_position and pos > self.n_positions:
             raise ValueError(
                 f"the prompts have {pos} positions, but the means by position were taken over "
@@ -74,16 +76,16 @@ class Reference:
         return self._with(t.index_select(1, rows) for t in self._tensors())
 
     @staticmethod
-    def cat(parts: Sequence[Reference]) -> Reference:
+    def cat(references: Sequence[Reference]) -> Reference:
         """Prompts of several references, one after another."""
-        columns = zip(*(part._tensors() for part in parts), strict=True)
-        return parts[0]._with(torch.cat(column, dim=1) for column in columns)
+        columns = zip(*(reference._tensors() for reference in references), strict=True)
+        return references[0]._with(torch.cat(column, dim=1) for column in columns)
 
     def _tensors(self) -> tuple[Tensor, ...]:
         hidden = () if self.hidden is None else (self.hidden,)
         return self.inputs, self.z, self.mlp, self.streams, *hidden
 
     def _with(self, tensors: Iterable[Tensor]) -> Reference:
-        inputs, z, mlp, streams, *rest = tensors
-        hidden = rest[0] if rest else None
+        inputs, z, mlp, streams, *optional = tensors
+        hidden = optional[0] if optional else None
         return replace(self, inputs=inputs, z=z, mlp=mlp, streams=streams, hidden=hidden)

@@ -1,4 +1,4 @@
-"""Gates on neurons in a masked forward: what each hook does with them (neurons.py)."""
+"""Gates on neurons in a masked forward: what each hook does with them (circuits/neurons.py)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class NeuronGates:
     """The gates of one forward."""
 
     def __init__(self, kind: str, values: Shaped[Tensor, "place unit"], like: Tensor) -> None:
-        """`like`: of the run's dtype and device."""
+        """`like`: a tensor of the run's dtype and device."""
         self.of_hidden = kind == MLP
         self.values = values.to(like)
         self.fired = 0
@@ -24,13 +24,13 @@ class NeuronGates:
     def hidden(
         self, h: Float[Tensor, "..."], reference: Float[Tensor, "batch pos d_mlp"], layer: int
     ) -> Float[Tensor, "..."]:
-        """What the output weights of an MLP read in place of the activations h."""
+        """What the output weights of an MLP read instead of the activations h."""
         self.fired += 1
         reference = reference.reshape(h.shape)
         return reference + self.values[layer] * (h - reference)
 
     def gated(self, difference: Float[Tensor, "row d_model"], source: int) -> Tensor:
-        """What a source writes in place of its difference."""
+        """What a source writes instead of its difference."""
         return difference if self.of_hidden else difference * self.values[source]
 
     def of_heads(self, first: int, count: int) -> Float[Tensor, "head d_model"] | None:
@@ -47,12 +47,12 @@ class NeuronGates:
 
 
 def check_constants(kind: str | None, ablation: Any) -> None:
-    """Raise ValueError for hidden neurons under constants, given or to be learned."""
+    """Raise ValueError for hidden neurons under an ablation of given or learned constants."""
     if kind == MLP and (not isinstance(ablation, str) or ablation == OPTIMAL):
         raise ValueError(
-            "neurons='mlp' with an ablation of constants is not supported: constants are what "
-            "whole sources carry, and none are learned for hidden neurons. Use another ablation, "
-            "or neurons='dimensions'."
+            "neurons='mlp' with an ablation of constants is not supported: constants replace the "
+            "outputs of whole sources, and none are learned for hidden neurons. Use another "
+            "ablation, or neurons='dimensions'."
         )
 
 

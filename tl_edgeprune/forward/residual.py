@@ -5,14 +5,15 @@
    on top of the reference stream r.
 3. Backward adds M.T @ grad into a second buffer of the same shape, in place, and a source's
    gradient is its row of that buffer once every later reader has added to it.
-4. The buffer is read whole only once for several layers: `read_ahead` mixes, for all destinations
-   of the next few layers, the sources that have written so far; each read then adds the few since,
-   in place, and leaves its gradient beside the others' until one product passes all of them back.
+4. The whole buffer is read only once for several layers: `read_ahead` mixes, for all destinations
+   of the next few layers, the sources that have written so far. Each read then adds the few sources
+   since, in place. In backward the reads' gradients are collected until one product passes all of
+   them back.
 5. A token passes from each operation to the next, so that autograd runs them backward in exactly
    the reverse order.
 
-Where every edge is kept, a read is the running sum of what was written, and a source's gradient the
-running sum of its readers' (`WholeStream`): no products but those of the mask's own gradient.
+If every edge is kept, a read is the running sum of what was written, and a source's gradient the
+running sum of its readers' (`WholeStream`). Then only the mask's gradient needs products.
 
 So memory is two buffers, whatever the depth. A `Stream` is the state of one forward; a second
 backward through it raises, since its gradient buffer would be added to twice. `read_naive` is the
@@ -68,7 +69,7 @@ class Products:
     def mixed(
         self, mask: Tensor, base: Tensor, block: Tensor, rows: Tensor | None
     ) -> Float[Tensor, "destination row d_model"]:
-        """base + mask @ block; `rows`: which rows of the forward these are, where not all."""
+        """base + mask @ block; `rows`: which rows of the forward these are, if not all."""
         x = torch.addmm(base.reshape(1, -1), mask, block.flatten(1))
         return x.view(len(mask), *base.shape)
 
@@ -87,7 +88,7 @@ class Products:
     def back_at(
         self, mask: Tensor, grad: Tensor, rows: Int[Tensor, " read"]
     ) -> Float[Tensor, "source read d_model"]:
-        """mask.T @ grad, of these rows of the forward."""
+        """mask.T @ grad, for these rows of the forward."""
         return torch.einsum("ds,drm->srm", mask, grad)
 
     def of_mask(
@@ -99,13 +100,13 @@ class Products:
 
 @dataclass
 class _Ahead:
-    """What the sources before `first` make up of the next reads, of which `taken` destinations have
-    read; in backward, what those reads' gradients are.
+    """A shared pass: the mixes of the sources before `first` for the destinations of the next
+    reads, and in backward those reads' gradients. `n_read`: destinations that have read.
     """
 
     first: int
     values: Tensor  # [destination, row, d_model]
-    taken: int = 0
+    n_read: int = 0
     gradients: Tensor | None = None
 
 
@@ -120,9 +121,12 @@ class Stream:
         contract: Float[Tensor, "source row d_model"] | None = None,
         products: Products | None = None,
     ) -> None:
-        """`like`: rows, width, dtype and device. `contract`: differences that the mask's gradient
-        is taken against in place of this forward's own (EAP-IG: the run is interpolated, they are
-        not). `products`: of masks that differ from span to span (span_masks.py).
+        """
+        Args:
+            like: a tensor of the rows, width, dtype and device.
+            contract: differences that the mask's gradient is taken against instead of this
+                forward's own (EAP-IG: the run is interpolated, they are not).
+            products: those of masks that differ from span to span (span_masks.py).
         """
         self._pool = pool
         self.products = products or Products()
@@ -182,10 +186,10 @@ class Stream:
     ) -> Float[Tensor, "destination row d_model"]:
         """The next destinations' read: `mask` is of the sources since `read_ahead`."""
         ahead = self._ahead
-        assert ahead is not None and ahead.taken + len(mask) <= len(ahead.values)
+        assert ahead is not None and ahead.n_read + len(mask) <= len(ahead.values)
         self._check_written(ahead.first, mask.shape[-1])
-        x, self._token = _ReadRest.apply(self._token, mask, reference, self, ahead, ahead.taken)
-        ahead.taken += len(mask)
+        x, self._token = _ReadRest.apply(self._token, mask, reference, self, ahead, ahead.n_read)
+        ahead.n_read += len(mask)
         return x
 
     def _check_written(self, first: int, count: int) -> None:
@@ -201,10 +205,10 @@ class Stream:
         return self._shape[1]
 
     def close(self) -> None:
-        """End the forward: no more operations. Where no gradient will flow, the buffers are free.
+        """End the forward: no more operations. If no gradient will flow, the buffers are released.
 
-        The token goes: it holds the graph, whose nodes hold this stream, a cycle that nothing
-        frees.
+        The token is detached: it holds the graph, whose nodes hold this stream, and nothing would
+        free that cycle.
         """
         if not self._token.requires_grad:
             self.release()
@@ -217,18 +221,18 @@ class Stream:
         self._mixes = []
 
     def take_ahead_gradients(self, ahead: _Ahead) -> Tensor:
-        """Where the gradients of the reads of this pass are collected."""
+        """The buffer that collects the gradients of the reads of this pass."""
         if ahead.gradients is None:
             ahead.gradients = self._take(len(ahead.values))
         return ahead.gradients
 
     def give_ahead_gradients(self, ahead: _Ahead) -> None:
-        """They have been passed back."""
+        """Release the gradients of this pass, once they have been passed back."""
         self._pool.give(ahead.gradients)
         ahead.gradients = None
 
     def number(self, ctx: Any) -> None:
-        """Number an operation that autograd will run backward; the others need no order."""
+        """Number an operation that autograd will run backward; other operations need no order."""
         ctx.stream, ctx.operation = self, self._operations
         self._operations += any(ctx.needs_input_grad)
 
@@ -253,15 +257,15 @@ class Stream:
         return self._gradients
 
     def wrote(self, first: int, count: int) -> None:
-        """Rows `first`, … of the buffer are written now."""
+        """Called after `count` sources from `first` on have written to the buffer."""
 
     def mixed(self, mask: Tensor, reference: Tensor, rows: Tensor | None) -> Tensor:
-        """What a read gives, [destination, row, d_model]."""
+        """What destinations read, [destination, row, d_model]."""
         base = reference if rows is None else reference[rows]
         return self.products.mixed(mask, base, self.block(0, mask.shape[-1], rows), rows)
 
     def block(self, first: int, count: int, rows: Tensor | None, contract: bool = False) -> Tensor:
-        """The differences of some sources, or what the mask's gradient takes in their place."""
+        """The differences of some sources, or those that the mask's gradient is taken against."""
         differences = self.contract if contract and self.contract is not None else self.differences
         assert differences is not None
         block = differences[first : first + count]
@@ -272,7 +276,7 @@ class Stream:
         return self.gradients()[first : first + count]
 
     def add_gradients(self, mask: Tensor, grad: Tensor, first: int, rows: Tensor | None) -> None:
-        """gradients[first : first + n] += mask.T @ grad, at `rows` where given."""
+        """gradients[first : first + n] += mask.T @ grad, at `rows` or everywhere."""
         gradients = self.gradients()[first : first + mask.shape[-1]]
         if rows is not None:
             add_rows(gradients, rows, self.products.back_at(mask, grad, rows))
@@ -294,7 +298,7 @@ class Stream:
 
 
 class WholeStream(Stream):
-    """The stream of a mask that is 1 everywhere: running sums in place of products."""
+    """The stream of a mask that is 1 everywhere: running sums instead of products."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -339,8 +343,9 @@ class _Write(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_token: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         ctx.stream.begin_backward(ctx.operation)
-        wanted = ctx.needs_input_grad[1]
-        grad = ctx.stream.gradient_of(ctx.source, 1)[0].clone() if wanted else None
+        grad = None
+        if ctx.needs_input_grad[1]:
+            grad = ctx.stream.gradient_of(ctx.source, 1)[0].clone()  # [row, d_model]
         ctx.stream.end_backward(ctx.operation)
         return grad_token, grad, None, None
 
@@ -450,13 +455,13 @@ class _ReadRest(torch.autograd.Function):
         reference: Tensor,
         stream: Stream,
         ahead: _Ahead,
-        taken: int,
+        first: int,
     ) -> tuple[Tensor, Tensor]:
         stream.number(ctx)
         ctx.save_for_backward(mask)
-        ctx.ahead, ctx.taken = ahead, taken
-        # `.data`: no view in autograd's eyes, since later reads write to its neighbours.
-        x = ahead.values[taken : taken + len(mask)].data.add_(reference)
+        ctx.ahead, ctx.destinations = ahead, slice(first, first + len(mask))
+        # `.data`: autograd must not see a view, since later reads write to its neighbours.
+        x = ahead.values[ctx.destinations].data.add_(reference)
         if mask.shape[-1]:
             stream.products.add(mask, stream.block(ahead.first, mask.shape[-1], None), x)
         return x, token.clone()
@@ -468,7 +473,7 @@ class _ReadRest(torch.autograd.Function):
         stream.begin_backward(ctx.operation)
         (mask,) = ctx.saved_tensors
         gradients = stream.take_ahead_gradients(ahead)
-        gradients[ctx.taken : ctx.taken + len(mask)].copy_(grad)
+        gradients[ctx.destinations].copy_(grad)
         grad_mask = _mask_gradient(ctx, mask, grad, ahead.first, None)
         if mask.shape[-1]:
             stream.add_gradients(mask, grad, ahead.first, None)

@@ -1,9 +1,9 @@
-"""Reads under masks of their own in every span of the prompt: one product a span.
+"""Reads under a separate mask in every span of the prompt: one product per span.
 
 1. A forward's rows (batch * pos) are put in the order of their spans when sources write, and back
-   when projections and norms are done with what was read. Both touch small tensors only.
+   after what was read has been normalised and projected. Both touch small tensors only.
 2. So a span is a slice of the buffer, and of a destination's rows. Each product of `residual.py` is
-   one product a span, with the span's own mask: as much arithmetic as with one mask for all.
+   one product per span, with the span's mask: as much arithmetic as with one mask for all.
 
 `read_at_spans_naive` is the definition; tests hold the products to it.
 Haklay, Orgad, Bau, Mueller and Belinkov 2025, "Position-aware Automatic Circuit Discovery".
@@ -28,7 +28,7 @@ def read_at_spans_naive(
     mask: Float[Tensor, "destination span source"],
     spans: Int[Tensor, " row"],
 ) -> Float[Tensor, "destination row d_model"]:
-    """Residual input of each destination: at every row, by the mask of the row's span."""
+    """Residual input of each destination: each row under the mask of its span."""
     return reference + einsum(mask[:, spans], differences, "dst row src, src row d -> dst row d")
 
 
@@ -42,7 +42,7 @@ class Spans:
         if len(counts) != n_spans:
             raise ValueError(
                 f"spans go from {int(flat.min())} to {int(flat.max())}, expected 0 to "
-                f"{n_spans - 1}: places among the graph's spans."
+                f"{n_spans - 1}: indices of the graph's spans."
             )
         self.order = flat.argsort(stable=True)
         self.back = self.order.argsort()
@@ -59,7 +59,7 @@ class Spans:
         return _Reordered.apply(rows, self.order, self.back)
 
     def restored(self, rows: Float[Tensor, " row *rest"]) -> Float[Tensor, " row *rest"]:
-        """What `ordered` gave, as the model has it."""
+        """Rows in the order of their spans, as the model has them."""
         return _Reordered.apply(rows, self.back, self.order)
 
 
@@ -88,7 +88,7 @@ class SpanProducts(Products):
 
     def add_back(self, mask: Tensor, grad: Tensor, gradients: Tensor) -> None:
         for span, at in self.segments:
-            of_span = grad[:, at].reshape(len(grad), -1)
+            of_span = grad[:, at].reshape(len(grad), -1)  # [destination, row * d_model]
             _flat(gradients, at).addmm_(mask[:, span].T, of_span)
 
     def back_at(
@@ -99,24 +99,24 @@ class SpanProducts(Products):
     def of_mask(
         self, mask: Shaped[Tensor, "..."], grad: Tensor, block: Tensor, rows: Tensor | None
     ) -> Float[Tensor, "destination span source"]:
-        found = torch.zeros_like(mask)
+        gradient = torch.zeros_like(mask)
         if rows is not None:
-            per_row = torch.einsum("drm,srm->drs", grad, block)
-            return found.index_add_(1, self.span_of[rows], per_row)
+            per_row = torch.einsum("drm,srm->drs", grad, block)  # [destination, row, source]
+            return gradient.index_add_(1, self.span_of[rows], per_row)
         for span, at in self.segments:
-            of_span = grad[:, at].reshape(len(grad), -1)
-            torch.mm(of_span, _flat(block, at).T, out=found[:, span])
-        return found
+            of_span = grad[:, at].reshape(len(grad), -1)  # [destination, row * d_model]
+            torch.mm(of_span, _flat(block, at).T, out=gradient[:, span])
+        return gradient
 
 
 def _flat(rows: Tensor, at: slice) -> Tensor:
-    """A span's rows, [any, row * d_model]: a view, to be written to."""
-    part = rows[:, at]
-    return part.view(len(rows), part.shape[1] * part.shape[2])
+    """A span's rows, [any, row * d_model]: a view that may be written to."""
+    of_span = rows[:, at]  # [any, row, d_model]
+    return of_span.view(len(rows), of_span.shape[1] * of_span.shape[2])
 
 
 class _Reordered(torch.autograd.Function):
-    """rows[order], whose gradient is one selection too: autograd's own would add up."""
+    """rows[order], whose gradient is one selection too; autograd's own would be a sum."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, order: Tensor, back: Tensor) -> Tensor:

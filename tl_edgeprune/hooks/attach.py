@@ -1,4 +1,4 @@
-"""Hooks on the model for as long as a context lasts, and the model as it was after it."""
+"""Hooks and flags on the model inside a context; on leaving, the model is as it was before."""
 
 from __future__ import annotations
 
@@ -15,11 +15,8 @@ Hook = tuple[str, Callable[..., Tensor | None]]
 LIBRARIES = ("transformer_lens", "tl_edgeprune")
 
 
-# --------------------------------------------------------------------------- attaching to the model
-
-
 def refuse_conflicts(model: Any, sites: Sites) -> None:
-    """Raise ValueError where the user's hooks or flags would be overruled without a word."""
+    """Raise ValueError if a mask would silently overrule hooks or flags of the user."""
     if getattr(model.cfg, "use_attn_in", False):
         raise ValueError(
             "use_attn_in is on: it feeds queries, keys and values from one shared input, which "
@@ -32,23 +29,24 @@ def refuse_conflicts(model: Any, sites: Sites) -> None:
 
 
 def refuse_hooks(points: Mapping[str, Any], *, inside: bool = False) -> None:
-    """Raise ValueError where one of these points, by name, has a hook of the user's own.
+    """Raise ValueError if one of these points, by name, has a hook of the user.
 
-    `inside`: the mask's own hooks are there too.
+    `inside`: the mask's hooks are attached too.
     """
-    taken = [
+    with_user_hooks = [
         name
         for name, point in points.items()
         if not all(origin.startswith(LIBRARIES) for origin in _origins(point))
     ]
-    if taken:
+    if with_user_hooks:
         how = "(model.reset_hooks(including_permanent=True) removes all)."
+        names = ", ".join(with_user_hooks[:4]) + (" …" if len(with_user_hooks) > 4 else "")
         if inside:
             how = "after leaving masked: reset_hooks inside removes the mask's own hooks too."
         raise ValueError(
-            f"hooks of your own on {', '.join(taken[:4])}{' …' if len(taken) > 4 else ''}: edge "
-            "masks overwrite what flows there, so those hooks would be lost. Remove them first "
-            f"{how} To read there, use model.run_with_cache inside masked."
+            f"hooks of your own on {names}: edge masks overwrite what flows there, so those hooks "
+            f"would be lost. Remove them first {how} To read there, use model.run_with_cache "
+            "inside masked."
         )
 
 
@@ -60,7 +58,7 @@ def _origins(point: Any) -> list[str]:
 
 @contextmanager
 def attached(model: Any, hooks: Sequence[Hook]) -> Iterator[None]:
-    """The model with these forward hooks, and without them again on leaving, whatever happens."""
+    """Inside this context the model has these forward hooks, besides those it has."""
     points = model.hook_dict
     with ExitStack() as undo:
         for name, function in hooks:
@@ -72,17 +70,17 @@ def attached(model: Any, hooks: Sequence[Hook]) -> Iterator[None]:
 
 def _remove(point: Any, handle: Any) -> None:
     handle.hook.remove()
-    point.fwd_hooks[:] = [other for other in point.fwd_hooks if other is not handle]
+    point.fwd_hooks[:] = [h for h in point.fwd_hooks if h is not handle]
 
 
 @contextmanager
 def prepared(model: Any, sites: Sites) -> Iterator[None]:
-    """The model with frozen weights and the flags that the sites need; as before on leaving."""
+    """Inside this context the model has frozen weights and the flags that the sites need."""
     with ExitStack() as undo:
         for flag, value in _flags(sites):
-            before = bool(getattr(model.cfg, flag, False))
-            if before != value:
-                undo.callback(getattr(model, f"set_{flag}"), before)
+            previous = bool(getattr(model.cfg, flag, False))
+            if previous != value:
+                undo.callback(getattr(model, f"set_{flag}"), previous)
                 getattr(model, f"set_{flag}")(value)
         for parameter in all_parameters(model):
             if parameter.requires_grad:
@@ -92,7 +90,7 @@ def prepared(model: Any, sites: Sites) -> Iterator[None]:
 
 
 def _flags(sites: Sites) -> list[tuple[str, bool]]:
-    # Both classes' split inputs and per-head results cost memory, and their points go unread.
+    # Both classes' split inputs and per-head results cost memory, and nothing reads their points.
     flags = [("use_split_qkv_input", False), ("use_attn_result", False)]
     flags += [("ungroup_grouped_query_attention", False)]
     if any(site.read.endswith("hook_mlp_in") for site in sites.mlp):

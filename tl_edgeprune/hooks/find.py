@@ -1,4 +1,8 @@
-"""Where a HookedTransformer or a TransformerBridge is hooked."""
+"""Finds the sites of a HookedTransformer or a TransformerBridge.
+
+Both classes' attention is read in `_attention_site`; the finders at the end of the file say which
+norms stand around it and where the MLP reads, in each class.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +17,6 @@ from tl_edgeprune.hooks.norms import Norm, identity, norm_function, weight_is_of
 from tl_edgeprune.hooks.sites import AttentionSite, MlpSite, PostNorm, Sites
 from tl_edgeprune.hooks.unsupported import refuse_unsupported
 
-# ------------------------------------------------------------------------------- finding the sites
-
 
 def graph_of(model: Any, *, split_qkv: bool = True, split_embeddings: bool = False) -> EdgeGraph:
     """The edge graph of a HookedTransformer or TransformerBridge: `EdgeGraph.from_model`."""
@@ -24,8 +26,10 @@ def graph_of(model: Any, *, split_qkv: bool = True, split_embeddings: bool = Fal
 def find_sites(model: Any) -> Sites:
     """The sites of a HookedTransformer or a TransformerBridge.
 
-    Raises TypeError for another object and NotImplementedError, naming the part, for a model whose
-    residual stream does not split into heads and MLPs.
+    Raises:
+        TypeError: for any other object.
+        NotImplementedError: for a model whose residual stream does not split into heads and MLPs;
+            the message names the part.
     """
     kind = model_kind(model)
     refuse_unsupported(model)
@@ -37,7 +41,7 @@ def find_sites(model: Any) -> Sites:
         raise NotImplementedError("some blocks have an MLP and some have none: not supported.")
     layers = range(len(blocks))
     attention = tuple(shards.found(model, layer, find_attention) for layer in layers)
-    names = tuple(f"blocks.{layer}" for layer in range(len(blocks)))
+    names = tuple(f"blocks.{layer}" for layer in layers)
     sites = Sites(
         blocks=names,
         attention=attention,
@@ -46,7 +50,7 @@ def find_sites(model: Any) -> Sites:
         final=f"{names[-1]}.hook_resid_post",
         cut=None if kind == "hooked" else "unembed.hook_in",
         parallel=bool(getattr(model.cfg, "parallel_attn_mlp", False)),
-        # The Bridge names the hook point anyway.
+        # The Bridge has the hook point even without learned positions.
         has_positions=hasattr(model, "pos_embed") and not _is_shortformer(model),
         n_kv_heads=attention[0].weights[1].shape[0],
     )
@@ -55,19 +59,19 @@ def find_sites(model: Any) -> Sites:
 
 
 def hidden_points(model: Any, sites: Sites) -> tuple[str, ...]:
-    """The points of what each MLP's output weights read: its hidden neurons' activations.
+    """The hook points of each MLP's hidden neurons, which its output weights read.
 
     Raises NotImplementedError, naming the part, for an MLP without such a point (experts).
     """
     point = "hook_post" if model_kind(model) == "hooked" else "out.hook_in"
     names = tuple(f"{block}.mlp.{point}" for block in sites.blocks)
-    known = model.hook_dict
-    missing = [layer for layer, name in enumerate(names) if name not in known]
+    points = model.hook_dict
+    missing = [layer for layer, name in enumerate(names) if name not in points]
     if missing:
         label = type(model.blocks[missing[0]].mlp).__name__
         raise NotImplementedError(
             f"{getattr(model.cfg, 'model_name', 'this model')}: blocks.{missing[0]}.mlp ({label}) "
-            "has no one layer of hidden neurons (a mixture of experts has one an expert), so "
+            "has no single layer of hidden neurons (a mixture of experts has one per expert), so "
             "neurons='mlp' is not supported. Use neurons='dimensions'."
         )
     return names
@@ -102,8 +106,8 @@ def _attention_site(model: Any, layer: int, norm: Norm, post: PostNorm | None) -
             f"{prefix} ({type(attention).__name__}): its query, key, value and output weights "
             f"cannot be read per head ({error}), so its inputs cannot be masked."
         ) from error
-    known = model.hook_dict  # built anew at each access on the Bridge
-    missing = [h for h in "qkvz" if f"{prefix}.hook_{h}" not in known]
+    points = model.hook_dict  # the Bridge builds it at each access
+    missing = [h for h in "qkvz" if f"{prefix}.hook_{h}" not in points]
     if missing:
         raise NotImplementedError(
             f"{prefix} ({type(attention).__name__}) has no hook_{missing[0]}."
@@ -135,18 +139,21 @@ def _is_shortformer(model: Any) -> bool:
 
 
 def _output_width(attention: Any, output: Tensor) -> int:
-    """How many numbers the output projection takes in, by the module itself where there is one."""
+    """The input width of the output projection, from the wrapped module if there is one."""
     original = getattr(getattr(attention, "o", None), "original_component", None)
     weight = getattr(original, "weight", output)
     return weight.numel() // output.shape[-1]
 
 
 def _post_norm(module: Any) -> PostNorm:
-    """The parameters of a root-mean-square norm over attention's output."""
+    """The root-mean-square norm over attention's output.
+
+    Raises NotImplementedError for any other norm.
+    """
     original = getattr(module, "original_component", None) or module
     if "RMS" not in type(original).__name__:
         raise NotImplementedError(
-            f"{type(original).__name__} after attention: only RMS norms are supported."
+            f"{type(original).__name__} after attention: only RMS norms are supported there."
         )
     gain = module.weight if hasattr(module, "weight") else module.w
     eps = original.variance_epsilon if hasattr(original, "variance_epsilon") else original.eps
@@ -163,7 +170,7 @@ def _hooked_attention(model: Any, layer: int) -> AttentionSite:
 
 
 def _hooked_norms_after(model: Any) -> bool:
-    """OLMo 2's layout: ln1 and ln2 follow attention and MLP, nothing precedes them."""
+    """Whether ln1 and ln2 follow attention and MLP, and no norm precedes them (OLMo 2)."""
     try:
         from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
     except ImportError:
@@ -179,13 +186,12 @@ def _hooked_mlp(model: Any, layer: int) -> MlpSite:
 def _bridge_attention(model: Any, layer: int) -> AttentionSite:
     block = model.blocks[layer]
     modules = block._modules
-    # Where hook_attn_out stands after a norm, that norm follows attention (OLMo 2, Gemma 2).
-    after = block.hook_aliases.get("hook_attn_out", "").partition(".")[0]
-    post = _post_norm(modules[after]) if after.startswith("ln") else None
-    before = "ln1" in modules and after != "ln1"
-    return _attention_site(
-        model, layer, norm_function(modules["ln1"]) if before else identity, post
-    )
+    # If hook_attn_out is a norm's output, that norm follows attention (OLMo 2, Gemma 2).
+    output_module = block.hook_aliases.get("hook_attn_out", "").partition(".")[0]
+    post = _post_norm(modules[output_module]) if output_module.startswith("ln") else None
+    norm_precedes = "ln1" in modules and output_module != "ln1"
+    norm = norm_function(modules["ln1"]) if norm_precedes else identity
+    return _attention_site(model, layer, norm, post)
 
 
 def _bridge_mlp(model: Any, layer: int) -> MlpSite:
@@ -194,5 +200,5 @@ def _bridge_mlp(model: Any, layer: int) -> MlpSite:
     write = f"{name}.hook_mlp_out"
     if "ln2" in modules or getattr(block, "mlp_reads_resid_directly", False):
         return MlpSite(read=f"{name}.hook_mlp_in", norm=identity, write=write)
-    # One norm for attention and MLP (GPT-J): the MLP is handed its normalised input.
+    # Attention and MLP share one norm (GPT-J), so the hook replaces the MLP's normalised input.
     return MlpSite(read=f"{name}.mlp.hook_in", norm=norm_function(modules["ln1"]), write=write)

@@ -26,8 +26,8 @@ def model_kind(model: Any) -> str:
 
 
 def longest_prompt(model: Any) -> int | None:
-    """How many positions the model has, learned ones or a HookedTransformer's; None where the
-    configuration's number is no hard limit.
+    """The number of positions that the model has (learned ones, or a HookedTransformer's); None if
+    the configuration's number is no hard limit.
     """
     kind = getattr(model.cfg, "positional_embedding_type", None)
     learned = kind == "standard" and hasattr(model, "pos_embed")
@@ -38,8 +38,8 @@ def longest_prompt(model: Any) -> int | None:
 
 
 def is_folded(model: Any) -> bool:
-    """Whether norms' weights were folded into the model's own: zero and mean ablation then
-    differ.
+    """Whether norms' weights were folded into the model's other weights, which changes what zero
+    and mean ablation do.
     """
     return bool(
         getattr(model, "compatibility_mode", False)
@@ -48,13 +48,10 @@ def is_folded(model: Any) -> bool:
 
 
 def all_modules(model: Any) -> list[torch.nn.Module]:
-    """Every module that runs, also those that the Bridge's own tree leaves out."""
+    """Every module that runs, including those that the Bridge's module tree leaves out."""
     original = getattr(model, "original_model", None)
-    both = [
-        *model.modules(),
-        *(original.modules() if isinstance(original, torch.nn.Module) else ()),
-    ]
-    return list(dict.fromkeys(both))
+    wrapped = original.modules() if isinstance(original, torch.nn.Module) else ()
+    return list(dict.fromkeys([*model.modules(), *wrapped]))
 
 
 def all_parameters(model: Any) -> list[torch.nn.Parameter]:
@@ -64,12 +61,12 @@ def all_parameters(model: Any) -> list[torch.nn.Parameter]:
 
 
 def dropouts(model: Any) -> list[torch.nn.Module]:
-    """Modules that drop activations when they are in training mode."""
+    """Modules that drop activations in training mode."""
     return [module for module in all_modules(model) if _drops(module)]
 
 
 def _drops(module: torch.nn.Module) -> bool:
-    """Whether it is a dropout, or holds a rate for a functional one (OPT's `dropout`)."""
+    """Whether a module is a dropout, or has a rate for a functional one (OPT's `dropout`)."""
     if isinstance(module, torch.nn.modules.dropout._DropoutNd):
         return module.p > 0
     rates = [value for name, value in vars(module).items() if "drop" in name]

@@ -1,7 +1,7 @@
 """A block's normalisation as a plain function, for the many split inputs of one read.
 
-TransformerLens' own modules fire their hook points and build several temporaries a call; a read of
-36 destinations wants one fused call. `norm_function` gives a function with the module's own
+TransformerLens' own modules fire their hook points and build several temporaries per call; a read
+of 36 destinations needs one fused call. `norm_function` gives a function with the module's own
 numerics (its weight, its epsilon, the precision it computes in).
 """
 
@@ -27,8 +27,8 @@ def identity(x: Tensor) -> Tensor:
 def norm_function(module: Any) -> Norm:
     """The function that a TransformerLens norm module computes, from [..., d_model] to the same.
 
-    Knows HookedTransformer's four norms and the Bridge's wrapped ones; any other module is called
-    as it is, on its wrapped original where it has one.
+    Knows HookedTransformer's four norms and the Bridge's wrapped ones. Of any other module, the
+    wrapped original is called if there is one, else the module itself.
     """
     original = getattr(module, "original_component", None)
     if original is not None:
@@ -42,7 +42,7 @@ def norm_function(module: Any) -> Norm:
 
 
 def _bridge_norm(module: Any, original: Any) -> Norm:
-    """The Bridge computes either by the wrapped module or by its own formula, by these flags."""
+    """The wrapped module's norm, or the Bridge's own formula if its flags say so."""
     if isinstance(original, torch.nn.Identity):
         return identity
     if not hasattr(module, "use_native_layernorm_autograd"):
@@ -50,7 +50,7 @@ def _bridge_norm(module: Any, original: Any) -> Norm:
     wrapped = module.use_native_layernorm_autograd or getattr(
         module.config, "layer_norm_folding", False
     )
-    if type(original) is torch.nn.LayerNorm:  # a subclass may read its weight otherwise (Nemotron)
+    if type(original) is torch.nn.LayerNorm:  # a subclass may use its weight differently (Nemotron)
         eps = original.eps if wrapped else module.config.eps
         return LayerNorm(original.weight, original.bias, eps)
     if not wrapped:
@@ -65,14 +65,14 @@ def _bridge_norm(module: Any, original: Any) -> Norm:
 
 
 def _bridge_formula(module: Any) -> Norm:
-    """NormalizationBridge's own arithmetic, which has no weight in its parameter-free forms."""
-    free = type(module).__name__ in ("LayerNormPreBridge", "RMSNormPreBridge")
-    weight = None if free else module.weight
+    """NormalizationBridge's own arithmetic, without a weight in its parameter-free forms."""
+    parameter_free = type(module).__name__ in ("LayerNormPreBridge", "RMSNormPreBridge")
+    weight = None if parameter_free else module.weight
     if weight is not None and weight_is_offset(module):
         weight = weight + 1.0
     if _is_rms(module):
         return RMSNorm(weight, module.config.eps, float32=False)
-    bias = None if free else getattr(module.original_component, "bias", None)
+    bias = None if parameter_free else getattr(module.original_component, "bias", None)
     return LayerNorm(weight, bias, module.config.eps)
 
 
@@ -101,7 +101,7 @@ class LayerNorm:
         return torch.nn.functional.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
 
     def frozen(self, x: Tensor) -> Tensor:
-        """The same, with the division by the deviation as a constant for the gradient."""
+        """The same, but the gradient treats the division by the deviation as a constant."""
         centred = x - x.mean(-1, keepdim=True)
         y = centred * inverse_rms(centred.detach(), self.eps)
         y = y if self.weight is None else y * self.weight
@@ -110,7 +110,7 @@ class LayerNorm:
 
 @dataclass(frozen=True)
 class RMSNorm:
-    """x / sqrt(mean of squares + eps) * weight, in float32 where it is asked for."""
+    """x / sqrt(mean of squares + eps) * weight, computed in float32 if `float32`."""
 
     weight: Tensor | None
     eps: float
@@ -120,7 +120,7 @@ class RMSNorm:
         return _RMSNorm.apply(x, self.weight, self.eps, self.compute_dtype(x.dtype))
 
     def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """The precision that a tensor of this dtype is normalised in."""
+        """The dtype in which a tensor of this dtype is normalised."""
         return torch.float32 if self.float32 or dtype in HALF else dtype
 
     def scale(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... 1"]:
@@ -129,7 +129,7 @@ class RMSNorm:
         return torch.rsqrt(size.square() / x.shape[-1] + self.eps)
 
     def frozen(self, x: Tensor) -> Tensor:
-        """The same, with the division by the root mean square as a constant for the gradient."""
+        """The same, but the gradient treats the division by the root mean square as a constant."""
         y = x * inverse_rms(x.detach().float(), self.eps).to(x.dtype)
         return y if self.weight is None else y * self.weight
 
@@ -140,7 +140,7 @@ def inverse_rms(x: Float[Tensor, "... d"], eps: float) -> Float[Tensor, "... 1"]
 
 
 class _RMSNorm(torch.autograd.Function):
-    """RMS norm that keeps only its input and one number a row for the backward pass."""
+    """RMS norm that keeps only its input and one number per row for the backward pass."""
 
     @staticmethod
     def forward(

@@ -1,4 +1,4 @@
-"""Whether prompts are such as a model takes: tokens that it knows, no longer than it can place."""
+"""Checks that a model can take prompts: tokens in its vocabulary, and not too many of them."""
 
 from __future__ import annotations
 
@@ -27,21 +27,23 @@ def check_corrupted(model: Any, corrupted: Any) -> None:
 
 
 def check_prompts(model: Any, prompts: Sequence[Tensor] | Tensor, what: str) -> None:
-    """Raise ValueError where tokens [..., pos] are none of the model's, or too many for it."""
+    """Raise ValueError if prompts [..., pos] have unknown tokens or are too long for the model."""
     prompts = [torch.as_tensor(tokens) for tokens in prompts]
-    _check_vocabulary(model, prompts, what)
-    _check_length(model, max((t.shape[-1] for t in prompts if t.dim()), default=0), what)
+    check_vocabulary(model, prompts, what)
+    check_length(model, max((t.shape[-1] for t in prompts if t.dim()), default=0), what)
 
 
-def _check_vocabulary(model: Any, tokens: Sequence[Tensor], what: str) -> None:
+def check_vocabulary(model: Any, tokens: Sequence[Tensor], what: str) -> None:
     vocab = int(model.cfg.d_vocab)
-    ends = [torch.stack(each.aminmax()).tolist() for each in tokens if each.numel()]
-    for token in (max((e[1] for e in ends), default=0), min((e[0] for e in ends), default=0)):
+    ranges = [torch.stack(prompt.aminmax()).tolist() for prompt in tokens if prompt.numel()]
+    highest = max((range_[1] for range_ in ranges), default=0)
+    lowest = min((range_[0] for range_ in ranges), default=0)
+    for token in (highest, lowest):
         if not 0 <= token < vocab:
             raise ValueError(f"{what} has token {token}, but the model knows 0 to {vocab - 1}.")
 
 
-def _check_length(model: Any, length: int, what: str) -> None:
+def check_length(model: Any, length: int, what: str) -> None:
     longest = longest_prompt(model)
     if longest is not None and length > longest:
         raise ValueError(

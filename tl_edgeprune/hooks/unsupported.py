@@ -1,7 +1,7 @@
 """Models that have no graph of heads and MLPs, refused by name with the reason, before any run.
 
-What no line here knows of, the first look at a model catches (`forward/self_check.py`): with every
-edge kept, and with every edge into heads and MLPs cut, it must give the logits that it should.
+Any other such model fails the check of `forward/self_check.py`: with every edge kept, and with
+every edge into heads and MLPs cut, a model must give the logits that the masks predict.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ KINDS = {
     "that no edge of the graph carries.",
     "masked_lm": "it is an encoder with a norm after every sum: what a block hands on is that "
     "norm's output, not a sum of heads and MLPs.",
-    "audio": "it reads sound, and edge masks need prompts of tokens.",
+    "audio": "it reads audio, and edge masks need prompts of tokens.",
     "vision": "it reads images, and edge masks need prompts of tokens.",
 }
 # Classes of TransformerLens 3 beside HookedTransformer, by their kind.
@@ -31,7 +31,7 @@ _HEADS_OF_SIZES = "its layers have heads of different sizes, and later layers sh
 # transformers' classes that a TransformerBridge wraps.
 BRIDGED = {
     "BloomForCausalLM": "its attention and MLP add the residual stream inside themselves, so the "
-    "Bridge has no point where an MLP alone writes. TransformerLens 3 loads it as a "
+    "Bridge has no point where only the MLP writes. TransformerLens 3 loads it as a "
     "HookedTransformer, which is supported.",
     "Gemma3nForCausalLM": _SEVERAL_STREAMS,
     "Gemma3nForConditionalGeneration": _SEVERAL_STREAMS,
@@ -49,14 +49,14 @@ def refuse_class(model: Any) -> None:
 
 
 def refuse_unsupported(model: Any) -> None:
-    """Raise NotImplementedError, naming the model and the part, where it does not split."""
+    """Raise NotImplementedError, naming the model and the part, if it does not split."""
     name = getattr(model.cfg, "model_name", type(model).__name__)
-    reason = _of_its_kind(model) or _of_its_blocks(model) or _of_how_it_is_loaded(model)
+    reason = _reason_in_kind(model) or _reason_in_blocks(model) or _reason_in_loading(model)
     if reason is not None:
         raise NotImplementedError(f"{name} is not supported: {reason}")
 
 
-def _of_its_kind(model: Any) -> str | None:
+def _reason_in_kind(model: Any) -> str | None:
     cfg = model.cfg
     if getattr(cfg, "is_encoder_decoder", False):
         return KINDS["seq2seq"]
@@ -67,7 +67,7 @@ def _of_its_kind(model: Any) -> str | None:
     if reason is not None:
         return reason
     if not (hasattr(model, "blocks") and hasattr(model, "unembed")):
-        return "it is no decoder of tokens: it has no blocks or no unembedding."
+        return "it is not a decoder of tokens: it has no blocks or no unembedding."
     if float(getattr(cfg, "residual_multiplier", 1.0) or 1.0) != 1.0:
         return (
             f"it scales what heads and MLPs add to the stream (residual_multiplier="
@@ -81,7 +81,7 @@ def _of_its_kind(model: Any) -> str | None:
     return None
 
 
-def _of_its_blocks(model: Any) -> str | None:
+def _reason_in_blocks(model: Any) -> str | None:
     attentions = [getattr(block, "attn", None) for block in model.blocks]
     if all(attention is None for attention in attentions):
         return (
@@ -92,7 +92,7 @@ def _of_its_blocks(model: Any) -> str | None:
         label = type(attention).__name__
         if attention is None:
             return f"block {layer} has no attention (a hybrid model)."
-        if any(part in label for part in ("MLA", "Latent", "MlaAttention")):
+        if any(name in label for name in ("MLA", "Latent", "MlaAttention")):
             return (
                 f"multi-head latent attention ({label}): its keys and values come from a shared "
                 "compression, so they have no input of their own to mask."
@@ -102,7 +102,7 @@ def _of_its_blocks(model: Any) -> str | None:
     return None
 
 
-def _of_how_it_is_loaded(model: Any) -> str | None:
+def _reason_in_loading(model: Any) -> str | None:
     cfg = model.cfg
     if any(hasattr(parameter, "placements") for parameter in model.parameters()):
         return (
@@ -112,7 +112,7 @@ def _of_how_it_is_loaded(model: Any) -> str | None:
         )
     if getattr(cfg, "n_devices", 1) > 1:
         return (
-            f"it is spread over {cfg.n_devices} devices. Load it on the CPU and share it out: "
+            f"it is spread over {cfg.n_devices} devices. Load it on the CPU and shard it: "
             "tl_edgeprune.sharding.sharded(model, device)."
         )
     if getattr(cfg, "load_in_4bit", False):

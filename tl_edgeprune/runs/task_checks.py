@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from tl_edgeprune.graph.edge_graph import EdgeGraph
-from tl_edgeprune.hooks.prompt_checks import _check_length, _check_vocabulary
+from tl_edgeprune.hooks.prompt_checks import check_length, check_vocabulary
 from tl_edgeprune.tasks.stream import AnyTask, sample
 from tl_edgeprune.tasks.task import Task
 
@@ -19,8 +19,8 @@ def check_tokens(task: Task, model: Any) -> None:
     """
     prompts = (*task.clean, *task.corrupted)
     token_sets = (task.answers, task.distractors, task.right, task.wrong)
-    _check_vocabulary(model, [*prompts, *(t for field in token_sets for t in field)], _name(task))
-    _check_length(model, max(map(len, prompts), default=0), _name(task))
+    check_vocabulary(model, [*prompts, *(t for field in token_sets for t in field)], _name(task))
+    check_length(model, max(map(len, prompts), default=0), _name(task))
 
 
 def _name(task: Task) -> str:

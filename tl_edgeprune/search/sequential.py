@@ -1,11 +1,11 @@
-"""A sequence of decisions about edges, several to a run, with the result of one to a run.
+"""A sequence of decisions about edges, several per run, with the same result as one per run.
 
-1. Each decision rests on those before it: an edge goes if the objective then rises by less than the
-   threshold over its value after the last removal.
-2. So candidates that run side by side rest on guesses: each removes its edge and those before it
-   that are guessed to go ("go" where most edges of late went).
-3. Candidates up to the first wrong guess are those of the sequence. The later ones are thrown away,
-   but their rise over one another makes the next guesses.
+1. Each decision depends on those before it: an edge is removed if the objective then rises by less
+   than the threshold over its value after the last removal.
+2. So candidates that run side by side depend on guesses: each removes its edge, and those before it
+   that are guessed to be removed (if most recent edges were).
+3. Candidates up to the first wrong guess are those of the sequence. The later ones are discarded,
+   but their differences from one another make the next guesses.
 """
 
 from __future__ import annotations
@@ -19,35 +19,37 @@ from torch import Tensor
 from tl_edgeprune.graph.reachability import leading
 from tl_edgeprune.search.full_cuts import WholeCuts
 
-RECENT = 16  # decisions that the guess of the next ones rests on
+RECENT = 16  # how many decisions the guess of the next ones depends on
 
 
 def one_by_one(
     cuts: WholeCuts, threshold: float, start: int, report: Callable[[int], None]
 ) -> None:
     """Decide the edges before `start`, from the last to the first."""
-    for place in reversed(range(len(cuts.graph.reads))):
-        edges = [edge for edge in to_decide(cuts, place) if edge < start]
-        decide(cuts, place, edges, threshold, report=report)
+    for read_index in reversed(range(len(cuts.graph.reads))):
+        edges = [edge for edge in to_decide(cuts, read_index) if edge < start]
+        decide(cuts, read_index, edges, threshold, report=report)
 
 
-def to_decide(cuts: WholeCuts, place: int) -> list[int]:
-    """The read's kept edges from last to first. Those that lead nowhere are removed at once."""
-    read, alive = cuts.graph.reads[place], cuts.alive()
-    kept = (cuts.mask[read.edges].nonzero().flatten() + read.first_edge).flip(0).tolist()
+def to_decide(cuts: WholeCuts, read_index: int) -> list[int]:
+    """The read's kept edges from last to first, without those that lead nowhere, which are removed
+    at once.
+    """
+    read, alive = cuts.graph.reads[read_index], cuts.alive()
+    edges = (cuts.mask[read.edges].nonzero().flatten() + read.first_edge).flip(0).tolist()
     if cuts.heads_interact:
-        return kept
+        return edges
     leads = leading(cuts.graph, read, alive).tolist()
     first, width = read.first_edge, read.n_sources
-    dead = [edge for edge in kept if not leads[(edge - first) // width]]
+    dead = [edge for edge in edges if not leads[(edge - first) // width]]
     if dead:
         cuts.drop(torch.tensor(dead))
-    return [edge for edge in kept if leads[(edge - first) // width]]
+    return [edge for edge in edges if leads[(edge - first) // width]]
 
 
 def decide(
     cuts: WholeCuts,
-    place: int,
+    read_index: int,
     edges: Sequence[int],
     threshold: float,
     *,
@@ -55,21 +57,23 @@ def decide(
     report: Callable[[int], None] = lambda edge: None,
     rises: Float[Tensor, " edge"] | None = None,
 ) -> int:
-    """Decide edges of one read in this order, each on top of the removals before it. How many go.
+    """Decide edges of one read in this order, each on top of the removals before it.
 
-    `rises` takes each edge's rise.
+    Args:
+        removal_likely: the first guess.
+        report: called with the last decided edge, after each run.
+        rises: a tensor that gets each edge's rise.
 
-    A chunk's candidate is its edge on top of those before it that are guessed to go. Candidates are
-    right up to the first wrong guess; what those after it tell makes the next guesses.
+    Returns: how many edges were removed.
     """
     guesses: dict[int, bool] = {}
     recent: list[bool] = [removal_likely] * RECENT
-    removed = done = 0
-    while done < len(edges):
-        chunk = edges[done : done + cuts.candidates(place)]
+    removed = n_decided = 0
+    while n_decided < len(edges):
+        chunk = edges[n_decided : n_decided + cuts.candidates(read_index)]
         likely = 2 * sum(recent) >= len(recent)
         guess = [guesses.get(edge, likely) for edge in chunk]
-        values = cuts.values(place, _nested(cuts, place, chunk, guess))
+        values = cuts.values(read_index, _nested(cuts, read_index, chunk, guess))
         value, accepted, right = cuts.value, None, 0
         for number, expected in enumerate(guess):
             rise = values[number] - value
@@ -86,16 +90,16 @@ def decide(
         guesses |= _marginal(chunk, guess, values, right, threshold)
         if accepted is not None:
             cuts.commit(accepted)
-        done += right
+        n_decided += right
         report(chunk[right - 1])
     return removed
 
 
-def _nested(cuts: WholeCuts, place: int, chunk: Sequence[int], guess: Sequence[bool]) -> Tensor:
-    """Each edge's cut [candidate, destination, source], with the cuts before it that are
-    guessed.
-    """
-    read = cuts.graph.reads[place]
+def _nested(
+    cuts: WholeCuts, read_index: int, chunk: Sequence[int], guess: Sequence[bool]
+) -> Tensor:
+    """Each edge's cut and the guessed cuts before it, [candidate, destination, source]."""
+    read = cuts.graph.reads[read_index]
     nested = torch.zeros(len(chunk), read.n_destinations * read.n_sources, dtype=torch.bool)
     for number, (edge, goes) in enumerate(zip(chunk, guess, strict=True)):
         nested[number if not goes else slice(number, None), edge - read.first_edge] = True
@@ -109,9 +113,9 @@ def _marginal(
     right: int,
     threshold: float,
 ) -> dict[int, bool]:
-    """Guesses for the edges after a wrong one, from their rise over the candidate they rest on."""
-    guesses, below = {}, values[right - 1]
+    """Guesses for the edges after a wrong one, from their rise over the candidate they extend."""
+    guesses, base = {}, values[right - 1]
     for edge, expected, value in zip(chunk[right:], guess[right:], values[right:], strict=True):
-        guesses[edge] = value - below < threshold
-        below = value if expected else below
+        guesses[edge] = value - base < threshold
+        base = value if expected else base
     return guesses

@@ -1,5 +1,7 @@
-"""Kept edges tried by themselves: all of them; then, pass after pass, those whose cut raised the
-objective by less than `CLEAR` thresholds; and all again, until such a pass removes none.
+"""Kept edges tried one by one, pass after pass, until a pass over all of them removes none.
+
+The passes between are narrow: they try the edges whose cut raised the objective by less than
+`CLEAR` thresholds when it was last tried.
 """
 
 from __future__ import annotations
@@ -19,8 +21,13 @@ CLEAR = 3.0
 
 @dataclass
 class Singles:
-    """Where that is: how many reads the pass has yet to visit, how many edges it has removed,
-    whether it is `narrow` (not of all edges), and each edge's rise when it was tried last.
+    """How far the passes are.
+
+    Attributes:
+        rises: each edge's rise when it was tried last.
+        reads_left: how many reads this pass has yet to visit.
+        removed: how many edges it has removed.
+        narrow: whether it tries only some edges.
     """
 
     rises: Float[Tensor, " edge"] = field(compare=False)
@@ -42,8 +49,9 @@ def try_each(
     state: Singles,
     report: Callable[[], None],
 ) -> None:
-    """Try kept edges by themselves, from `state` on, which is kept up to date; `report` is called
-    after each read. Within a read, the least harmful by `guess` come first.
+    """Try kept edges one by one, from `state` on, which is updated.
+
+    `report` is called after each read. Within a read, the edges with the lowest `guess` come first.
     """
     while True:
         _finish_pass(cuts, threshold, guess, state, report)
@@ -61,12 +69,12 @@ def _finish_pass(
     report: Callable[[], None],
 ) -> None:
     while state.reads_left:
-        place = state.reads_left - 1
-        edges = sorted(to_decide(cuts, place), key=lambda edge: float(guess[edge]))
+        read_index = state.reads_left - 1
+        edges = sorted(to_decide(cuts, read_index), key=lambda edge: float(guess[edge]))
         if state.narrow:
             edges = [edge for edge in edges if state.rises[edge] < CLEAR * threshold]
         state.removed += decide(
-            cuts, place, edges, threshold, removal_likely=False, rises=state.rises
+            cuts, read_index, edges, threshold, removal_likely=False, rises=state.rises
         )
-        state.reads_left = place
+        state.reads_left = read_index
         report()
