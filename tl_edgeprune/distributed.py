@@ -66,7 +66,7 @@ class Ranks:
         """The rows of each process that receives any."""
         return [Ranks(rank, self.size).rows(n)[0] for rank in range(min(self.size, n))]
 
-    def add_up(self, parameters: Sequence[Tensor], loss: float) -> float:
+    def all_reduce(self, parameters: Sequence[Tensor], loss: float) -> float:
         """Sum the parameters' gradients over all processes, in place; returns the summed loss.
 
         Raises LostProcess.
@@ -84,7 +84,7 @@ class Ranks:
             parameter.grad = part.view_as(parameter).to(parameter).clone()
         return float(flat[-1])
 
-    def hand_out(self, tensors: Iterable[Tensor]) -> None:
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite tensors by the first process's, on the first tensor's device: a backend of GPUs
         takes no others. Raises LostProcess.
         """

@@ -18,6 +18,7 @@ from tl_edgeprune.distributed import Ranks
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.hooks.shards import is_sharded
 from tl_edgeprune.runs import checkpoint as checkpoints
+from tl_edgeprune.runs.checkpoint import SavedState
 from tl_edgeprune.runs.fingerprint import differences, of_setting, of_task, of_weights
 from tl_edgeprune.tasks.stream import AnyTask
 from tl_edgeprune.utils.locks import held_file
@@ -47,7 +48,7 @@ class Saved:
         """
         if self._path is None or not self._path.exists():
             return None
-        tensors, _, note = checkpoints.load(self._path)
+        tensors, _, note, _ = checkpoints.load(self._path)
         if "about" not in note:
             raise ValueError(f"{self._path} is of a run of EdgePruner: give another path.")
         with self.damaged():
@@ -71,7 +72,8 @@ class Saved:
             return
         if time.monotonic() - self._last < SAVE_SECONDS:
             return
-        checkpoints.save(self._path, tensors, {}, {"about": self._about, "state": values})
+        note = {"about": self._about, "state": values}
+        checkpoints.save(self._path, SavedState(tensors, {}, note))
         self._last = time.monotonic()
 
 

@@ -126,3 +126,8 @@ class _BudgetShift(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (share,) = ctx.saved_tensors
         return -grad * share, None
+
+
+def mixed_seed(seed: int, step: int) -> int:
+    """The seed of a step's draws in the run of this seed."""
+    return (seed * 1_000_003 + step * 7_919 + 12_345) % 2**63

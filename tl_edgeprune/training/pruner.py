@@ -40,7 +40,7 @@ from tl_edgeprune.tasks.task import Task
 from tl_edgeprune.training.controllers import Lagrangian
 from tl_edgeprune.training.result import PruneResult
 from tl_edgeprune.training.settings import Optimizer, PrunerSettings
-from tl_edgeprune.training.trainer import Training
+from tl_edgeprune.training.trainer import Trainer
 from tl_edgeprune.utils.grad_mode import needs_gradients
 from tl_edgeprune.utils.locks import held_file
 
@@ -162,21 +162,9 @@ class EdgePruner(PrunerSettings):
         ):
             if self.n_neurons is not None:
                 check_neuron_budget(self.n_neurons, math.prod(run.neuron_shape))
-            fit = Training(self, run, task, loss_of, weights, resume)
-            fit.meet()
-            finished = fit.train()
-        return PruneResult(
-            graph,
-            fit.ranking(),
-            fit.history,
-            fit.final_size(),
-            fit.metadata(),
-            finished,
-            fit.final_constants(),
-            self.neurons,
-            None if fit.neurons is None else fit.neurons.ranking(),
-            None if fit.neurons is None else fit.neurons.final_size(),
-        )
+            trainer = Trainer(self, run, task, loss_of, weights, resume)
+            trainer.synchronise()
+            return trainer.result(finished=trainer.train())
 
     def scores(
         self, model: Any, task: AnyTask, method: str, *, resume: str | Path | None = None

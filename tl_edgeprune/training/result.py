@@ -12,7 +12,11 @@ from tl_edgeprune.ablation.constants import Constants
 from tl_edgeprune.circuits.circuit import Circuit
 from tl_edgeprune.circuits.neurons import Neurons
 from tl_edgeprune.circuits.scores import EdgeScores
+from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.graph.edge_graph import EdgeGraph
+from tl_edgeprune.hooks.modules import is_folded
+from tl_edgeprune.tasks.stream import AnyTask
+from tl_edgeprune.training.settings import PrunerSettings
 from tl_edgeprune.utils.reading import of_kind
 
 
@@ -79,13 +83,33 @@ class PruneResult:
 
 
 History = list[dict[str, float | int]]
-HISTORY = ("step", "loss", "edges", "target", "seconds")
-OF_NEURONS = ("neurons", "neuron_target")
+FIGURES = ("step", "loss", "edges", "target", "seconds")
+NEURON_FIGURES = ("neurons", "neuron_target")
 
 
-def _entry(step: int, entry: Any) -> dict[str, float | int]:
-    """The history's entry of a step. Raises KeyError or ValueError for none."""
-    if entry["step"] != step:
-        raise ValueError(f"history has step {entry['step']} in place of {step}")
-    names = (*HISTORY, *(name for name in OF_NEURONS if name in entry))
-    return {name: of_kind(entry[name], float, name) for name in names}
+def history_from(values: Any) -> History:
+    """A history read from JSON. Raises KeyError, TypeError or ValueError if it is not one."""
+    history = []
+    for step, entry in enumerate(of_kind(values, list, "history")):
+        if entry["step"] != step:
+            raise ValueError(f"history has step {entry['step']} instead of {step}")
+        names = (*FIGURES, *(name for name in NEURON_FIGURES if name in entry))
+        history.append({name: of_kind(entry[name], float, name) for name in names})
+    return history
+
+
+def run_metadata(pruner: PrunerSettings, run: MaskedModel, task: AnyTask) -> dict[str, Any]:
+    """What a run's result says of its origin."""
+    model = run.model
+    return {
+        "method": "edge-pruning",
+        "model": getattr(model.cfg, "model_name", type(model).__name__),
+        "task": task.name,
+        "n_pairs": len(task),
+        "prepend_bos": task.prepend_bos,
+        "seed": pruner.seed,
+        "ablation": str(pruner.ablation),
+        "folded": is_folded(model),
+        "d_model": int(model.cfg.d_model),
+        "settings": pruner.settings(),
+    }
