@@ -70,7 +70,7 @@ class NamedKl:
 def test_processes_with_different_settings_are_refused(tmp_path):
     assert two_processes.start("unlike", tmp_path) == [0, 0]
     message = (tmp_path / "error-1").read_text()
-    assert "process 1 of 2 has other settings, pairs, graph or steps" in message
+    assert "process 1 of 2 has different settings, pairs, graph or steps" in message
 
 
 @pytest.fixture(scope="module")

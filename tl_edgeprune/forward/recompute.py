@@ -41,7 +41,7 @@ from tl_edgeprune.forward.half_blocks import Blocks
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.forward.self_check import probe_tokens, relative, tolerance
 from tl_edgeprune.graph.edge_graph import EdgeGraph
-from tl_edgeprune.hooks.shards import in_turns
+from tl_edgeprune.hooks.shards import one_block_at_a_time
 from tl_edgeprune.hooks.sites import AttentionSite, Sites
 
 # Numbers that are normalised at once: what a processor's cache holds; on a GPU enough to fill it.
@@ -181,7 +181,7 @@ class _Job:
         for source, value in enumerate(self.inputs - reference.inputs):
             torch.mul(value.flatten(0, 1), self._share(source), out=self.differences[source])
         reads = _Reads(self, mask, reference)
-        with in_turns(self.run.model) as turn_to:
+        with one_block_at_a_time(self.run.model) as turn_to:
             for group in reads.groups:
                 reads.mix_ahead(group)
                 for place in group:
@@ -207,7 +207,7 @@ class _Job:
         reference = self._of(tensors)
         back = _Gradients(self, mask, reference, wanted)
         back.add_logits(grad.flatten(0, 1))
-        with in_turns(self.run.model) as turn_to:
+        with one_block_at_a_time(self.run.model) as turn_to:
             for group in reversed(back.groups):
                 back.mix_ahead(group)
                 for place in reversed(group):

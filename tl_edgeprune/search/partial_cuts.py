@@ -25,7 +25,7 @@ from tl_edgeprune.forward.forward_pass import fitting
 from tl_edgeprune.forward.half_blocks import Blocks
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.graph.edge_graph import Read
-from tl_edgeprune.hooks.shards import in_turns
+from tl_edgeprune.hooks.shards import one_block_at_a_time
 from tl_edgeprune.hooks.sites import AttentionSite
 from tl_edgeprune.objectives import Objective, losses
 from tl_edgeprune.runs.targets import Lesson
@@ -56,7 +56,7 @@ class PartCuts(WholeCuts):
         self._changes: list[_Change] = []
         self._weights: list[Tensor] = []
         self._pool: list[Tensor] = []
-        self._turn_to: Callable[[int], None] = lambda layer: None  # see `in_turns`
+        self._turn_to: Callable[[int], None] = lambda layer: None  # see `one_block_at_a_time`
 
     def set(self, mask: Bool[Tensor, " edge"]) -> None:
         self._parts, self._changes = [], []
@@ -110,7 +110,7 @@ class PartCuts(WholeCuts):
     def _losses(self, place: int, cuts: Tensor) -> Float[Tensor, "candidate pair"]:
         self._refresh()
         self._changes = []
-        with in_turns(self.run.model) as self._turn_to:
+        with one_block_at_a_time(self.run.model) as self._turn_to:
             return self._cat([self._part_losses(part, place, cuts) for part in self._parts])
 
     def _part_losses(

@@ -22,31 +22,11 @@ from tl_edgeprune.objectives import Objective, losses
 from tl_edgeprune.runs.checkpoint import Stateful
 from tl_edgeprune.runs.targets import Teacher
 from tl_edgeprune.tasks.batch import Batch
+from tl_edgeprune.training.settings import PrunerSettings
 
 LATE = 0.2  # the final fraction of a run whose rankings are evaluated
 N_PAIRS = 32  # that each ranking is evaluated on
 NOT_EVALUATED = torch.finfo(torch.float32).max
-
-
-class AverageRanking(Stateful):
-    """The mean of the rankings after the last `share` of a run's steps."""
-
-    def __init__(self, ranking: Float[Tensor, " edge"], steps: int, share: float) -> None:
-        self.mean = torch.zeros_like(ranking)
-        self.first_step = steps - round(share * steps)
-
-    def add(self, ranking: Float[Tensor, " edge"], step: int) -> None:
-        """Take the ranking after this step into the mean, if it is one of the last."""
-        n_averaged = step + 1 - self.first_step
-        if n_averaged > 0:
-            self.mean += (ranking - self.mean) / n_averaged
-
-    def after(self, n_steps: int) -> Float[Tensor, " edge"] | None:
-        """The mean after so many steps; None before the first of them."""
-        return self.mean if n_steps > self.first_step else None
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {"average": self.mean}
 
 
 class BestRanking(Stateful):
@@ -126,3 +106,40 @@ class BestRanking(Stateful):
                 if not n_missing:
                     break
         return self._batches
+
+
+class FinalRanking(Stateful):
+    """The ranking that a run ends with.
+
+    Args:
+        log_alpha: [edge], of the run.
+        pruner: `average_share` of its `steps` are averaged, `candidates` are evaluated.
+        best: evaluates them; None for a run that does not end with one circuit of edges.
+    """
+
+    def __init__(
+        self, log_alpha: Float[Tensor, " edge"], pruner: PrunerSettings, best: BestRanking | None
+    ) -> None:
+        self.mean = torch.zeros_like(log_alpha, requires_grad=False)
+        self.pruner, self.best = pruner, best
+        self.first_averaged = pruner.steps - round(pruner.average_share * pruner.steps)
+
+    def add(self, ranking: Float[Tensor, " edge"], step: int) -> None:
+        """Take in the ranking after this step: average it, and evaluate it if it is due."""
+        n_averaged = step + 1 - self.first_averaged
+        if n_averaged > 0:
+            self.mean += (ranking - self.mean) / n_averaged
+        pruner = self.pruner
+        if self.best is not None and self.best.due(step, pruner.steps, pruner.candidates):
+            self.best.consider(self._averaged(ranking, step + 1))
+
+    def after(self, n_steps: int, ranking: Float[Tensor, " edge"]) -> Float[Tensor, " edge"]:
+        """The ranking of a run that ends after `n_steps`, the last of which gave `ranking`."""
+        best = None if self.best is None else self.best.best()
+        return self._averaged(ranking, n_steps) if best is None else best
+
+    def _averaged(self, ranking: Tensor, n_steps: int) -> Tensor:
+        return self.mean if n_steps > self.first_averaged else ranking
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"average": self.mean, **({} if self.best is None else self.best.state_dict())}

@@ -1,14 +1,14 @@
-"""The groups of gates at the start of a run: edges, sources (node masks) and neurons.
+"""The gates on edges, sources and neurons at the start of a run.
 
-Log alphas start from a normal distribution, in random order or ranked by attribution scores of the
-task (a warm start): for edges mask-IG, five gradients of the objective by the mask; for neurons the
-same by their gates, every edge kept, on a path on which all gates rise from 0 to 1 together.
+Their log alphas are normally distributed, in random order or ranked by attribution scores (a warm
+start): of edges by mask-IG, five gradients of the objective by the mask; of neurons by the same
+gradients by their gates, every edge kept, as all gates rise from 0 to 1 together.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -18,7 +18,6 @@ from tl_edgeprune.attribution.mask_gradient import gate_scores, path_scores
 from tl_edgeprune.attribution.paths import mask_path
 from tl_edgeprune.circuits.scores import EdgeScores
 from tl_edgeprune.forward.masked_model import MaskedModel
-from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.objectives import Objective
 from tl_edgeprune.runs.targets import Teacher
 from tl_edgeprune.training.gate_group import GateGroup
@@ -26,113 +25,74 @@ from tl_edgeprune.training.gates import first_log_alpha, mixed_seed
 from tl_edgeprune.training.settings import PrunerSettings
 
 WARM_STEPS, WARM_PAIRS = 5, 32
-EDGES, SOURCES, NEURONS = -1, -2, -3  # in place of a step, for the seeds of the first log alphas
-NODE_STD = 0.01
+EDGES, SOURCES, NEURONS = -1, -2, -3  # instead of a step, for the seeds of the first log alphas
 
 
-class FirstGates(NamedTuple):
-    """Makes the groups of gates of a run.
+def first_gates(
+    pruner: PrunerSettings,
+    run: MaskedModel,
+    teacher: Teacher,
+    loss_of: Objective,
+    *,
+    progress: bool,
+    resumes: bool,
+) -> tuple[GateGroup, GateGroup | None, GateGroup | None]:
+    """The groups of edges, of sources (with node masks) and of neurons (with gates on them).
 
-    `resumes`: the log alphas come from a checkpoint, so no scores are computed.
+    resumes: log alphas will come from a checkpoint, so no scores are computed.
     """
+    options: dict[str, Any] = {
+        "batch_size": pruner.batch_size,
+        "max_pairs": WARM_PAIRS,
+        "progress": progress,
+    }
+    common: dict[str, Any] = {"sampler": pruner.sampler, "hard_share": pruner.hard_share}
+    warm = pruner.init_scores is not None and not resumes
 
-    pruner: PrunerSettings
-    run: MaskedModel
-    teacher: Teacher
-    loss_of: Objective
-    progress: bool
-    resumes: bool
-
-    def edges(self) -> GateGroup:
-        pruner, n_edges = self.pruner, self.run.graph.n_edges
-        scores = None
-        if pruner.init_scores is not None and not self.resumes:
-            scores = _checked_scores(self._edge_scores(), n_edges)
-        log_alpha = self._log_alpha(EDGES, pruner.init_log_alpha, n_edges, scores)
-        return GateGroup(
-            "",
-            log_alpha,
-            pruner.controller,
-            pruner.n_edges,
-            sampler=pruner.sampler,
-            hard_share=pruner.hard_share,
-        )
-
-    def sources(self) -> GateGroup | None:
-        """Gates that multiply all edges of a source. Their controller only prices them."""
-        if not self.pruner.node_masks:
-            return None
-        mean = 10.0 if self.pruner.init_scores is None else 2.0
-        log_alpha = self._log_alpha(SOURCES, (mean, NODE_STD), self.run.graph.n_sources, None)
-        return GateGroup("node_", log_alpha, self.pruner.node_controller, shifts=False)
-
-    def neurons(self) -> GateGroup | None:
-        pruner = self.pruner
-        if pruner.neurons is None:
-            return None
-        scores = None
-        if pruner.init_scores is not None and not self.resumes:
-            scores = self._neuron_scores().flatten().abs()
-        n_neurons = math.prod(self.run.neuron_shape)
-        return GateGroup(
-            "neuron_",
-            self._log_alpha(NEURONS, pruner.init_log_alpha, n_neurons, scores),
-            pruner.neuron_controller,
-            pruner.n_neurons,
-            sampler=pruner.sampler,
-            hard_share=pruner.hard_share,
-        )
-
-    def _log_alpha(
-        self,
-        kind: int,
-        mean_and_std: tuple[float, float],
-        n_gates: int,
-        scores: Float[Tensor, " gate"] | None,
+    def log_alpha(
+        kind: int, spread: tuple[float, float], n_gates: int, scores: Tensor | None = None
     ) -> Float[Tensor, " gate"]:
-        generator = torch.Generator().manual_seed(mixed_seed(self.pruner.seed, kind))
-        return first_log_alpha(mean_and_std, n_gates, scores, generator).to(self.teacher.device)
+        generator = torch.Generator().manual_seed(mixed_seed(pruner.seed, kind))
+        return first_log_alpha(spread, n_gates, scores, generator).to(teacher.device)
 
-    def _edge_scores(self) -> Float[Tensor, " edge"]:
-        """The scores that the first log alphas of edges are ranked by."""
-        scores = self.pruner.init_scores
-        if isinstance(scores, EdgeScores):
-            return _ranking_of_scores(scores, self.run.graph)
-        if isinstance(scores, Tensor):
-            return scores.detach().cpu().float().abs()
-        return path_scores(
-            self.run,
-            self.teacher,
-            mask_path(WARM_STEPS),
-            self.loss_of,
-            batch_size=self.pruner.batch_size,
-            max_pairs=WARM_PAIRS,
-            progress=self.progress,
-        ).abs()
+    scores, n_edges = None, run.graph.n_edges
+    if warm:
+        scores = _given_scores(pruner.init_scores, run)
+        if scores is None:
+            scores = path_scores(run, teacher, mask_path(WARM_STEPS), loss_of, **options).abs()
+        _check_scores(scores, n_edges)
+    start = log_alpha(EDGES, pruner.init_log_alpha, n_edges, scores)
+    edges = GateGroup("", start, pruner.controller, pruner.n_edges, **common)
 
-    def _neuron_scores(self) -> Float[Tensor, "place unit"]:
-        return gate_scores(
-            self.run,
-            self.teacher,
-            self.loss_of,
-            steps=WARM_STEPS,
-            batch_size=self.pruner.batch_size,
-            max_pairs=WARM_PAIRS,
-            progress=self.progress,
-        )
+    sources = neurons = None
+    if pruner.node_masks:
+        spread = (10.0, 0.01) if pruner.init_scores is None else (2.0, 0.01)
+        start = log_alpha(SOURCES, spread, run.graph.n_sources)
+        sources = GateGroup("node_", start, pruner.node_controller, shifts=False)
+    if pruner.neurons is not None:
+        scores = None
+        if warm:
+            scores = gate_scores(run, teacher, loss_of, steps=WARM_STEPS, **options)
+            scores = scores.flatten().abs()  # [place * unit]
+        start = log_alpha(NEURONS, pruner.init_log_alpha, math.prod(run.neuron_shape), scores)
+        neurons = GateGroup("neuron_", start, pruner.neuron_controller, pruner.n_neurons, **common)
+    return edges, sources, neurons
 
 
-def _ranking_of_scores(scores: EdgeScores, graph: EdgeGraph) -> Float[Tensor, " edge"]:
-    if scores.graph != graph:
-        raise ValueError(
-            f"init_scores are for another graph: {scores.graph}; the graph of this run is {graph}."
-        )
-    return scores.ranking().float()
+def _given_scores(scores: Any, run: MaskedModel) -> Float[Tensor, " edge"] | None:
+    """The scores that the user gave for ranking the edges; None to compute them."""
+    if isinstance(scores, EdgeScores):
+        if scores.graph != run.graph:
+            raise ValueError(
+                f"init_scores are for another graph: {scores.graph}; the graph of this run is "
+                f"{run.graph}."
+            )
+        return scores.ranking().float()
+    return scores.detach().cpu().float().abs() if isinstance(scores, Tensor) else None
 
 
-def _checked_scores(scores: Float[Tensor, " edge"], n_edges: int) -> Float[Tensor, " edge"]:
+def _check_scores(scores: Float[Tensor, " edge"], n_edges: int) -> None:
     if scores.shape != (n_edges,):
         raise ValueError(f"init_scores has shape {tuple(scores.shape)}, expected ({n_edges},).")
     if not bool(torch.isfinite(scores).all()):
         raise ValueError("init_scores holds NaN or infinite values.")
-    return scores

@@ -24,13 +24,14 @@ from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.graph.edge_indices import edge_ends
 from tl_edgeprune.objectives import Objective, losses
 from tl_edgeprune.runs import checkpoint as checkpoints
+from tl_edgeprune.runs.checkpoint import Stateful
 from tl_edgeprune.runs.fingerprint import digest
 from tl_edgeprune.runs.targets import Teacher
 from tl_edgeprune.runs.task_checks import any_task_for
 from tl_edgeprune.tasks.stream import AnyTask, sample
 from tl_edgeprune.training.batch_stream import BatchStream
-from tl_edgeprune.training.best_ranking import AverageRanking, BestRanking
-from tl_edgeprune.training.first_gates import FirstGates
+from tl_edgeprune.training.best_ranking import BestRanking, FinalRanking
+from tl_edgeprune.training.first_gates import first_gates
 from tl_edgeprune.training.gate_group import GateGroup
 from tl_edgeprune.training.gates import mixed_seed, open_probability
 from tl_edgeprune.training.learned_constants import LearnedConstants
@@ -90,51 +91,38 @@ class Trainer:
             progress=self.progress,
             visits=pruner.steps * pruner.accumulate * self.ranks.most_rows(pruner.batch_size),
         )
-        self.device = self.teacher.device
-        self.source_of_edge = edge_ends(self.graph, self.device)[0]
+        self.source_of_edge = edge_ends(self.graph, self.teacher.device)[0]
 
-        first = FirstGates(pruner, run, self.teacher, loss_of, self.progress, saved is not None)
-        self.edges, self.sources, self.neurons = first.edges(), first.sources(), first.neurons()
-        self._groups = [g for g in (self.edges, self.sources, self.neurons) if g is not None]
-        self.average = AverageRanking(
-            self.edges.log_alpha.detach(), pruner.steps, pruner.average_share
+        self.edges, self.sources, self.neurons = first_gates(
+            pruner, run, self.teacher, loss_of, progress=self.progress, resumes=saved is not None
         )
-        self.best = self._best_ranking()
+        self._groups = [g for g in (self.edges, self.sources, self.neurons) if g is not None]
+        best, edges_only = None, self.constants is None and self.neurons is None
+        if pruner.n_edges is not None and pruner.candidates and edges_only:
+            best = BestRanking(
+                run, self.teacher, loss_of, pruner.n_edges, pruner.batch_size, self.ranks
+            )
+        self.final_ranking = FinalRanking(self.edges.log_alpha, pruner, best)
         self.optimizers, self._rates = _make_optimizers(pruner, self._groups)
 
         self.stream = BatchStream(
             self.task, pruner.batch_size, lambda epoch: mixed_seed(pruner.seed, EPOCHS + epoch)
         )
-        parts = [self.average, self.best, *self._groups, self.constants]
-        saved_optimizers = dict(self.optimizers)
+        parts: list[Stateful] = [self.final_ranking, *self._groups]
+        optimizers = dict(self.optimizers)
         if self.constants is not None:
-            saved_optimizers["constants"] = self.constants.optimizer
-        self.state = TrainerState(
-            self.identity,
-            [part for part in parts if part is not None],
-            saved_optimizers,
-            self.stream,
-            started,
-        )
+            parts.append(self.constants)
+            optimizers["constants"] = self.constants.optimizer
+        self.state = TrainerState(self.identity, parts, optimizers, self.stream, started)
         self.history = self.state.history
         self.between_steps = True
         if saved is not None:
             self.state.load_state_dict(saved)
 
-    def _best_ranking(self) -> BestRanking | None:
-        """For runs that look for one circuit which its ranking alone determines."""
-        pruner = self.pruner
-        ranking_only = self.constants is None and self.neurons is None
-        if pruner.n_edges is None or not pruner.candidates or not ranking_only:
-            return None
-        return BestRanking(
-            self.run, self.teacher, self.loss_of, pruner.n_edges, pruner.batch_size, self.ranks
-        )
-
     def synchronise(self) -> None:
         """Check that all processes do the same run, and give all the first one's masks."""
         run = digest([self.identity.shared, len(self.history)])
-        self.ranks.check_same(run, self.device)
+        self.ranks.check_same(run, self.teacher.device)
         self.ranks.broadcast(self._learned())
 
     # -------------------------------------------------------------------------------- the loop
@@ -179,7 +167,7 @@ class Trainer:
         if self.constants is not None:
             self.constants.step(rate)
         self.ranks.broadcast(self._learned())
-        self._rank(step)
+        self.final_ranking.add(self._ranking_now(), step)
         self._record(step, loss, targets)
         self.state.finish_step()
         self.between_steps = True
@@ -305,22 +293,9 @@ class Trainer:
         both_open = open_probability(log_alpha.double()) * sources.double()
         return torch.logit(both_open, eps=1e-12).float()
 
-    def _ranking_after(self, n_steps: int) -> Float[Tensor, " edge"]:
-        """The ranking of a run that ends now, after so many steps."""
-        average = self.average.after(n_steps)
-        return self._ranking_now() if average is None else average
-
-    def _rank(self, step: int) -> None:
-        """Average this step's ranking, and evaluate it if it is due."""
-        pruner = self.pruner
-        self.average.add(self._ranking_now(), step)
-        if self.best is not None and self.best.due(step, pruner.steps, pruner.candidates):
-            self.best.consider(self._ranking_after(step + 1))
-
     def ranking(self) -> Float[Tensor, " edge"]:
         """The ranking of edges that the run ends with, on the CPU."""
-        best = None if self.best is None else self.best.best()
-        return (self._ranking_after(len(self.history)) if best is None else best).cpu()
+        return self.final_ranking.after(len(self.history), self._ranking_now()).cpu()
 
     def result(self, finished: bool) -> PruneResult:
         """What the run has found by now."""
