@@ -52,10 +52,12 @@ class Stateful:
 
 def save(path: str | os.PathLike[str], state: SavedState) -> None:
     """Write a run's state."""
-    named = {f"tensor/{name}": tensor for name, tensor in state.tensors.items()}
-    for label, moments in state.optimizers.items():
-        named |= {f"{label}/{key}": tensor for key, tensor in moments.items()}
-    flat = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
+    groups = {"tensor": state.tensors, **state.optimizers}
+    flat = {
+        f"{label}/{name}": tensor.detach().cpu().contiguous()
+        for label, tensors in groups.items()
+        for name, tensor in tensors.items()
+    }
     document = {"format": FORMAT, "versions": versions(), "note": state.note}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, to_bytes(flat, {"tl_edgeprune": json.dumps(document)}))

@@ -46,10 +46,10 @@ class BatchStream:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Move to a saved cursor. Raises KeyError or ValueError if it is not one."""
-        place = of_kind(state["place"], list, "place")
-        epoch, chunk, n_taken = (of_kind(number, int, "place") for number in place)
-        if min(place) < 0 or max(place) > 2**53:
-            raise ValueError(f"place is {place}")
+        cursor = of_kind(state["place"], list, "place")
+        epoch, chunk, n_taken = (of_kind(number, int, "place") for number in cursor)
+        if min(cursor) < 0 or max(cursor) > 2**53:
+            raise ValueError(f"place is {cursor}")
         self._move_to((epoch, chunk, n_taken))
 
     def _move_to(self, cursor: Cursor) -> None:

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -29,31 +30,20 @@ N_PAIRS = 32  # that each ranking is evaluated on
 NOT_EVALUATED = torch.finfo(torch.float32).max
 
 
+@dataclass(eq=False)
 class BestRanking(Stateful):
-    """The ranking whose circuit of `size` edges had the lowest objective so far.
+    """The ranking whose circuit of `size` edges had the lowest objective so far."""
 
-    Args:
-        run: the masked model.
-        teacher: its task is what rankings are evaluated on.
-        loss_of: the objective.
-        size: edges of the circuits.
-        batch_size: pairs per forward pass, over all processes.
-        ranks: the processes, of which the first decides.
-    """
+    run: MaskedModel
+    teacher: Teacher  # its task is what rankings are evaluated on
+    loss_of: Objective
+    size: int
+    batch_size: int  # pairs per forward pass, over all processes
+    ranks: Ranks  # the first of them decides
 
-    def __init__(
-        self,
-        run: MaskedModel,
-        teacher: Teacher,
-        loss_of: Objective,
-        size: int,
-        batch_size: int,
-        ranks: Ranks,
-    ) -> None:
-        self.run, self.teacher, self.loss_of = run, teacher, loss_of
-        self.size, self.batch_size, self.ranks = size, batch_size, ranks
-        self.ranking = torch.zeros(run.graph.n_edges, device=teacher.device)
-        self.loss = torch.tensor(NOT_EVALUATED, device=teacher.device)
+    def __post_init__(self) -> None:
+        self.ranking = torch.zeros(self.run.graph.n_edges, device=self.teacher.device)
+        self.loss = torch.tensor(NOT_EVALUATED, device=self.teacher.device)
         self._batches: list[Batch] = []
 
     @staticmethod

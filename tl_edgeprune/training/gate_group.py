@@ -8,6 +8,7 @@ part of a run with a budget, a draw keeps exactly the top gates, as the final ci
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -31,37 +32,24 @@ class Draw(NamedTuple):
     penalty: Tensor | float
 
 
+@dataclass(eq=False)
 class GateGroup(Stateful):
-    """Gates that are learned together, under one controller.
+    """Gates that are learned together, under one controller, of which the group starts a copy."""
 
-    Args:
-        prefix: of the group's tensors in a checkpoint: "" for edges, "node_", "neuron_".
-        log_alpha: the first log alphas, on the device of the run.
-        controller: makes the gates sparse; None for gates without a price. The group starts a copy.
-        size: gates to keep at the end, or None.
-        sampler: draws gates from log alphas.
-        hard_share: the final fraction of the run that keeps exactly the top gates.
-        shifts: whether the controller also shifts the log alphas before a draw.
-    """
+    prefix: str  # of its tensors in a checkpoint: "" for edges, "node_", "neuron_"
+    log_alpha: Float[Tensor, " gate"]  # on the device of the run
+    controller: Controller | None  # None for gates without a price
+    size: int | None = None  # gates to keep at the end
+    sampler: Sampler = sample_gates
+    hard_share: float = 0.0  # final fraction of the run that keeps exactly the top gates
+    shifts: bool = True  # whether the controller also shifts the log alphas before a draw
 
-    def __init__(
-        self,
-        prefix: str,
-        log_alpha: Float[Tensor, " gate"],
-        controller: Controller | None,
-        size: int | None = None,
-        *,
-        sampler: Sampler = sample_gates,
-        hard_share: float = 0.0,
-        shifts: bool = True,
-    ) -> None:
-        self.prefix, self.size = prefix, size
-        self.log_alpha = log_alpha.requires_grad_()
+    def __post_init__(self) -> None:
+        self.log_alpha.requires_grad_()
         self.last_drawn = self.log_alpha.detach()  # log alphas that the last gates were drawn from
-        self.controller = copy.deepcopy(controller)
+        self.controller = copy.deepcopy(self.controller)
         if self.controller is not None:
-            self.controller.start(log_alpha.numel(), size)
-        self.sampler, self.hard_share, self.shifts = sampler, hard_share, shifts
+            self.controller.start(self.log_alpha.numel(), self.size)
 
     @property
     def has_budget(self) -> bool:

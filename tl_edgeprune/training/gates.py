@@ -95,8 +95,8 @@ def budget_shift(log_alpha: Float[Tensor, " gate"], budget: float) -> Float[Tens
 
 def _budget_shift(log_alpha: Tensor, budget: float) -> float:
     """Newton's steps, or half the bracket where they leave it."""
-    least, most = torch.stack(log_alpha.aminmax()).tolist()
-    low, high = -most - 60.0, -least + 60.0
+    lowest, highest = torch.stack(log_alpha.aminmax()).tolist()
+    low, high = -highest - 60.0, -lowest + 60.0
     tau = (low + high) / 2
     for _ in range(200):
         p = open_probability(log_alpha + tau)

@@ -108,12 +108,12 @@ class Trainer:
         self.stream = BatchStream(
             self.task, pruner.batch_size, lambda epoch: mixed_seed(pruner.seed, EPOCHS + epoch)
         )
-        parts: list[Stateful] = [self.final_ranking, *self._groups]
+        stateful: list[Stateful] = [self.final_ranking, *self._groups]
         optimizers = dict(self.optimizers)
         if self.constants is not None:
-            parts.append(self.constants)
+            stateful.append(self.constants)
             optimizers["constants"] = self.constants.optimizer
-        self.state = TrainerState(self.identity, parts, optimizers, self.stream, started)
+        self.state = TrainerState(self.identity, stateful, optimizers, self.stream, started)
         self.history = self.state.history
         self.between_steps = True
         if saved is not None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.runs import checkpoint as checkpoints
@@ -72,42 +73,32 @@ class RunIdentity:
         expected = self.shared
         if None not in (self.weights, saved.note.get("weights")):
             expected = expected | {"weights": self.weights}
-        different = [
-            f"{name} is {theirs!s:.100}, this run's {ours!s:.100}"
-            for name, (theirs, ours) in differences(saved.note, expected).items()
+        mismatches = [
+            f"{name} is {saved_value!s:.100}, this run's {value!s:.100}"
+            for name, (saved_value, value) in differences(saved.note, expected).items()
         ]
-        if different:
+        if mismatches:
             raise ValueError(
-                f"checkpoint {path} is of another run: its {'; its '.join(different)}. Give "
+                f"checkpoint {path} is of another run: its {'; its '.join(mismatches)}. Give "
                 "another file, or remove this one to start again."
             )
         return saved
 
 
+@dataclass
 class TrainerState:
-    """The state of a run after its last whole step.
+    """The state of a run after its last whole step."""
 
-    Args:
-        identity: of the run.
-        parts: what holds tensors: gates, rankings, constants.
-        optimizers: by their labels in a checkpoint.
-        stream: the batches.
-        started: when this process began the run, by time.monotonic().
-    """
+    identity: RunIdentity
+    parts: Sequence[Stateful]  # what holds tensors: gates, rankings, constants
+    optimizers: dict[str, torch.optim.Optimizer]  # by their labels in a checkpoint
+    stream: BatchStream
+    started: float  # time.monotonic() when this process began the run
+    history: History = field(default_factory=list)
+    earlier_seconds: float = 0.0  # of the processes that this run resumes
 
-    def __init__(
-        self,
-        identity: RunIdentity,
-        parts: Sequence[Stateful],
-        optimizers: dict[str, torch.optim.Optimizer],
-        stream: BatchStream,
-        started: float,
-    ) -> None:
-        self.identity, self.parts, self.optimizers = identity, parts, optimizers
-        self.stream, self.started = stream, started
-        self.history: History = []
-        self.earlier_seconds = 0.0  # of the processes that this run resumes
-        self._next_batch = stream.state_dict()
+    def __post_init__(self) -> None:
+        self._next_batch = self.stream.state_dict()
 
     def seconds(self) -> float:
         """How long the run has taken, with what it resumes."""
@@ -118,7 +109,9 @@ class TrainerState:
         self._next_batch = self.stream.state_dict()
 
     def state_dict(self) -> SavedState:
-        tensors = {name: t for part in self.parts for name, t in part.state_dict().items()}
+        tensors: dict[str, Tensor] = {}
+        for stateful in self.parts:
+            tensors |= stateful.state_dict()
         optimizers = {k: checkpoints.optimizer_state(o) for k, o in self.optimizers.items()}
         note = {"history": self.history, "seconds": self.seconds(), **self._next_batch}
         note |= {"weights": self.identity.weights, **self.identity.shared}
@@ -129,8 +122,8 @@ class TrainerState:
         with damaged(saved.path, "Start the run again."):
             self.history[:] = history_from(saved.note["history"])
             self.earlier_seconds = of_kind(saved.note["seconds"], float, "seconds")
-            for part in self.parts:
-                part.load_state_dict(saved.tensors)
+            for stateful in self.parts:
+                stateful.load_state_dict(saved.tensors)
             for label, optimizer in self.optimizers.items():
                 checkpoints.load_optimizer_state(optimizer, saved.optimizers.get(label, {}))
             self.stream.load_state_dict(saved.note)
