@@ -231,19 +231,19 @@ def readers(training: Trainer, folder_of: Any) -> dict[str, Reader]:
         "acdc": Reader(
             "a.safetensors",
             state(about, {"kept": torch.arange(n_edges) % 3 > 0, "rises": rises}, decided),
-            lambda p: acdc._before(Saved(p, about), GRAPH),
+            lambda p: acdc._saved_search(Saved(p, about), GRAPH),
             harmed_safetensors,
         ),
         "exact": Reader(
             "x.safetensors",
             state(about, {"scores": torch.rand(n_edges).double()}, {"done": 3, "runs": 3}),
-            lambda p: exact._before(Saved(p, about), GRAPH, n_edges),
+            lambda p: exact._saved_scores(Saved(p, about), GRAPH, n_edges),
             harmed_safetensors,
         ),
         "sums": Reader(
             "t.safetensors",
             state(about, {"total": torch.rand(n_edges)}, summed),
-            lambda p: totals._before(Saved(p, about), torch.zeros(n_edges)),
+            lambda p: totals._saved_total(Saved(p, about), torch.zeros(n_edges)),
             harmed_safetensors,
         ),
         "comparison": Reader(

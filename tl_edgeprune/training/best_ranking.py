@@ -74,11 +74,8 @@ class BestRanking(Stateful):
         mask, total, n_pairs = circuit.mask.float().to(self.teacher.device), 0.0, 0
         for batch in self._evaluation_batches():
             lesson = self.teacher.lesson(batch)
-            batch = lesson.batch
-            logits = self.run(
-                batch.clean, mask, lesson.reference, batch.positions, spans=batch.spans
-            )
-            total += float(losses(self.loss_of, logits, lesson.full, batch).sum())
+            logits = self.run.logits(lesson, mask)  # [batch, read, vocab]
+            total += float(losses(self.loss_of, logits, lesson.full, lesson.batch).sum())
             n_pairs += len(batch)
         return total / n_pairs
 

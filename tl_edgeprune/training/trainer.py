@@ -188,12 +188,9 @@ class Trainer:
         rows, share = self.ranks.rows(len(batch))
         lesson = self.teacher.lesson(batch.select(rows))
         mask, neuron_gates, penalty = self._draw(targets, progress, generator)
-        reference = lesson.reference if self.constants is None else self.constants.reference()
-        batch = lesson.batch
-        logits = self.run(
-            batch.clean, mask, reference, batch.positions, spans=batch.spans, neurons=neuron_gates
-        )  # [batch, read, vocab]
-        loss = losses(self.loss_of, logits, lesson.full, batch).mean() * share
+        reference = None if self.constants is None else self.constants.reference()
+        logits = self.run.logits(lesson, mask, reference, neurons=neuron_gates)
+        loss = losses(self.loss_of, logits, lesson.full, lesson.batch).mean() * share
         ((loss + penalty / self.ranks.size) / self.pruner.accumulate).backward()
         return float(loss.detach())
 
