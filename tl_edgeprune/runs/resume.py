@@ -58,7 +58,7 @@ class Saved:
         if about != self._about:
             names = sorted(differences(about, self._about))
             raise ValueError(
-                f"checkpoint {self._path} is of another run ({', '.join(different)} differ): give "
+                f"checkpoint {self._path} is of another run ({', '.join(names)} differ): give "
                 "another path, or remove it to start again."
             )
         return tensors, state
