@@ -456,4 +456,4 @@ def test_hard_neurons_have_their_number_under_a_price_too(monkeypatch):
     model = model_zoo.load("bridge-gpt2")
     settings = {"neurons": "mlp", "n_neurons": 7, "neuron_controller": Penalty(1.0), "steps": 5}
     EdgePruner(20, progress=False, **settings).fit(model, model_zoo.pairs(model, 2))
-    assert sizes == [7, 7]
+    assert sizes == [20, 7, 20, 7]  # edges, neurons
