@@ -235,7 +235,7 @@ def test_a_result_for_every_size():
     result = pruner(None).fit(model, pairs(model))
     assert result.top(3).n_edges == 3 and result.top(30).n_edges == 30
     assert (result.top(3) - result.top(30)).n_edges == 0
-    with pytest.raises(ValueError, match=r"this run was for no one size \(n_edges=None\)"):
+    with pytest.raises(ValueError, match=r"this run had no single size \(n_edges=None\)"):
         _ = result.circuit
     assert torch.equal(result.scores.tensor, result.log_alpha)
 

@@ -1,4 +1,4 @@
-"""What a run gives: the ranking of edges, its circuit and its history."""
+"""The result of a run: the ranking of edges, its circuit and its history."""
 
 from __future__ import annotations
 
@@ -22,11 +22,20 @@ from tl_edgeprune.utils.reading import of_kind
 
 @dataclass(frozen=True, repr=False)
 class PruneResult:
-    """What a run found. `log_alpha` ranks every edge; `circuit` has the size asked for.
+    """The result of a run: a ranking of all edges, and the circuit of its top edges.
 
-    `constants`: what removed edges carried, under ablation="optimal" or Constants: the `ablation`
-    to evaluate the circuit with. `neuron_log_alpha` ranks every neuron of a run with
-    neurons="mlp" or "dimensions"; `neurons` are as many as asked for.
+    Attributes:
+        graph: the graph of the ranking.
+        log_alpha: [edge], the ranking of the edges.
+        history: the figures of each step: its loss, expected edges, target and seconds so far.
+        n_edges: edges of `circuit`; None for a run without a single size.
+        metadata: the origin of the result, with the run's settings.
+        finished: False if Ctrl-C ended the run early.
+        constants: what removed edges carried under ablation="optimal" or Constants: the `ablation`
+            to evaluate the circuit with.
+        neuron_kind: "mlp" or "dimensions" in a run with gates on neurons.
+        neuron_log_alpha: [place, unit], the ranking of the neurons.
+        n_neurons: neurons of `neurons`; None for a run without a single number of them.
     """
 
     graph: EdgeGraph
@@ -42,19 +51,19 @@ class PruneResult:
 
     @property
     def circuit(self) -> Circuit:
-        """The top edges by log alpha, exactly as many as asked for."""
+        """The `n_edges` edges of highest log alpha. Raises ValueError if n_edges is None."""
         if self.n_edges is None:
-            raise ValueError("this run was for no one size (n_edges=None): use result.top(k).")
+            raise ValueError("this run had no single size (n_edges=None): use result.top(k).")
         return self.top(self.n_edges)
 
     @property
     def neurons(self) -> Neurons | None:
-        """The top neurons by log alpha, exactly as many as asked for; None in a run without."""
+        """The `n_neurons` neurons of highest log alpha; None in a run without gates on neurons."""
         if self.neuron_log_alpha is None:
             return None
         if self.n_neurons is None:
             raise ValueError(
-                "this run was for no one number of neurons (n_neurons=None): use "
+                "this run had no single number of neurons (n_neurons=None): use "
                 "result.top_neurons(k)."
             )
         return self.top_neurons(self.n_neurons)
