@@ -205,7 +205,7 @@ def start(job: str, folder: Path, size: int = 2) -> list[int | None]:
     """Run a job in so many processes; their exit codes."""
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # the server's own is bare
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["two_processes"])
+    context.set_forkserver_preload(["support.two_processes"])
     processes = [
         context.Process(target=work, args=(rank, size, job, str(folder))) for rank in range(size)
     ]

@@ -210,14 +210,11 @@ class PrunerSettings:
 
     def settings(self) -> dict[str, Any]:
         """The settings as plain JSON values."""
-        values = {f.name: of_setting(getattr(self, f.name)) for f in self._saved_fields()}
+        saved = [f.name for f in fields(self) if f.metadata["saved"]]
+        values = {name: of_setting(getattr(self, name)) for name in saved}
         values["init_scores"] = _plain_scores(self.init_scores)
         values["objective"], values["sampler"] = _named(self.objective), _named(self.sampler)
         return values
-
-    @classmethod
-    def _saved_fields(cls) -> list[Any]:
-        return [f for f in fields(cls) if f.metadata["saved"]]
 
     # -------------------------------------------------------------------------------------- checks
 
