@@ -10,52 +10,52 @@ from unittest.mock import patch
 from tl_edgeprune.runs.targets import Lesson
 from tl_edgeprune.tasks.batch import Batch
 from tl_edgeprune.training import gates as masks
-from tl_edgeprune.training.trainer import Training
+from tl_edgeprune.training.trainer import Trainer
 
-PlainStep = Callable[[Training, int], None]
-Step = Callable[[PlainStep, Training, int], None]
+PlainStep = Callable[[Trainer, int], None]
+Step = Callable[[PlainStep, Trainer, int], None]
 
 
 @contextmanager
 def stepping(step: Step) -> Iterator[None]:
     """Every run in this block steps so."""
-    plain = Training._step
-    with patch.object(Training, "_step", lambda training, number: step(plain, training, number)):
+    plain = Trainer._step
+    with patch.object(Trainer, "_step", lambda training, number: step(plain, training, number)):
         yield
 
 
-def two_masks(plain: PlainStep, training: Training, number: int) -> None:
+def two_masks(plain: PlainStep, training: Trainer, number: int) -> None:
     """Two masks drawn a step, on the same pairs, targets and reference."""
-    feed = training.feed
-    batch: Batch = next(feed)
+    stream = training.stream
+    batch: Batch = next(stream)
     lesson: Lesson = training.teacher.lesson(batch)
-    training.feed = _Again(batch, feed.place)  # type: ignore[assignment]
+    training.stream = _Again(batch)  # type: ignore[assignment]
     with (
         patch.object(training.pruner, "accumulate", 2),
         patch.object(training.teacher, "lesson", lambda _: lesson),
     ):
         plain(training, number)
-    training.feed = feed
+    training.stream = stream
 
 
 class _Again:
-    """A feed that gives the same batch every time."""
+    """A stream that gives the same batch every time."""
 
-    def __init__(self, batch: Batch, place: object) -> None:
-        self.batch, self.place = batch, place
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
 
     def __next__(self) -> Batch:
         return self.batch
 
 
-def late_16(plain: PlainStep, training: Training, number: int) -> None:
+def late_16(plain: PlainStep, training: Trainer, number: int) -> None:
     """Twice as many pairs a step in the last two fifths."""
     late = number >= 0.6 * training.pruner.steps
     with patch.object(training.pruner, "accumulate", 2 if late else 1):
         plain(training, number)
 
 
-def cooling(plain: PlainStep, training: Training, number: int) -> None:
+def cooling(plain: PlainStep, training: Trainer, number: int) -> None:
     """The gates' temperature falls from 1 to 1/3 (2/3 is what it usually stays at)."""
     beta = 3 ** (-number / training.pruner.steps)
     offset = beta * math.log(-masks.GAMMA / masks.ZETA)

@@ -30,8 +30,8 @@ from tl_edgeprune.evaluation.evaluate import evaluate_all
 from tl_edgeprune.objectives import kl, negative_log_prob
 from tl_edgeprune.tasks.batch import Batch
 from tl_edgeprune.training.controllers import ExactBudget
+from tl_edgeprune.training.first_gates import WARM_PAIRS
 from tl_edgeprune.training.pruner import Optimizer
-from tl_edgeprune.training.trainer import WARM_PAIRS
 
 
 def kl_and_excess(logits: Tensor, full: Tensor, batch: Batch) -> Tensor:

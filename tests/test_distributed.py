@@ -49,7 +49,7 @@ def test_a_lost_process_ends_the_run_with_a_checkpoint_that_resumes(tmp_path, jo
     assert time.monotonic() - begun < most
     message = (tmp_path / "error-0").read_text()
     assert "process 0 of 2: another process has ended or does not answer" in message
-    assert f"The run ends after {DIES_AT} steps; it goes on by fit(…, resume='" in message
+    assert f"The run ends after {DIES_AT} steps; continue it with fit(…, resume='" in message
     model, task = model_and_task()
     settings = {"init_scores": None, "objective": NamedKl()}
     resumed = pruner(**settings).fit(model, task, resume=tmp_path / "state")
@@ -70,7 +70,7 @@ class NamedKl:
 def test_processes_with_different_settings_are_refused(tmp_path):
     assert two_processes.start("unlike", tmp_path) == [0, 0]
     message = (tmp_path / "error-1").read_text()
-    assert "process 1 of 2 has other settings, pairs, graph or steps" in message
+    assert "process 1 of 2 has different settings, pairs, graph or steps" in message
 
 
 @pytest.fixture(scope="module")

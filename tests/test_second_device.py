@@ -48,7 +48,7 @@ from tl_edgeprune.objectives import kl
 from tl_edgeprune.runs.targets import Teacher
 from tl_edgeprune.search.cuts import find_cuts
 from tl_edgeprune.search.partial_cuts import PartCuts
-from tl_edgeprune.training.trainer import Training
+from tl_edgeprune.training.trainer import Trainer
 
 pytestmark = pytest.mark.skipif(
     not second_device.supported(), reason="this torch does not let a device be pretended"
@@ -349,15 +349,15 @@ def test_every_look_at_a_circuit(look: str) -> None:
 
 def test_a_step_waits_for_the_device_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_zoo.build(SMALL)
-    task, steps, own = model_zoo.pairs(model, 4), [], Training._step
+    task, steps, own = model_zoo.pairs(model, 4), [], Trainer._step
     with moved(model) as device:
 
-        def counted(self: Training, step: int) -> None:
+        def counted(self: Trainer, step: int) -> None:
             before = Counter(device.waits)
             own(self, step)
             steps.append(device.waits - before)
 
-        monkeypatch.setattr(Training, "_step", counted)
+        monkeypatch.setattr(Trainer, "_step", counted)
         EdgePruner(20, **RUN, candidates=0).fit(model, task)
     # The shift to the budget asks at each of Newton's steps whether it is there
     # (training/gates.py); beside that the mask and the read positions are checked, and the loss and

@@ -1,12 +1,13 @@
 """Several processes on one run: each takes a share of every batch, and all keep the same masks.
 
 1. Every process holds the model and draws the same gates (from the seed and the step, on the CPU).
-2. A batch's pairs are dealt out. A process weighs its mean loss by its share of the pairs, so the
-   gradients of log alpha add up to that of the whole batch: one sum of n_edges numbers a step.
-3. The first process's log alphas are handed to all after each step, so that rounding on unlike
-   devices cannot part them. It alone writes checkpoints and shows progress.
-4. A process that dies or hangs leaves the others waiting in that sum. They end with LostProcess,
-   and the first, if it lives, writes the state of the last whole step before.
+2. The pairs of a batch are divided among the processes. Each weights its mean loss by its share of
+   the pairs, so the gradients of log alpha sum to that of the whole batch: one all-reduce of
+   n_edges numbers per step.
+3. The first process broadcasts its log alphas after each step, so that rounding on different
+   devices cannot make them diverge. Only this process writes checkpoints and shows progress.
+4. A process that dies or hangs leaves the others waiting in the all-reduce. They end with
+   LostProcess, and the first, if it is alive, first writes the state of the last whole step.
 
 torchrun --nproc-per-node 4 run.py, where run.py does its work inside `with started():`.
 """
@@ -33,14 +34,14 @@ class LostProcess(RuntimeError):
 
 @dataclass(frozen=True)
 class Ranks:
-    """Which of how many processes this is."""
+    """This process's rank among the `size` processes of a run."""
 
     rank: int = 0
     size: int = 1
 
     @staticmethod
     def current() -> Ranks:
-        """Those of the process group, or one process alone where there is none."""
+        """Those of the process group; rank 0 of 1 without one."""
         if not (dist.is_available() and dist.is_initialized()):
             return Ranks()
         return Ranks(dist.get_rank(), dist.get_world_size())
@@ -66,7 +67,7 @@ class Ranks:
         """The rows of each process that receives any."""
         return [Ranks(rank, self.size).rows(n)[0] for rank in range(min(self.size, n))]
 
-    def add_up(self, parameters: Sequence[Tensor], loss: float) -> float:
+    def all_reduce(self, parameters: Sequence[Tensor], loss: float) -> float:
         """Sum the parameters' gradients over all processes, in place; returns the summed loss.
 
         Raises LostProcess.
@@ -78,37 +79,38 @@ class Ranks:
         flat = torch.cat([g.flatten().to(device) for g in gradients])
         flat = torch.cat([flat, flat.new_tensor([loss])])
         self._together(dist.all_reduce, flat)
-        for parameter, part in zip(
-            parameters, flat[:-1].split([g.numel() for g in gradients]), strict=True
-        ):
-            parameter.grad = part.view_as(parameter).to(parameter).clone()
+        sums = flat[:-1].split([g.numel() for g in gradients])
+        for parameter, total in zip(parameters, sums, strict=True):
+            parameter.grad = total.view_as(parameter).to(parameter).clone()
         return float(flat[-1])
 
-    def hand_out(self, tensors: Iterable[Tensor]) -> None:
-        """Overwrite tensors by the first process's, on the first tensor's device: a backend of GPUs
-        takes no others. Raises LostProcess.
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrite tensors with those of the first process. Raises LostProcess.
+
+        They are sent from the first tensor's device, since a GPU backend takes no CPU tensors.
         """
         if self.size == 1:
             return
-        given = [tensor.detach() for tensor in tensors]
-        for tensor in given:
-            there = tensor.to(given[0].device)
-            self._together(dist.broadcast, there, src=0)
-            if there is not tensor:
-                tensor.copy_(there)
+        detached = [tensor.detach() for tensor in tensors]
+        for tensor in detached:
+            sent = tensor.to(detached[0].device)
+            self._together(dist.broadcast, sent, src=0)
+            if sent is not tensor:
+                tensor.copy_(sent)
 
     def check_same(self, digest: str, device: torch.device) -> None:
         """Raise ValueError unless every process gives the same hexadecimal digits."""
         if self.size == 1:
             return
-        mine = torch.tensor([int(digest[:15], 16)], device=device)
-        all_of_them = [torch.empty_like(mine) for _ in range(self.size)]
-        self._together(dist.all_gather, all_of_them, mine)
-        other = [rank for rank, theirs in enumerate(all_of_them) if not theirs.equal(mine)]
-        if other:
+        number = torch.tensor([int(digest[:15], 16)], device=device)
+        numbers = [torch.empty_like(number) for _ in range(self.size)]
+        self._together(dist.all_gather, numbers, number)
+        different = [rank for rank, other in enumerate(numbers) if not other.equal(number)]
+        if different:
             raise ValueError(
-                f"process {self.rank} of {self.size} has other settings, pairs, graph or steps "
-                f"done than process {other[0]}: start all with the same arguments and checkpoint."
+                f"process {self.rank} of {self.size} has different settings, pairs, graph or steps "
+                f"done than process {different[0]}: start all with the same arguments and "
+                "checkpoint."
             )
 
     def _together(self, collective: Any, *arguments: Any, **options: Any) -> None:
@@ -126,15 +128,15 @@ class Ranks:
 
 @contextmanager
 def started(timeout: float = TIMEOUT, backend: str | None = None) -> Iterator[Ranks]:
-    """The process group of torchrun, for as long as the context lasts, and this process's GPU.
+    """Joins the process group of torchrun while the context lasts, and selects this process's GPU.
 
-    Without torchrun it is one process alone.
+    Without torchrun the run has one process.
 
     Args:
         timeout: seconds after which a process that does not answer counts as lost.
-        backend: "nccl" where there are GPUs, else "gloo".
+        backend: by default "nccl" if there are GPUs, else "gloo".
 
-    Raises ValueError where a node has fewer GPUs than processes.
+    Raises ValueError if a node has fewer GPUs than processes.
     """
     if "RANK" not in os.environ or dist.is_initialized():
         yield Ranks.current()
@@ -144,7 +146,7 @@ def started(timeout: float = TIMEOUT, backend: str | None = None) -> Iterator[Ra
         if local >= torch.cuda.device_count():
             raise ValueError(
                 f"process {local} of this node, but it has {torch.cuda.device_count()} GPUs: start "
-                "at most one process a GPU (--nproc-per-node)."
+                "at most one process per GPU (--nproc-per-node)."
             )
         torch.cuda.set_device(local)
     backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")

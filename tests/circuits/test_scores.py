@@ -17,6 +17,7 @@ from test_circuit import GRAPHS, graphs, heads_behind, seeds
 
 from tl_edgeprune import Circuit, EdgeScores, discover
 from tl_edgeprune.graph.edge_graph import EdgeGraph
+from tl_edgeprune.runs.checkpoint import SavedState
 from tl_edgeprune.runs.checkpoint import save as save_checkpoint
 
 GRAPH = GRAPHS["grouped"]
@@ -210,7 +211,7 @@ def test_files_of_other_kinds_are_refused_and_a_missing_one_is_missing(saved):
     save_file({"scores": torch.zeros(3)}, saved)
     with pytest.raises(ValueError, match="is no file of scores"):
         EdgeScores.load(saved)
-    save_checkpoint(saved, {"log_alpha": torch.zeros(3)}, {}, {})
+    save_checkpoint(saved, SavedState({"log_alpha": torch.zeros(3)}, {}, {}))
     with pytest.raises(ValueError, match="is no file of scores"):
         EdgeScores.load(saved)
     Circuit.from_edges(GRAPH, ["input->logits"]).save(saved)

@@ -47,7 +47,7 @@ def test_prune_writes_what_it_says(run: Path, llama: str, gifts: str) -> None:
         EdgeScores.load(run / "scores.safetensors"),
     )
     assert circuit.n_edges == 20 and scores.top(20) == circuit
-    _, _, note = load_checkpoint(run / "checkpoint.safetensors")
+    note = load_checkpoint(run / "checkpoint.safetensors").note
     assert len(note["history"]) == 30
     assert (run / "history.png").read_bytes()[:4] == b"\x89PNG"
     assert "KL to the full model" in (run / "circuit.html").read_text(encoding="utf-8")

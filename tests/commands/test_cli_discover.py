@@ -16,7 +16,7 @@ from tl_edgeprune.methods.registry import GIVE_CIRCUITS, METHODS
 from tl_edgeprune.runs import resume as saved
 from tl_edgeprune.runs.targets import Teacher
 from tl_edgeprune.search.partial_cuts import PartCuts
-from tl_edgeprune.training.trainer import Training
+from tl_edgeprune.training.trainer import Trainer
 
 
 def test_discover_saves_scores_and_a_circuit(llama: str, gifts: str, tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_a_search_that_was_stopped_goes_on(
         return look
 
     with monkeypatch.context() as patch:
-        for part, name in ((Training, "_step"), (PartCuts, "losses"), (Teacher, "lesson")):
+        for part, name in ((Trainer, "_step"), (PartCuts, "losses"), (Teacher, "lesson")):
             patch.setattr(part, name, stopping(getattr(part, name)))
         result = told(*asked, "--out", out)
     assert (result.exit_code, result.stdout) == (130, "")

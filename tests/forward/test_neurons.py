@@ -34,8 +34,8 @@ from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.forward.recompute import RecomputedModel
 from tl_edgeprune.objectives import kl
 from tl_edgeprune.runs.targets import Teacher
-from tl_edgeprune.training import gate_group as learned_neurons
-from tl_edgeprune.training.trainer import Training
+from tl_edgeprune.training import gate_group
+from tl_edgeprune.training.trainer import Trainer
 
 KINDS = ("mlp", "dimensions")
 HOOKED = {"hooked-llama-gqa", "hooked-pythia"} & {*model_zoo.ARCHITECTURES}
@@ -277,15 +277,15 @@ def test_resuming_gives_the_bits_of_a_run_never_stopped(
     whole = pruner(**settings).fit(model, task)
     assert whole.neurons.n_neurons == 20 and whole.circuit.n_edges == 30
     assert {"neurons", "neuron_target"} <= {*whole.history[-1]}
-    note = Training._note
+    note = Trainer._record
 
-    def stop(self: Training, step: int, *figures: Any) -> None:
+    def stop(self: Trainer, step: int, *figures: Any) -> None:
         if step == 2:
             raise KeyboardInterrupt
         note(self, step, *figures)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Training, "_note", stop)
+        patch.setattr(Trainer, "_record", stop)
         pruner(**settings, checkpoint=path, checkpoint_every=1).fit(model, task)
     rest = pruner(**settings).fit(model, task, resume=path)
     assert rest.log_alpha.equal(whole.log_alpha)
@@ -446,14 +446,14 @@ def test_files_of_eap_ig_with_neurons_say_why_they_are_not_read(tmp_path: Path) 
 
 
 def test_hard_neurons_have_their_number_under_a_price_too(monkeypatch):
-    sizes, hard = [], learned_neurons.top_gates
+    sizes, hard = [], gate_group.top_gates
 
     def watched(shifted, ranking, count):
         sizes.append(count)
         return hard(shifted, ranking, count)
 
-    monkeypatch.setattr(learned_neurons, "top_gates", watched)
+    monkeypatch.setattr(gate_group, "top_gates", watched)
     model = model_zoo.load("bridge-gpt2")
     settings = {"neurons": "mlp", "n_neurons": 7, "neuron_controller": Penalty(1.0), "steps": 5}
     EdgePruner(20, progress=False, **settings).fit(model, model_zoo.pairs(model, 2))
-    assert sizes == [7, 7]
+    assert sizes == [20, 7, 20, 7]  # edges, neurons

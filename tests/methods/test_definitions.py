@@ -21,7 +21,7 @@ from torch import Tensor
 from tl_edgeprune import EdgeScores, Task, discover
 from tl_edgeprune.methods.greedy_output import greedy_gains
 from tl_edgeprune.methods.subspace_nodes import variance_left
-from tl_edgeprune.training.trainer import Training
+from tl_edgeprune.training.trainer import Trainer
 
 KINDS = ("bridge-gpt2", "bridge-gemma2")  # the second with shared keys, and norms after heads
 
@@ -179,7 +179,9 @@ def test_a_trained_method_pays_for_the_expected_share_of_edges(
     """Where the objective is nothing, a step's gradient is the price's alone."""
     model, seen = model_zoo.load(KINDS[0]), []
     monkeypatch.setattr(
-        Training, "_update", lambda run: seen.append((run.log_alpha.detach(), run.log_alpha.grad))
+        Trainer,
+        "_update",
+        lambda run: seen.append((run.edges.log_alpha.detach(), run.edges.log_alpha.grad)),
     )
     settings = {"objective": nothing, "steps": 1, "progress": False}
     discover(model, model_zoo.pairs(model, 2), method, weight=7.0, **settings)

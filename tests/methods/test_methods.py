@@ -20,7 +20,7 @@ from tl_edgeprune.methods.ugs import sample_window
 from tl_edgeprune.objectives import find_objective
 from tl_edgeprune.runs.targets import Teacher
 from tl_edgeprune.training.regularisers import Attachment
-from tl_edgeprune.training.trainer import Training
+from tl_edgeprune.training.trainer import Trainer
 
 MODEL = "bridge-gpt2"
 TRAINED = ("edge-pruning", "ugs", "subnetwork-probing")
@@ -310,12 +310,14 @@ def test_settings_that_make_a_method_what_it_is_are_none_of_its_own() -> None:
 
 def test_ugs_history_counts_edges_by_its_own_probability(monkeypatch: pytest.MonkeyPatch) -> None:
     model, noted = model_zoo.load("bridge-gpt2"), []
-    note = Training._note
+    note = Trainer._record
 
-    def watched(self: Training, *arguments: Any) -> None:
+    def watched(self: Trainer, *arguments: Any) -> None:
         note(self, *arguments)
-        noted.append((self.history[-1]["edges"], float(self.log_alpha.detach().sigmoid().sum())))
+        noted.append(
+            (self.history[-1]["edges"], float(self.edges.log_alpha.detach().sigmoid().sum()))
+        )
 
-    monkeypatch.setattr(Training, "_note", watched)
+    monkeypatch.setattr(Trainer, "_record", watched)
     discover(model, model_zoo.pairs(model, 2), "ugs", steps=3, progress=False)
     assert len(noted) == 3 and all(edges == pytest.approx(sum_) for edges, sum_ in noted)

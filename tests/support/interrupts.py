@@ -10,19 +10,19 @@ import torch
 from torch import Tensor
 
 from tl_edgeprune.objectives import kl
-from tl_edgeprune.training.trainer import Training
+from tl_edgeprune.training.trainer import Trainer
 
 
 def stop_at_step(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
     """Every training run is interrupted before this step."""
-    step = Training._step
+    step = Trainer._step
 
     def stopping(self: Any, number: int) -> None:
         if number == at:
             raise KeyboardInterrupt
         step(self, number)
 
-    monkeypatch.setattr(Training, "_step", stopping)
+    monkeypatch.setattr(Trainer, "_step", stopping)
 
 
 class StopAfter:

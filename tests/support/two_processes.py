@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 
 from support import model_zoo
-from tl_edgeprune import EdgePruner, ExactBudget, Lagrangian, discover, evaluate, sharding
+from tl_edgeprune import EdgePruner, ExactBudget, Lagrangian, discover, evaluate
 from tl_edgeprune.distributed import LostProcess, Ranks
-from tl_edgeprune.hooks.shards import is_sharded
+from tl_edgeprune.hooks.shards import SHARDED_MODELS, is_sharded
 from tl_edgeprune.objectives import kl
 from tl_edgeprune.runs import resume as saved_state
 from tl_edgeprune.sharding import sharded
@@ -91,7 +91,7 @@ def shards(rank: int, folder: Path) -> None:
         task = model_zoo.pairs(model)
         whole = [p.clone() for p in model.parameters()]
         with sharded(model):
-            parts = sharding._sharded[model]
+            parts = SHARDED_MODELS[model]
             result = pruner(checkpoint=folder / f"state-{name}").fit(model, task)
             last = len(model.blocks) - 1
             left = sum(
@@ -148,7 +148,7 @@ def after_an_exception(model: Any, whole: list[torch.Tensor]) -> bool:
     """Whether an exception, with one block put together, leaves the weights as they were."""
     try:
         with sharded(model):
-            sharding._sharded[model].fetch(0)
+            SHARDED_MODELS[model].gather(0)
             raise InterruptedError
     except InterruptedError:
         return same_bits(model, whole) and not is_sharded(model)
@@ -205,7 +205,7 @@ def start(job: str, folder: Path, size: int = 2) -> list[int | None]:
     """Run a job in so many processes; their exit codes."""
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # the server's own is bare
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["two_processes"])
+    context.set_forkserver_preload(["support.two_processes"])
     processes = [
         context.Process(target=work, args=(rank, size, job, str(folder))) for rank in range(size)
     ]

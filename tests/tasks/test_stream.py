@@ -24,7 +24,7 @@ from tl_edgeprune.objectives import kl
 from tl_edgeprune.runs.targets import Teacher, sizes
 from tl_edgeprune.tasks import Task, TaskStream
 from tl_edgeprune.tasks.permutation import Order
-from tl_edgeprune.training.batch_stream import Feed
+from tl_edgeprune.training.batch_stream import BatchStream
 
 MODEL = "bridge-gpt2"
 
@@ -101,10 +101,10 @@ def test_a_feed_goes_on_from_any_place_and_makes_no_other_chunk(n, steps, whole)
     made: list[range] = []
     task = numbers(n, 8, made)
     task = task.read(range(n)) if whole else task
-    through = Feed(task, 3, lambda epoch: 100 + epoch)
+    through = BatchStream(task, 3, lambda epoch: 100 + epoch)
     list(islice(through, steps))
     made.clear()
-    there = Feed(task, 3, lambda epoch: 100 + epoch, through.place)
+    there = BatchStream(task, 3, lambda epoch: 100 + epoch, through.cursor)
     expected = [batch.clean for batch in islice(through, 2)]
     made.clear()
     for batch, clean in zip(islice(there, 2), expected, strict=True):

@@ -16,8 +16,8 @@ from tl_edgeprune.distributed import Ranks
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.objectives import kl
 from tl_edgeprune.runs.targets import Teacher
-from tl_edgeprune.training.best_ranking import JUDGES, LATE, Candidates
-from tl_edgeprune.training.trainer import Training
+from tl_edgeprune.training.best_ranking import LATE, N_PAIRS, BestRanking
+from tl_edgeprune.training.trainer import Trainer
 
 MODEL = "bridge-gpt2"
 
@@ -29,7 +29,7 @@ def pruner(**changes: Any) -> EdgePruner:
 
 @given(st.integers(1, 3000), st.integers(1, 50))
 def test_the_last_step_is_judged_and_no_more_than_asked_for_in_the_last_fifth(steps, count):
-    due = [step for step in range(steps) if Candidates.due(step, steps, count)]
+    due = [step for step in range(steps) if BestRanking.due(step, steps, count)]
     assert due[-1] == steps - 1
     assert len(due) <= count
     assert steps - due[0] <= max(1, round(LATE * steps))
@@ -40,13 +40,13 @@ def test_the_last_step_is_judged_and_no_more_than_asked_for_in_the_last_fifth(st
 def test_the_best_of_the_judged_rankings_is_the_result(monkeypatch, average_share):
     model, task = model_zoo.load(MODEL), model_zoo.pairs(model_zoo.load(MODEL), 12)
     judged: list[Tensor] = []
-    take_in = Candidates.take_in
+    consider = BestRanking.consider
 
-    def watched(self: Candidates, ranking: Tensor) -> None:
+    def watched(self: BestRanking, ranking: Tensor) -> None:
         judged.append(ranking.clone())
-        take_in(self, ranking)
+        consider(self, ranking)
 
-    monkeypatch.setattr(Candidates, "take_in", watched)
+    monkeypatch.setattr(BestRanking, "consider", watched)
     result = pruner(candidates=4, average_share=average_share).fit(model, task)
     circuits = [Circuit.top(result.graph, ranking, 20) for ranking in judged]
     kls = [evaluate(model, circuit, task).kl for circuit in circuits]
@@ -63,10 +63,10 @@ def test_as_many_pairs_judge_however_they_are_batched_and_shared_out(n, batch_si
     with MaskedModel.attach(model) as run:
         teacher = Teacher(run, task, visits=0)
         for ranks in (Ranks(), Ranks(0, 2), Ranks(1, 2), Ranks(4, 5)):
-            judges = Candidates(run, teacher, kl, 20, batch_size, ranks)._pairs()
+            judges = BestRanking(run, teacher, kl, 20, batch_size, ranks)._evaluation_batches()
             assert max(map(len, judges)) <= ranks.most_rows(batch_size)
             found.append(sorted(place for batch in judges for place in batch.indices.tolist()))
-    assert len(set(found[0])) == len(found[0]) == min(JUDGES, n)
+    assert len(set(found[0])) == len(found[0]) == min(N_PAIRS, n)
     assert all(places == found[0] for places in found)
 
 
@@ -86,17 +86,17 @@ def test_a_resumed_run_remembers_the_best(tmp_path, monkeypatch):
         tmp_path / "state",
     )
     found: list[float] = []
-    take_in = Candidates.take_in
+    consider = BestRanking.consider
 
-    def better_before(self: Candidates, ranking: Tensor) -> None:
+    def better_before(self: BestRanking, ranking: Tensor) -> None:
         """The first is the best, whatever it is worth."""
-        take_in(self, ranking)
-        self.lowest.copy_(-torch.ones(()))
-        found.append(float(self.best.sum()))
+        consider(self, ranking)
+        self.loss.copy_(-torch.ones(()))
+        found.append(float(self.ranking.sum()))
 
     with monkeypatch.context() as patch:
-        patch.setattr(Candidates, "take_in", better_before)
-        patch.setattr(Training, "_note", stopping_at(18))
+        patch.setattr(BestRanking, "consider", better_before)
+        patch.setattr(Trainer, "_record", stopping_at(18))
         cut = pruner(checkpoint=path, checkpoint_every=1).fit(model, task)
     assert not cut.finished and len(cut.history) == 18 and len(found) == 3  # the last is not saved
     resumed = pruner().fit(model, task, resume=path)
@@ -104,10 +104,10 @@ def test_a_resumed_run_remembers_the_best(tmp_path, monkeypatch):
 
 
 def stopping_at(last: int) -> Any:
-    """`Training._note`, interrupted at this step."""
-    note = Training._note
+    """`Trainer._record`, interrupted at this step."""
+    note = Trainer._record
 
-    def stop(self: Training, step: int, *figures: float) -> None:
+    def stop(self: Trainer, step: int, *figures: float) -> None:
         if step == last:
             raise KeyboardInterrupt
         note(self, step, *figures)

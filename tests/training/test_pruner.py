@@ -25,10 +25,10 @@ from tl_edgeprune import (
 from tl_edgeprune.circuits.scores import EdgeScores
 from tl_edgeprune.hooks.placement import placed
 from tl_edgeprune.objectives import kl
-from tl_edgeprune.training import trainer as training
+from tl_edgeprune.training import gate_group
 from tl_edgeprune.training.gates import rank_quantiles
 from tl_edgeprune.training.pruner import Optimizer
-from tl_edgeprune.training.trainer import Training
+from tl_edgeprune.training.trainer import Trainer
 
 MODEL = "bridge-gpt2"
 LENGTHS = (5, 6, 8)
@@ -88,13 +88,13 @@ def test_every_pair_is_seen_once_before_any_is_seen_again():
 def test_accumulated_gradients_are_the_mean_of_their_batches(monkeypatch):
     """Two batches of one pair give the optimiser what one batch of both pairs gives it."""
     model, seen = model_zoo.load(MODEL), []
-    update = Training._update
+    update = Trainer._update
 
     def watched(training):
-        seen.append(training.log_alpha.grad.clone())
+        seen.append(training.edges.log_alpha.grad.clone())
         update(training)
 
-    monkeypatch.setattr(Training, "_update", watched)
+    monkeypatch.setattr(Trainer, "_update", watched)
     task = pairs(model, 4).subset([0, 3])  # two pairs of one length
     common = {"init_scores": None, "controller": ExactBudget("fixed"), "hard_share": 1.0}
     whole = pruner(**common, batch_size=2, accumulate=1, steps=1).fit(model, task)
@@ -235,7 +235,7 @@ def test_a_result_for_every_size():
     result = pruner(None).fit(model, pairs(model))
     assert result.top(3).n_edges == 3 and result.top(30).n_edges == 30
     assert (result.top(3) - result.top(30)).n_edges == 0
-    with pytest.raises(ValueError, match=r"this run was for no one size \(n_edges=None\)"):
+    with pytest.raises(ValueError, match=r"this run had no single size \(n_edges=None\)"):
         _ = result.circuit
     assert torch.equal(result.scores.tensor, result.log_alpha)
 
@@ -362,7 +362,7 @@ def test_the_logit_difference_is_refused_for_answers_of_several_tokens():
     [
         (torch.zeros(7), r"init_scores has shape \(7,\), expected"),
         (torch.full((10_000,), float("nan")), "init_scores holds NaN or infinite values"),
-        ("other graph", "init_scores are of another graph"),
+        ("other graph", "init_scores are for another graph"),
     ],
     ids=["shape", "nan", "graph"],
 )
@@ -401,13 +401,13 @@ def test_every_embedding_source_needs_two_embeddings():
 @pytest.mark.parametrize("controller", [Penalty(1.0), Lagrangian(target_sparsity=1.02)])
 def test_hard_masks_have_the_circuits_size_without_a_budget_too(controller, monkeypatch):
     sizes = []
-    hard = training.top_gates
+    hard = gate_group.top_gates
 
     def watched(shifted, ranking, count):
         sizes.append(count)
         return hard(shifted, ranking, count)
 
-    monkeypatch.setattr(training, "top_gates", watched)
+    monkeypatch.setattr(gate_group, "top_gates", watched)
     model = model_zoo.load(MODEL)
     result = pruner(controller=controller, init_scores=None, steps=10).fit(model, pairs(model))
     assert sizes == [20] * 4 and result.circuit.n_edges == 20
@@ -415,13 +415,13 @@ def test_hard_masks_have_the_circuits_size_without_a_budget_too(controller, monk
 
 def test_nodes_rest_while_masks_are_hard(monkeypatch):
     model, nodes = model_zoo.load(MODEL), []
-    note = training.Training._note
+    note = Trainer._record
 
     def watched(self, *arguments):
-        nodes.append(self.node_log_alpha.detach().clone())
+        nodes.append(self.sources.log_alpha.detach().clone())
         note(self, *arguments)
 
-    monkeypatch.setattr(training.Training, "_note", watched)
+    monkeypatch.setattr(Trainer, "_record", watched)
     settings = {"node_masks": True, "node_controller": Penalty(1.0), "steps": 10}
     pruner(**settings).fit(model, pairs(model))
     assert not torch.equal(nodes[0], nodes[5])

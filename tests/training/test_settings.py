@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tl_edgeprune import EdgePruner, Lagrangian
-from tl_edgeprune.training.settings import check_kinds
+from tl_edgeprune.training.settings import check_values
 
 WRONG: list[tuple[str, Any, str]] = [
     ("steps", 2.5, "steps=2.5: expected a whole number."),
@@ -28,9 +28,9 @@ WRONG: list[tuple[str, Any, str]] = [
 @pytest.mark.parametrize(("name", "value", "message"), WRONG)
 def test_a_setting_of_another_kind_is_told(name: str, value: Any, message: str) -> None:
     settings = vars(EdgePruner(10))
-    check_kinds(settings)
+    check_values(settings)
     with pytest.raises(TypeError) as error:
-        check_kinds(settings | {name: value})
+        check_values(settings | {name: value})
     assert message in str(error.value)
 
 

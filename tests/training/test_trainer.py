@@ -24,8 +24,8 @@ from tl_edgeprune import (
 )
 from tl_edgeprune.evaluation.evaluate import evaluate_all
 from tl_edgeprune.forward.masked_model import MaskedModel
-from tl_edgeprune.training import trainer as training
-from tl_edgeprune.training.trainer import Training
+from tl_edgeprune.training import first_gates, trainer
+from tl_edgeprune.training.trainer import Trainer
 
 MODEL = "bridge-gpt2"
 
@@ -94,13 +94,13 @@ def test_resuming_gives_the_bits_of_a_run_never_stopped(name: str, tmp_path: Pat
 def test_the_ranking_is_the_mean_over_the_last_part(
     n_edges: int | None, averaged: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trail, update = [], Training._update
+    trail, update = [], Trainer._update
 
-    def noting(self: Training) -> None:
+    def noting(self: Trainer) -> None:
         update(self)
-        trail.append(self.log_alpha.detach().clone())
+        trail.append(self.edges.log_alpha.detach().clone())
 
-    monkeypatch.setattr(Training, "_update", noting)
+    monkeypatch.setattr(Trainer, "_update", noting)
     model = model_zoo.load(MODEL)
     result = pruner(n_edges).fit(model, model_zoo.pairs(model))
     expected = torch.stack(trail[-averaged:]).mean(0)
@@ -123,15 +123,15 @@ def test_ctrl_c_inside_an_update_saves_no_half_of_it(
     model, path = model_zoo.load(MODEL), tmp_path / "run.safetensors"
     task = model_zoo.pairs(model)
     whole = pruner().fit(model, task)
-    note = Training._note
+    note = Trainer._record
 
-    def stop(self: Training, step: int, *figures: float) -> None:
+    def stop(self: Trainer, step: int, *figures: float) -> None:
         if step == 2:  # the optimiser has made its step
             raise KeyboardInterrupt
         note(self, step, *figures)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Training, "_note", stop)
+        patch.setattr(Trainer, "_record", stop)
         cut = pruner(checkpoint=path, checkpoint_every=1).fit(model, task)
     assert not cut.finished and len(cut.history) == 2
     rest = pruner().fit(model, task, resume=path)
@@ -149,9 +149,9 @@ def test_a_checkpoint_is_looked_at_before_any_run_and_spares_the_warm_start(
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a run of the model")
 
-    monkeypatch.setattr(training, "path_scores", refuse)
+    monkeypatch.setattr(first_gates, "path_scores", refuse)
     assert pruner(**warm).scores(model, task, "edge-pruning").tensor.equal(first.tensor)
-    monkeypatch.setattr(training, "Teacher", refuse)
+    monkeypatch.setattr(trainer, "Teacher", refuse)
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
         pruner().fit(model, task, resume=tmp_path / "none")
     with pytest.raises(ValueError, match="its settings"):
@@ -189,8 +189,8 @@ def test_a_run_goes_on_by_itself_and_writes_over_no_other(
     with pytest.raises(ValueError, match="another run: its settings.n_edges is 20"):  # of the two
         pruner(21, checkpoint=path).fit(model, task, resume=other)
     assert path.read_bytes() == before
-    stop.left, made, step = 10**9, [], Training._step
-    monkeypatch.setattr(Training, "_step", lambda self, n: (made.append(n), step(self, n)))
+    stop.left, made, step = 10**9, [], Trainer._step
+    monkeypatch.setattr(Trainer, "_step", lambda self, n: (made.append(n), step(self, n)))
     for _ in range(2):  # the second time nothing is left to do
         rest = pruner(checkpoint=path, objective=stop).fit(model, task)
         assert rest.finished and rest.log_alpha.equal(whole.log_alpha)
@@ -205,7 +205,7 @@ def test_of_a_checkpoint_of_other_settings_what_differs_is_told(tmp_path: Path) 
         pruner(checkpoint=path, steps=2).fit(model, task)
     assert str(told.value) == (
         f"checkpoint {path} is of another run: its settings.steps is 1, this run's 2. Give another "
-        "file, or remove this one to start anew."
+        "file, or remove this one to start again."
     )
 
 

@@ -157,7 +157,9 @@ def test_scores_of_another_graph(no_work: None) -> None:
         EdgeScores(GRAPH, torch.rand(n))
     with refused(f"scores of shape ({n},) for {GRAPH.n_edges} edges: expected ({GRAPH.n_edges},)"):
         Circuit.top(GRAPH, torch.rand(n), 5)
-    with refused("init_scores are of another graph: EdgeGraph(n_layers=2…this run's is EdgeGraph"):
+    with refused(
+        "init_scores are for another graph: EdgeGraph(n_layers=2…the graph of this run is EdgeGraph"
+    ):
         EdgePruner(5, init_scores=scores, progress=False).fit(model, task)
     with refused("the circuit is for another model: its graph is EdgeGraph(n_layers=2"):
         evaluate(model, scores.top(5), task)

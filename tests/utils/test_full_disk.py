@@ -73,7 +73,7 @@ WRITERS: dict[str, Callable[[Path, int], None]] = {
     "explanation.json": lambda path, seed: explanation(seed).save(path),
     "explanation.csv": lambda path, seed: explanation(seed).save(path),
     "checkpoint.safetensors": lambda path, seed: checkpoints.save(
-        path, {"log_alpha": scores(seed).tensor}, {}, {"history": []}
+        path, checkpoints.SavedState({"log_alpha": scores(seed).tensor}, {}, {"history": []})
     ),
     "evaluation.json": lambda path, seed: write_json(path, {"kl": [seed] * 50}),
     "circuit.html": lambda path, seed: circuit(seed).report(path),
@@ -143,7 +143,7 @@ def test_a_run_whose_disk_fills_goes_on_from_its_last_checkpoint(
         patch.setattr(checkpoints, "save", second_fails)
         with pytest.raises(OSError, match=r"could not be written.*run\.safetensors"):
             pruner().fit(model, task)
-    assert len(checkpoints.load(path)[2]["history"]) == 2
+    assert len(checkpoints.load(path).note["history"]) == 2
     rest = pruner().fit(model, task, resume=path)
     assert rest.log_alpha.equal(whole.log_alpha)
 

@@ -50,7 +50,7 @@ from tl_edgeprune.methods import acdc, exact
 from tl_edgeprune.objectives import find_objective
 from tl_edgeprune.runs import totals
 from tl_edgeprune.runs.resume import Saved
-from tl_edgeprune.training.trainer import Training
+from tl_edgeprune.training.trainer import Trainer
 from tl_edgeprune.utils.profiling import Cost
 from tl_edgeprune.utils.reading import MOST_BYTES, parse_json
 
@@ -143,12 +143,12 @@ def lines(path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def training() -> Iterator[Training]:
+def training() -> Iterator[Trainer]:
     """A run that has begun, to go on from checkpoints."""
     model = model_zoo.load("bridge-gpt2")
     task, pruner = model_zoo.pairs(model, 4), trained(None)
     with MaskedModel.attach(model, EdgeGraph.from_model(model)) as run:
-        yield Training(pruner, run, task, find_objective(None, task))
+        yield Trainer(pruner, run, task, find_objective(None, task))
 
 
 def trained(checkpoint: Path | None) -> EdgePruner:
@@ -182,7 +182,7 @@ TOML = b"model = 'gpt2'\npairs = 256\n[prune]\nn-edges = 1000\nlr = 0.1"
 
 
 @pytest.fixture(scope="module")
-def readers(training: Training, folder_of: Any) -> dict[str, Reader]:
+def readers(training: Trainer, folder_of: Any) -> dict[str, Reader]:
     """Every reader of files, by what it reads."""
     about = {"method": "acdc", "threshold": 0.1}
     singles = {"reads_left": 2, "removed": 1, "narrow": True}
@@ -196,7 +196,7 @@ def readers(training: Training, folder_of: Any) -> dict[str, Reader]:
         trained(path).fit(model_zoo.build("bridge-gpt2"), training.task)  # the other is in its run
 
     def resumed(path: Path) -> None:
-        training.go_on(training.left_by(path))
+        training.state.load_state_dict(training.identity.read(path))
 
     def compared(path: Path) -> None:
         folder_of(path.parent).write(RUN, scores(GRAPH), Cost(1.0, 2.0), [FIGURES])
@@ -231,19 +231,19 @@ def readers(training: Training, folder_of: Any) -> dict[str, Reader]:
         "acdc": Reader(
             "a.safetensors",
             state(about, {"kept": torch.arange(n_edges) % 3 > 0, "rises": rises}, decided),
-            lambda p: acdc._before(Saved(p, about), GRAPH),
+            lambda p: acdc._saved_search(Saved(p, about), GRAPH),
             harmed_safetensors,
         ),
         "exact": Reader(
             "x.safetensors",
             state(about, {"scores": torch.rand(n_edges).double()}, {"done": 3, "runs": 3}),
-            lambda p: exact._before(Saved(p, about), GRAPH, n_edges),
+            lambda p: exact._saved_scores(Saved(p, about), GRAPH, n_edges),
             harmed_safetensors,
         ),
         "sums": Reader(
             "t.safetensors",
             state(about, {"total": torch.rand(n_edges)}, summed),
-            lambda p: totals._before(Saved(p, about), torch.zeros(n_edges)),
+            lambda p: totals._saved_total(Saved(p, about), torch.zeros(n_edges)),
             harmed_safetensors,
         ),
         "comparison": Reader(

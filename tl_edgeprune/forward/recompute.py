@@ -53,7 +53,7 @@ from tl_edgeprune.forward.self_check import (
     tolerance,
 )
 from tl_edgeprune.graph.edge_graph import EdgeGraph
-from tl_edgeprune.hooks.shards import in_turns
+from tl_edgeprune.hooks.shards import one_block_at_a_time
 from tl_edgeprune.hooks.sites import Sites
 
 
@@ -187,7 +187,7 @@ class _Job:
         for source, value in enumerate(self.inputs - reference.inputs):
             torch.mul(value.flatten(0, 1), self._share(source), out=self.differences[source])
         reads = _Reads(self, mask, reference)
-        with in_turns(self.run.model) as turn_to:
+        with one_block_at_a_time(self.run.model) as turn_to:
             for group in reads.groups:
                 reads.mix_ahead(group)
                 for index in group:
@@ -213,7 +213,7 @@ class _Job:
         reference = self._reference_of(tensors)
         back = _Gradients(self, mask, reference, needs_grad)
         back.add_logits(grad.flatten(0, 1))
-        with in_turns(self.run.model) as turn_to:
+        with one_block_at_a_time(self.run.model) as turn_to:
             for group in reversed(back.groups):
                 back.mix_ahead(group)
                 for index in reversed(group):

@@ -40,7 +40,9 @@ def find_sites(model: Any) -> Sites:
     if with_mlp and len(with_mlp) != len(blocks):
         raise NotImplementedError("some blocks have an MLP and some have none: not supported.")
     layers = range(len(blocks))
-    attention = tuple(shards.found(model, layer, find_attention) for layer in layers)
+    attention = tuple(
+        shards.sites_of_sharded_layer(model, layer, find_attention) for layer in layers
+    )
     names = tuple(f"blocks.{layer}" for layer in layers)
     sites = Sites(
         blocks=names,

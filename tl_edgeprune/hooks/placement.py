@@ -1,4 +1,4 @@
-"""A model's weights in another dtype or on another device for a time, and as they were after it.
+"""A model's weights temporarily in another dtype or on another device.
 
 The model itself is converted and put back, not a copy of it: modules that have run may keep
 closures over themselves, and a deep copy would then run half in the copy and half in the original.
@@ -17,7 +17,7 @@ from tl_edgeprune.hooks.modules import all_modules, all_parameters
 from tl_edgeprune.hooks.shards import is_sharded
 
 # Rotary frequencies: transformers keeps them in float32 whatever the weights' dtype.
-KEPT_BUFFERS = ("inv_freq", "original_inv_freq")
+FLOAT32_BUFFERS = ("inv_freq", "original_inv_freq")
 
 
 @contextmanager
@@ -30,9 +30,13 @@ def placed(
 ) -> Iterator[Any]:
     """The model with weights of this dtype on this device; None leaves either as it is.
 
-    On leaving, also by an exception, parameters, buffers and configuration are the former ones,
-    the same tensors and not conversions back. `leave`: ids of parameters to leave alone. Raises
-    ValueError where a sharded model would have to change.
+    On leaving, also by an exception, parameters, buffers and configuration are the original ones:
+    the same tensors, not converted back.
+
+    Args:
+        leave: ids of parameters that stay as they are.
+
+    Raises ValueError if a sharded model would have to change.
     """
     weight = next(p for p in all_parameters(model) if id(p) not in leave)
     dtype = dtype or weight.dtype
@@ -42,8 +46,8 @@ def placed(
         return
     if is_sharded(model):
         raise ValueError(
-            "a sharded model cannot change its dtype or device: cast it before, and give the "
-            "device to sharded(model, device)."
+            "a sharded model cannot change its dtype or device: cast it before sharding, and give "
+            "the device to sharded(model, device)."
         )
     with ExitStack() as undo:
         for parameter in all_parameters(model):
@@ -55,8 +59,8 @@ def placed(
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     undo.callback(module._buffers.__setitem__, name, buffer)
-                    wanted = buffer.dtype if name in KEPT_BUFFERS else dtype
-                    module._buffers[name] = _converted(buffer, wanted, device)
+                    buffer_dtype = buffer.dtype if name in FLOAT32_BUFFERS else dtype
+                    module._buffers[name] = _converted(buffer, buffer_dtype, device)
         for config in _configs(model):
             undo.callback(vars(config).update, {k: getattr(config, k) for k in ("dtype", "device")})
             config.dtype = dtype
@@ -71,5 +75,5 @@ def _converted(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tens
 def _configs(model: Any) -> list[Any]:
     """TransformerLens' configurations of the model and its parts, each once."""
     configs = [getattr(module, "cfg", None) for module in all_modules(model)]
-    found = {id(c): c for c in configs if hasattr(c, "dtype") and hasattr(c, "device")}
-    return list(found.values())
+    by_id = {id(c): c for c in configs if hasattr(c, "dtype") and hasattr(c, "device")}
+    return list(by_id.values())

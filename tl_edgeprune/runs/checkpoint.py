@@ -1,11 +1,15 @@
-"""The state of a run on disk: safetensors with a JSON note inside. Whole or not at all."""
+"""The file that holds a run's state: safetensors with a JSON note, written whole or not at all.
+
+Only this module knows the file's layout: "tensor/<name>" for the run's tensors,
+"<label>/<parameter>/<moment>" for its optimisers' states, and the note in the file's metadata.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save as to_bytes
@@ -17,69 +21,92 @@ from tl_edgeprune.utils.versions import versions
 from tl_edgeprune.utils.writing import write_whole
 
 FORMAT = 1
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what Adam and AdamW keep of a parameter
-States = dict[str, dict[str, Tensor]]
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # Adam's and AdamW's state of one parameter
 
 
-def save(
-    path: str | os.PathLike[str],
-    tensors: dict[str, Tensor],
-    optimizers: dict[str, torch.optim.Optimizer | None],
-    note: dict[str, Any],
-) -> None:
-    """Write tensors, optimisers' states and a note of JSON values."""
-    flat = {f"tensor/{name}": t.detach().cpu().contiguous() for name, t in tensors.items()}
-    for label, optimizer in optimizers.items():
-        for index, state in (optimizer.state_dict()["state"] if optimizer else {}).items():
-            flat |= {
-                f"{label}/{index}/{key}": t.detach().cpu().contiguous() for key, t in state.items()
-            }
-    document = {"format": FORMAT, "versions": versions(), "note": note}
+class SavedState(NamedTuple):
+    """The state of a run: its tensors by name, its optimisers' states by label, JSON values."""
+
+    tensors: dict[str, Tensor]
+    optimizers: dict[str, dict[str, Tensor]]
+    note: dict[str, Any]
+    path: str | os.PathLike[str] = ""  # the file that it was read from
+
+
+class Stateful:
+    """An object whose state is tensors, which `load_state_dict` overwrites in place."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The tensors by their names in a checkpoint."""
+        raise NotImplementedError
+
+    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        """Continue from a checkpoint's tensors.
+
+        Raises KeyError for a missing tensor and ValueError for one of another shape.
+        """
+        with torch.no_grad():
+            for name, tensor in self.state_dict().items():
+                tensor.copy_(floats(tensors, name, tuple(tensor.shape)))
+
+
+def save(path: str | os.PathLike[str], state: SavedState) -> None:
+    """Write a run's state."""
+    groups = {"tensor": state.tensors, **state.optimizers}
+    flat = {
+        f"{label}/{name}": tensor.detach().cpu().contiguous()
+        for label, tensors in groups.items()
+        for name, tensor in tensors.items()
+    }
+    document = {"format": FORMAT, "versions": versions(), "note": state.note}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, to_bytes(flat, {"tl_edgeprune": json.dumps(document)}))
 
 
-def load(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], States, dict[str, Any]]:
-    """What `save` wrote: tensors, optimisers' states, note.
+def load(path: str | os.PathLike[str]) -> SavedState:
+    """Read what `save` wrote.
 
     Raises FileNotFoundError, and ValueError for a damaged file or one of another format.
     """
     flat, document = read_tensors(path, "tl_edgeprune", "checkpoint")
     if not isinstance(document, dict) or document.get("format") != FORMAT:
-        version = document.get("format") if isinstance(document, dict) else None
+        file_format = document.get("format") if isinstance(document, dict) else None
         raise ValueError(
-            f"checkpoint {path} has format {version!r:.100}, this version reads {FORMAT}: start the "
-            "run anew."
+            f"checkpoint {path} has format {file_format!r:.100}, this version reads {FORMAT}: "
+            "start the run again."
         )
     with damaged(path):
         note = of_kind(document["note"], dict, "note")
-    tensors = {n.removeprefix("tensor/"): t for n, t in flat.items() if n.startswith("tensor/")}
-    states: States = {}
+    groups: dict[str, dict[str, Tensor]] = {}
     for name, tensor in flat.items():
         label, _, key = name.partition("/")
-        states.setdefault(label, {})[key] = tensor
-    return tensors, {"optimizer": {}, "multipliers": {}, "constants": {}} | states, note
+        groups.setdefault(label, {})[key] = tensor
+    return SavedState(groups.pop("tensor", {}), groups, note, path)
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, flat: dict[str, Tensor]) -> None:
-    """Give an optimiser of the Adam kind the state that `load` read for it. Raises KeyError or
-    ValueError for another's.
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The moments of an optimiser's parameters, by "<parameter>/<moment>"."""
+    return {
+        f"{index}/{key}": tensor
+        for index, moments in optimizer.state_dict()["state"].items()
+        for key, tensor in moments.items()
+    }
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, moments: dict[str, Tensor]) -> None:
+    """Give an optimiser of the Adam kind the state that `optimizer_state` returned.
+
+    Raises KeyError or ValueError for the state of another optimiser.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state = {
         index: {
-            key: floats(flat, f"{index}/{key}", () if key == "step" else tuple(parameter.shape))
+            key: floats(moments, f"{index}/{key}", () if key == "step" else tuple(parameter.shape))
             for key in MOMENTS
         }
         for index, parameter in enumerate(parameters)
-        if any(f"{index}/{key}" in flat for key in MOMENTS)  # it has made a step
+        if any(f"{index}/{key}" in moments for key in MOMENTS)  # it has made a step
     }
-    if len(flat) > len(MOMENTS) * len(state):
-        raise ValueError(f"a state of an optimiser has {', '.join(flat)}")
+    if len(moments) > len(MOMENTS) * len(state):
+        raise ValueError(f"the state of an optimiser holds {', '.join(moments)}")
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-
-
-def restore(parameter: Tensor, tensors: dict[str, Tensor], name: str) -> None:
-    """Give a parameter what `load` read. Raises KeyError or ValueError for another's."""
-    with torch.no_grad():
-        parameter.copy_(floats(tensors, name, tuple(parameter.shape)))

@@ -1,6 +1,4 @@
-"""A search's state on disk, so that one that was stopped goes on from there: safetensors, written
-every half minute.
-"""
+"""The state of a search on disk, saved every half minute, from which a stopped search continues."""
 
 from __future__ import annotations
 
@@ -18,36 +16,40 @@ from tl_edgeprune.distributed import Ranks
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.hooks.shards import is_sharded
 from tl_edgeprune.runs import checkpoint as checkpoints
+from tl_edgeprune.runs.checkpoint import SavedState
 from tl_edgeprune.runs.fingerprint import differences, of_setting, of_task, of_weights
 from tl_edgeprune.tasks.stream import AnyTask
 from tl_edgeprune.utils.locks import held_file
 from tl_edgeprune.utils.reading import damaged, of_kind
 
 SAVE_SECONDS = 30.0
-ANEW = "Remove it to start anew."
+HINT = "Remove it to start again."
 
 
 class Saved:
-    """The tensors and the JSON values that a run goes on from; without a path, none are kept."""
+    """The file with a search's tensors and JSON values; without a path, nothing is saved.
+
+    Args:
+        path: the file, or None.
+        about: JSON values that identify the search; the state of another search is refused.
+        writes: whether this process saves the state.
+    """
 
     def __init__(
         self, path: str | os.PathLike[str] | None, about: dict[str, Any], *, writes: bool = True
     ) -> None:
-        """`about`: JSON values that tell the run. Another run's state is refused. `writes`: whether
-        this process saves it.
-        """
         self._path, self._writes = None if path is None else Path(path), writes
         self._about = json.loads(json.dumps(about))
         self._last = time.monotonic()
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """What a run like this one left; None for nothing.
+        """The saved tensors and values of this search; None if there are none.
 
-        Raises ValueError for a damaged file and for another run's.
+        Raises ValueError for a damaged file and for the state of another search.
         """
         if self._path is None or not self._path.exists():
             return None
-        tensors, _, note = checkpoints.load(self._path)
+        tensors, _, note, _ = checkpoints.load(self._path)
         if "about" not in note:
             raise ValueError(f"{self._path} is of a run of EdgePruner: give another path.")
         with self.damaged():
@@ -57,13 +59,13 @@ class Saved:
             names = sorted(differences(about, self._about))
             raise ValueError(
                 f"checkpoint {self._path} is of another run ({', '.join(names)} differ): give "
-                "another path, or remove it to start anew."
+                "another path, or remove it to start again."
             )
         return tensors, state
 
     def damaged(self) -> AbstractContextManager[None]:
-        """Whatever a wrong value of the state raises in this block is a ValueError of the file."""
-        return nullcontext() if self._path is None else damaged(self._path, ANEW)
+        """Turns errors from wrong values in this block into a ValueError that names the file."""
+        return nullcontext() if self._path is None else damaged(self._path, HINT)
 
     def save(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         """Write the state, unless it was written less than SAVE_SECONDS ago."""
@@ -71,7 +73,8 @@ class Saved:
             return
         if time.monotonic() - self._last < SAVE_SECONDS:
             return
-        checkpoints.save(self._path, tensors, {}, {"about": self._about, "state": values})
+        note = {"about": self._about, "state": values}
+        checkpoints.save(self._path, SavedState(tensors, {}, note))
         self._last = time.monotonic()
 
 
@@ -86,10 +89,10 @@ def saving(
     run: MaskedModel,
     task: AnyTask,
 ) -> Iterator[Saved]:
-    """The state of a search with these settings, in this model and its graph and on these pairs,
-    which this process alone writes: of several that share a model's weights, the first.
+    """The saved state of a search with these settings, model, graph and pairs.
 
-    Raises BlockingIOError where another process writes it.
+    Of several processes that share a model's weights, only the first writes it. Raises
+    BlockingIOError if another process writes it.
     """
     if path is None:
         yield UNSAVED

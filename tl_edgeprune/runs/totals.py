@@ -1,4 +1,4 @@
-"""Sums over all of a task's pairs, batch by batch, that a stopped run goes on with."""
+"""Sums over all pairs of a task, batch by batch, which a stopped run can continue."""
 
 from __future__ import annotations
 
@@ -24,19 +24,23 @@ def total_over_pairs(
     progress: bool = False,
     saved: Saved = UNSAVED,
 ) -> tuple[Tensor, int]:
-    """The sum of what `part` gives for every batch, from `zeros` on, and how many pairs it is of.
+    """The sum of `part` over all batches, and the number of their pairs.
 
-    `max_pairs`: no more than about so many pairs, drawn at random. `saved`: where it goes on.
+    Args:
+        part: the term of a batch.
+        zeros: where the sum starts.
+        max_pairs: use about this many pairs at most, drawn at random.
+        saved: the state to continue from and to save.
     """
-    total, batches, pairs = _before(saved, zeros)
+    total, n_batches, n_pairs = _saved_total(saved, zeros)
     lessons = each_lesson(
-        teacher, batch_size=batch_size, max_pairs=max_pairs, progress=progress, done=batches
+        teacher, batch_size=batch_size, max_pairs=max_pairs, progress=progress, done=n_batches
     )
     for lesson in lessons:
         total += part(lesson)
-        batches, pairs = batches + 1, pairs + len(lesson.batch)
-        saved.save({"total": total}, {"batches": batches, "pairs": pairs})
-    return total, pairs
+        n_batches, n_pairs = n_batches + 1, n_pairs + len(lesson.batch)
+        saved.save({"total": total}, {"batches": n_batches, "pairs": n_pairs})
+    return total, n_pairs
 
 
 def each_lesson(
@@ -48,10 +52,9 @@ def each_lesson(
     doing: str = "scoring edges",
     done: int = 0,
 ) -> Iterator[Lesson]:
-    """Every pair once, batch by batch, with targets and references, but for the first `done`
-    batches.
+    """Every pair once, batch by batch, with targets and references, after the first `done` batches.
 
-    `max_pairs`: no more than about so many pairs, drawn at random.
+    `max_pairs`: about this many pairs at most, drawn at random.
     """
     batches = teacher.task.batches(batch_size, shuffle=max_pairs is not None)
     if max_pairs is not None:
@@ -63,7 +66,7 @@ def each_lesson(
 
 
 def _enough(batches: Iterator[Batch], pairs: int) -> Iterator[Batch]:
-    """Batches until they hold so many pairs: the last one of a length may be small."""
+    """Batches until they hold this many pairs: the last one of a length may be small."""
     for batch in batches:
         yield batch
         pairs -= len(batch)
@@ -71,14 +74,15 @@ def _enough(batches: Iterator[Batch], pairs: int) -> Iterator[Batch]:
             return
 
 
-def _before(saved: Saved, zeros: Tensor) -> tuple[Tensor, int, int]:
-    """The sum so far, of so many batches and pairs."""
+def _saved_total(saved: Saved, zeros: Tensor) -> tuple[Tensor, int, int]:
+    """The sum so far, and the numbers of its batches and pairs."""
     state = saved.load()
     if state is None:
         return zeros, 0, 0
+    tensors, values = state
     with saved.damaged():
-        total = floats(state[0], "total", tuple(zeros.shape)).to(zeros)
-        batches, pairs = (of_kind(state[1][name], int, name) for name in ("batches", "pairs"))
-        if not 0 < batches <= pairs:
-            raise ValueError(f"it says {batches} batches of {pairs} pairs")
-    return total, batches, pairs
+        total = floats(tensors, "total", tuple(zeros.shape)).to(zeros)
+        n_batches, n_pairs = (of_kind(values[name], int, name) for name in ("batches", "pairs"))
+        if not 0 < n_batches <= n_pairs:
+            raise ValueError(f"it says {n_batches} batches of {n_pairs} pairs")
+    return total, n_batches, n_pairs

@@ -26,7 +26,7 @@ from tl_edgeprune.forward.half_blocks import Blocks
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.graph.edge_graph import Read
 from tl_edgeprune.hooks.projections import head_index
-from tl_edgeprune.hooks.shards import in_turns
+from tl_edgeprune.hooks.shards import one_block_at_a_time
 from tl_edgeprune.hooks.sites import AttentionSite
 from tl_edgeprune.objectives import Objective, losses
 from tl_edgeprune.runs.targets import Lesson
@@ -64,7 +64,7 @@ class PartCuts(WholeCuts):
         self._changes: list[Change] = []
         self._weights: list[Tensor] = []
         self._pool: list[Tensor] = []
-        self._turn_to: Callable[[int], None] = lambda layer: None  # see `in_turns`
+        self._turn_to: Callable[[int], None] = lambda layer: None  # see `one_block_at_a_time`
 
     def set(self, mask: Bool[Tensor, " edge"]) -> None:
         self._batch_runs, self._changes = [], []
@@ -114,7 +114,7 @@ class PartCuts(WholeCuts):
     def _losses(self, read_index: int, cuts: Tensor) -> Float[Tensor, "candidate pair"]:
         self._refresh()
         self._changes = []
-        with in_turns(self.run.model) as turn_to:
+        with one_block_at_a_time(self.run.model) as turn_to:
             self._turn_to = turn_to
             return self._cat(
                 [self._batch_losses(batch_run, read_index, cuts) for batch_run in self._batch_runs]

@@ -1,8 +1,9 @@
 """Edge Pruning: a mask on every edge, trained by gradient.
 
 Reading order: `pruner` (EdgePruner), `settings` (each declared once), `trainer` (the loop), `gates`
-(hard concrete), `controllers` (sparsity), `gate_group`, `best_ranking`, `batch_stream`, `result`;
-`regularisers`, `learned_constants` and `optimal_constants` (optimal ablation).
+(hard concrete), `controllers` (sparsity), `gate_group` and `first_gates` (edges, sources, neurons),
+`best_ranking`, `batch_stream`, `trainer_state` (checkpoints), `result`; `regularisers`,
+`learned_constants` and `optimal_constants` (optimal ablation).
 """
 
 from tl_edgeprune.training.controllers import Controller, ExactBudget, Lagrangian, Penalty

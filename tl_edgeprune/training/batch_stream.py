@@ -1,33 +1,38 @@
-"""Batches without end: a task's pairs, epoch after epoch, from any place on.
+"""An endless stream of a task's batches, epoch after epoch, that can start at any batch.
 
-A place is (epoch, chunk, batch): going to it makes no chunk but its own.
+A cursor is (epoch, chunk, batches taken from the chunk). Moving to it loads only its own chunk.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import islice
+from typing import Any
 
 from tl_edgeprune.tasks.batch import Batch
 from tl_edgeprune.tasks.stream import AnyTask
 from tl_edgeprune.tasks.task import Task
+from tl_edgeprune.utils.reading import of_kind
 
-Place = tuple[int, int, int]
-START: Place = (0, 0, 0)
+Cursor = tuple[int, int, int]
+START: Cursor = (0, 0, 0)
 
 
-class Feed:
-    """An iterator over shuffled batches. `place` is where it stands; `seed_of(epoch)` shuffles."""
+class BatchStream:
+    """An iterator over shuffled batches; `cursor` says where it is.
+
+    Args:
+        task: the pairs.
+        size: pairs per batch.
+        seed_of: the seed of an epoch's order.
+        cursor: where to start.
+    """
 
     def __init__(
-        self, task: AnyTask, size: int, seed_of: Callable[[int], int], place: Place = START
+        self, task: AnyTask, size: int, seed_of: Callable[[int], int], cursor: Cursor = START
     ) -> None:
         self.task, self.size, self.seed_of = task, size, seed_of
-        self.go_to(place)
-
-    def go_to(self, place: Place) -> None:
-        self.place = place
-        self._batches = self._from(*place)
+        self._move_to(cursor)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -35,17 +40,33 @@ class Feed:
     def __next__(self) -> Batch:
         return next(self._batches)
 
-    def _from(self, epoch: int, chunk: int, done: int) -> Iterator[Batch]:
+    def state_dict(self) -> dict[str, Any]:
+        """The cursor as a JSON value."""
+        return {"place": list(self.cursor)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Move to a saved cursor. Raises KeyError or ValueError if it is not one."""
+        cursor = of_kind(state["place"], list, "place")
+        epoch, chunk, n_taken = (of_kind(number, int, "place") for number in cursor)
+        if min(cursor) < 0 or max(cursor) > 2**53:
+            raise ValueError(f"place is {cursor}")
+        self._move_to((epoch, chunk, n_taken))
+
+    def _move_to(self, cursor: Cursor) -> None:
+        self.cursor = cursor
+        self._batches = self._batches_from(*cursor)
+
+    def _batches_from(self, epoch: int, chunk: int, n_taken: int) -> Iterator[Batch]:
         while True:
-            for part in self._parts(epoch)[chunk:]:
-                for batch in islice(part(), done, None):
-                    done += 1
-                    self.place = (epoch, chunk, done)
+            for batches_of_chunk in self._chunks(epoch)[chunk:]:
+                for batch in islice(batches_of_chunk(), n_taken, None):
+                    n_taken += 1
+                    self.cursor = (epoch, chunk, n_taken)
                     yield batch
-                chunk, done = chunk + 1, 0
+                chunk, n_taken = chunk + 1, 0
             epoch, chunk = epoch + 1, 0
 
-    def _parts(self, epoch: int) -> list[Callable[[], Iterator[Batch]]]:
+    def _chunks(self, epoch: int) -> list[Callable[[], Iterator[Batch]]]:
         task, seed = self.task, self.seed_of(epoch)
         if isinstance(task, Task):
             return [lambda: task.batches(self.size, True, seed)]

@@ -16,32 +16,38 @@ from tl_edgeprune.training.gates import budget_shift, open_probability
 
 @runtime_checkable
 class Controller(Protocol):
-    """How a run is made sparse: what it shifts, what it adds to the loss, what it learns."""
+    """Makes a run sparse: it shifts log alphas, adds to the loss, or learns multipliers."""
 
     def start(self, n_edges: int, budget: int | None) -> None:
-        """Begin a run over `n_edges` for a circuit of `budget` edges (None: no one size)."""
+        """Begin a run over `n_edges` for a circuit of `budget` edges (None: of any size)."""
 
     def target(self, progress: float, draw: float) -> float:
         """Edges to keep at this point of the run; `progress` and `draw` are in [0, 1)."""
 
     def gates(self, log_alpha: Tensor, target: float) -> Tensor:
-        """The log alphas to draw gates with."""
+        """The log alphas to draw gates with: these, unless the controller shifts them."""
+        return log_alpha
 
     def penalty(self, mask: Tensor, log_alpha: Tensor, target: float) -> Tensor | float:
-        """What the loss gains for the drawn mask, or for the gates that it was drawn from."""
+        """The term in the loss for the drawn mask, or for the log alphas it was drawn from."""
+        return 0.0
 
     def learned(self) -> dict[str, Tensor]:
-        """Multipliers that ascend, by name."""
+        """Multipliers to be trained by gradient ascent, by name."""
+        return {}
 
 
 @dataclass
-class ExactBudget:
-    """The expected number of kept edges is the budget, exactly, at every step.
+class ExactBudget(Controller):
+    """The expected number of kept edges is exactly the budget at every step.
 
-    schedule: "annealed" from `start_share` of all edges down to the budget, geometrically over the
-    first `anneal` of the run; "sampled", log-uniform at every step below `start_share`, down to a
-    lower end that falls to `low_share` in the same way, so that one run ranks edges for circuits of
-    every size; "fixed" at the budget.
+    Args:
+        schedule: "annealed": the budget falls geometrically to that of the run. "sampled": it is
+            log-uniform at every step, between `start_share` and a lower end that falls
+            geometrically to `low_share`, so that one run ranks edges for circuits of every size.
+            "fixed": it is that of the run.
+        start_share, low_share: where budgets start and end, as shares of all edges.
+        anneal: the share of the run over which they fall.
     """
 
     schedule: Literal["annealed", "sampled", "fixed"] = "annealed"
@@ -61,35 +67,29 @@ class ExactBudget:
     def start(self, n_edges: int, budget: int | None) -> None:
         if budget is None and self.schedule != "sampled":
             raise ValueError(
-                f"ExactBudget(schedule={self.schedule!r}) needs n_edges: a budget to aim at."
+                f"ExactBudget(schedule={self.schedule!r}) needs n_edges, a budget to aim at."
             )
         self.n_edges, self.budget = n_edges, float(budget or 0)
 
     def target(self, progress: float, draw: float) -> float:
         top = max(self.start_share * self.n_edges, self.budget)
         if self.schedule == "fixed":
-            wanted = self.budget
+            target = self.budget
         elif self.schedule == "annealed":
-            wanted = self._fallen(top, self.budget, progress)
+            target = self._annealed(top, self.budget, progress)
         else:
             low = max(1.0, self.low_share * self.n_edges)
             top = max(top, low)
-            wanted = self._fallen(top, low, progress)
-            wanted *= (top / wanted) ** draw
-        return min(max(wanted, 0.5), self.n_edges - 0.5)
+            target = self._annealed(top, low, progress)
+            target *= (top / target) ** draw
+        return min(max(target, 0.5), self.n_edges - 0.5)
 
-    def _fallen(self, top: float, end: float, progress: float) -> float:
-        """Where a geometric fall from `top` to `end` is by now."""
+    def _annealed(self, top: float, end: float, progress: float) -> float:
+        """A geometric fall from `top` to `end` over the first `anneal` of the run."""
         return top * (end / top) ** min(1.0, progress / self.anneal)
 
     def gates(self, log_alpha: Tensor, target: float) -> Tensor:
         return log_alpha + budget_shift(log_alpha, target)
-
-    def penalty(self, mask: Tensor, log_alpha: Tensor, target: float) -> float:
-        return 0.0
-
-    def learned(self) -> dict[str, Tensor]:
-        return {}
 
 
 def _check_share(name: str, share: float) -> None:
@@ -98,12 +98,16 @@ def _check_share(name: str, share: float) -> None:
 
 
 @dataclass
-class Lagrangian:
+class Lagrangian(Controller):
     """The paper's controller: L + lambda1 (t - s) + lambda2 (t - s)^2, the lambdas by ascent.
 
-    s is the sparsity of the *drawn* mask, as in the published code; t rises linearly from
-    `start_sparsity` to the target over the first `warmup` of the run. `target_sparsity` above 1
-    pushes harder (the paper's code uses up to 1.2); by default it is that of the budget.
+    s is the sparsity of the *drawn* mask, as in the published code; t rises linearly.
+
+    Args:
+        target_sparsity: t at the end, by default that of the budget. Above 1 it pushes harder (the
+            paper's code uses up to 1.2).
+        start_sparsity: t at the start.
+        warmup: the share of the run over which t rises.
     """
 
     target_sparsity: float | None = None
@@ -119,7 +123,7 @@ class Lagrangian:
 
     def start(self, n_edges: int, budget: int | None) -> None:
         if budget is None and self.target_sparsity is None:
-            raise ValueError("Lagrangian needs n_edges or target_sparsity: a sparsity to aim at.")
+            raise ValueError("Lagrangian needs n_edges or target_sparsity, a sparsity to aim at.")
         self.n_edges, self.budget = n_edges, budget
         self.lambda1 = torch.zeros((), requires_grad=True)
         self.lambda2 = torch.zeros((), requires_grad=True)
@@ -134,9 +138,6 @@ class Lagrangian:
         )
         return (1 - sparsity) * self.n_edges
 
-    def gates(self, log_alpha: Tensor, target: float) -> Tensor:
-        return log_alpha
-
     def penalty(self, mask: Tensor, log_alpha: Tensor, target: float) -> Tensor:
         gap = (1 - target / self.n_edges) - (1 - mask.mean())
         return self.lambda1.to(mask.device) * gap + self.lambda2.to(mask.device) * gap**2
@@ -146,10 +147,12 @@ class Lagrangian:
 
 
 @dataclass
-class Penalty:
-    """A fixed price on the expected share of open gates: weight * mean P(open). No target.
+class Penalty(Controller):
+    """A fixed price on the expected share of open gates, weight * mean P(open), without a target.
 
-    probability: P(open) of a log alpha, by default the hard concrete gate's.
+    Args:
+        weight: nats that the whole graph costs.
+        probability: P(open) of a log alpha, by default that of the hard-concrete gate.
     """
 
     weight: float = 10.0
@@ -162,11 +165,5 @@ class Penalty:
     def target(self, progress: float, draw: float) -> float:
         return float(self.n_edges)
 
-    def gates(self, log_alpha: Tensor, target: float) -> Tensor:
-        return log_alpha
-
     def penalty(self, mask: Tensor, log_alpha: Tensor, target: float) -> Tensor:
         return self.weight * self.probability(log_alpha).mean()
-
-    def learned(self) -> dict[str, Tensor]:
-        return {}

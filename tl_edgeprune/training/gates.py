@@ -1,11 +1,12 @@
-"""Learnable masks: hard-concrete gates, and the two ways to make them sparse.
+"""Learnable masks: hard-concrete gates, and two ways to make them sparse (controllers.py).
 
 1. A gate draws u ~ U(eps, 1 - eps), s = sigmoid((log u - log(1 - u) + log alpha) / beta), and is
    z = clamp(s (zeta - gamma) + gamma, 0, 1): 0 or 1 much of the time, differentiable in between.
    P(z != 0) = sigmoid(log alpha - beta log(-gamma / zeta)). (Louizos et al. 2018, equations 10 to
    12.)
 2. `Lagrangian` is the paper's controller: the loss gains lambda1 (t - s) + lambda2 (t - s)^2 for
-   sparsity s and target t, and the lambdas ascend. (Bhaskar et al. 2024, section 3.)
+   sparsity s and target t, and the lambdas are trained by gradient ascent. (Bhaskar et al. 2024,
+   section 3.)
 3. `ExactBudget` shifts every log alpha by one number tau, so that the expected number of kept edges
    is the budget. Parameters then learn the ranking of edges, and no multiplier needs tuning.
 """
@@ -36,7 +37,7 @@ def sample_gates(
 def gates_at(
     log_alpha: Float[Tensor, " gate"], u: Float[Tensor, " gate"]
 ) -> Float[Tensor, " gate"]:
-    """The gates that these uniform numbers draw."""
+    """The gates drawn by uniform random numbers u in (0, 1)."""
     s = torch.sigmoid((torch.log(u) - torch.log1p(-u) + log_alpha) / BETA)
     return (s * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
 
@@ -49,7 +50,7 @@ def open_probability(log_alpha: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
 def top_gates(
     log_alpha: Float[Tensor, " gate"], ranking: Float[Tensor, " gate"], k: int
 ) -> Float[Tensor, " gate"]:
-    """Exactly the k gates of highest ranking forward, the soft gates' gradient backward."""
+    """Exactly the k top gates of the ranking; their gradient is that of P(open)."""
     soft = open_probability(log_alpha)
     top = torch.zeros_like(soft)
     top[ranking.to(soft.device).topk(k).indices] = 1.0
@@ -62,7 +63,7 @@ def first_log_alpha(
     scores: Float[Tensor, " gate"] | None,
     generator: torch.Generator,
 ) -> Float[Tensor, " gate"]:
-    """Log alphas of a mean and standard deviation: ranked by scores, or at random without."""
+    """Log alphas of this mean and standard deviation, ranked by scores or in random order."""
     mean, std = spread
     if scores is None:
         return mean + std * torch.randn(count, generator=generator)
@@ -70,7 +71,7 @@ def first_log_alpha(
 
 
 def rank_quantiles(scores: Float[Tensor, " gate"]) -> Float[Tensor, " gate"]:
-    """Standard normal quantiles by rank: the scale of scores differs from method to method."""
+    """Standard normal quantiles by rank, since the scale of scores differs between methods."""
     order = torch.argsort(scores.double(), stable=True)
     ranks = torch.empty_like(order)
     ranks[order] = torch.arange(len(order))
@@ -94,9 +95,9 @@ def budget_shift(log_alpha: Float[Tensor, " gate"], budget: float) -> Float[Tens
 
 
 def _budget_shift(log_alpha: Tensor, budget: float) -> float:
-    """Newton's steps, or half the bracket where they leave it."""
-    least, most = torch.stack(log_alpha.aminmax()).tolist()
-    low, high = -most - 60.0, -least + 60.0
+    """Newton's method, with bisection if a step leaves the bracket."""
+    lowest, highest = torch.stack(log_alpha.aminmax()).tolist()
+    low, high = -highest - 60.0, -lowest + 60.0
     tau = (low + high) / 2
     for _ in range(200):
         p = open_probability(log_alpha + tau)
@@ -126,3 +127,8 @@ class _BudgetShift(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (share,) = ctx.saved_tensors
         return -grad * share, None
+
+
+def mixed_seed(seed: int, step: int) -> int:
+    """The seed of a step's draws in the run of this seed."""
+    return (seed * 1_000_003 + step * 7_919 + 12_345) % 2**63

@@ -3,8 +3,8 @@
 1. Every edge has a hard-concrete gate (gates.py). A step draws the gates, runs the masked model on
    a batch of pairs and lowers the objective, by default the KL to the full model's output.
 2. A controller makes the gates sparse: `ExactBudget` holds the expected number of open gates at a
-   budget that falls from 30 % of all edges to the size asked for; `Lagrangian` is the paper's.
-3. Neurons may have gates of their own beside the edges' (neurons.py), with a budget of their own.
+   budget that falls from 30 % of all edges to the requested size; `Lagrangian` is the paper's.
+3. Neurons may have gates too (circuits/neurons.py), with a controller and a budget of their own.
 4. In the last part of the run the forward pass keeps exactly the top edges, as the final circuit
    will, while the gradient is that of the soft gates.
 5. The circuit is the edges of highest log alpha.
@@ -40,7 +40,7 @@ from tl_edgeprune.tasks.task import Task
 from tl_edgeprune.training.controllers import Lagrangian
 from tl_edgeprune.training.result import PruneResult
 from tl_edgeprune.training.settings import Optimizer, PrunerSettings
-from tl_edgeprune.training.trainer import Training
+from tl_edgeprune.training.trainer import Trainer
 from tl_edgeprune.utils.grad_mode import needs_gradients
 from tl_edgeprune.utils.locks import held_file
 
@@ -50,51 +50,50 @@ class EdgePruner(PrunerSettings):
 
     Args:
         n_edges: edges to keep; None (with a sampled budget) for a ranking of all edges.
-        steps, batch_size: of the training; a step sees `batch_size * accumulate` pairs.
-        lr: of the log alphas; by default 0.2, and 0.3 under sampled budgets.
-        ablation: "counterfactual", "zero", "zero-with-biases", "mean" or "mean-positional" (means
-            over the task's corrupted prompts), Constants (optimal ablation), or "optimal":
-            constants learned together with the masks, from the means on, which come back as
-            `result.constants`.
-        objective: a name of `objectives.OBJECTIVES`, a function, or None for the task's own.
+        steps: training steps.
+        lr: learning rate of the log alphas; by default 0.2, under sampled budgets 0.3.
+        batch_size: pairs per forward pass.
+        accumulate: forward passes per step.
+        ablation: what removed edges carry: "counterfactual", "zero", "zero-with-biases", "mean" or
+            "mean-positional" (over the task's corrupted prompts), Constants, or "optimal":
+            constants learned together with the masks, returned as `result.constants`.
+        objective: a name in `objectives.OBJECTIVES`, a function, or None for the task's own.
         controller: ExactBudget() by default (without n_edges ExactBudget("sampled", anneal=0.4)),
             Lagrangian() or Penalty().
-        init_scores: where log alphas start: "mask-ig" (five gradients, the default), EdgeScores
-            (ranked as their `top` does) or a tensor [n_edges] (by magnitude), or None for all alike
-            at `init_log_alpha`.
-        node_masks: also learn a mask for each source, which multiplies its edges; node_controller
-            makes those sparse.
-        sampler: draws a mask from log alphas; hard-concrete gates.
+        init_scores: what the first log alphas are ranked by: "mask-ig" (five gradients),
+            EdgeScores, a tensor [n_edges] (by magnitude), or None for a random order.
+        init_log_alpha: mean and standard deviation of the first log alphas.
+        node_masks: whether to also learn a mask for each source, which multiplies its edges.
+        node_controller: makes the node masks sparse; None for node masks without a price.
+        optimizer: the options of AdamW.
+        sampler: draws a mask from log alphas; by default hard-concrete gates.
         attachment: a price on edges between badly connected nodes (regularisers.py).
-        hard_share: the last part of the run whose forward pass keeps exactly the top edges (as many
-            as the step's budget; none without one).
-        average_share: the last part of the run whose log alphas are averaged for the ranking
-            (Izmailov et al. 2018); by default 0.6 under sampled budgets, which pull a step's log
-            alphas each its own way, and 0, the last step's alone, otherwise.
-        candidates: how many rankings of the last fifth of a run for a size are judged, each by its
-            circuit on up to 32 pairs of the task: the best is the result (best_ranking.py). 0 for
-            the last step's; so with neurons and with ablation="optimal".
-        split_qkv, split_embeddings: of the graph.
-        positions: "span" for edges with a mask in each span of the task, "position" with one at
-            each position (runs/task_checks.py); None for one mask everywhere. n_edges counts them
-            all.
-        neurons: "mlp" for a gate on each hidden neuron of the MLPs too, "dimensions" for one on
-            each source's dimensions (neurons.py), trained with the edges; n_neurons of them are
-            kept (None: a ranking of all), which come back as `result.neurons`; neuron_controller:
-            as controller, of their own.
-        bias_in_heads: "zero-with-biases" in place of "zero": each head's share of the output bias
-            is removed with it.
-        recompute: run blocks again in backward, from the buffer of differences alone: memory is
-            then two buffers and one half block, whatever the depth (recompute.py).
-        dtype, device: the run's; None for the model's own. The weights are put back after it, and
-            meanwhile both are in memory.
+        hard_share: final fraction of the run whose forward pass keeps exactly the top edges, as
+            many as the step's budget; 0 without a budget.
+        average_share: final fraction of the run whose log alphas are averaged for the ranking
+            (Izmailov et al. 2018); by default 0.6 under sampled budgets, otherwise 0.
+        candidates: rankings evaluated in the last fifth of the run, each by its circuit on up to 32
+            pairs; the best is the result. Not with neurons or ablation="optimal".
+        split_qkv: whether edges into queries, keys and values are separate.
+        split_embeddings: whether token and position embeddings are two sources.
+        positions: "span" for a mask on every edge in each span of the task, "position" at each
+            position, None for one mask everywhere. n_edges counts the edges of all.
+        neurons: also learn gates: "mlp" for the MLPs' hidden neurons, "dimensions" for the
+            dimensions of each source. They are returned as `result.neurons`.
+        n_neurons: neurons to keep; None for a ranking of all neurons.
+        neuron_controller: makes the gates on neurons sparse; defaults as for `controller`.
+        bias_in_heads: "zero" becomes "zero-with-biases": each head is removed with its share of the
+            output bias.
+        recompute: recompute blocks in the backward pass: memory is two buffers and half a block,
+            whatever the depth (forward/recompute.py).
+        dtype: of the run; None for the model's own. Both copies of the weights are in memory.
+        device: of the run; None for the model's own.
         seed: same seed, same machine, same bits.
-        checkpoint: a file to write the run's state to every `checkpoint_every` steps, atomically;
-            if it is there, the run goes on.
+        checkpoint: a file for the run's state; if it exists, the run continues from it.
+        checkpoint_every: steps between checkpoints.
         progress: show a progress bar.
 
-    Raises ValueError for settings that cannot work and TypeError for those of another kind, before
-    any run.
+    Raises ValueError for settings that cannot work and TypeError for values of another kind.
     """
 
     @classmethod
@@ -102,11 +101,11 @@ class EdgePruner(PrunerSettings):
         """The published method and hyperparameters (GPT-2, IOI), for comparison.
 
         AdamW with its default weight decay (0.01) and gradients clipped at 1, as the published code
-        runs; learning rate 0.8 for log alphas and multipliers, risen over 200 steps and decayed
+        runs; learning rate 0.8 for log alphas and multipliers, warmed up over 200 steps and decayed
         linearly; log alpha from N(10, 0.01); 3,000 steps of 32 pairs; sparsity target warmed up
-        over 2,500 steps; node masks drawn but not penalised; two embedding sources; b_O shared out
-        over the heads. Its padding to 64 tokens is left out: batches hold one length. `changes`
-        override single settings.
+        over 2,500 steps; node masks drawn but not penalised; two embedding sources; b_O divided
+        among the heads. Its padding to 64 tokens is omitted: all prompts of a batch have one
+        length. `changes` override single settings.
         """
         settings: dict[str, Any] = {
             "steps": 3000,
@@ -133,15 +132,18 @@ class EdgePruner(PrunerSettings):
     def fit(self, model: Any, task: AnyTask, *, resume: str | Path | None = None) -> PruneResult:
         """Train the masks on the pairs of a Task or a TaskStream.
 
-        Ctrl-C ends the run with what it has found so far (`finished` is then False); during the
-        warm start, before the steps, it is a KeyboardInterrupt as anywhere. A run goes on from its
-        `checkpoint` where that is there, or from `resume`, to the same bits (on a CPU) as one that
-        was never stopped. A checkpoint of other settings, another task, graph or model is neither
-        gone on from nor written over (ValueError). A second run that writes the same `checkpoint`
-        at the same time is refused (BlockingIOError).
+        Ctrl-C during the steps ends the run with what it has found so far (`finished` is False).
+        A resumed run gives the same bits (on a CPU) as one that was never stopped. Inside a process
+        group (distributed.py) the processes divide each batch's pairs, and all get the same result.
 
-        Inside a process group (distributed.py) the processes share out each batch's pairs, and all
-        get the same result; LostProcess where one of them ends or hangs.
+        Args:
+            model: the TransformerLens model.
+            task: the pairs to train on.
+            resume: the checkpoint to continue from; by default the pruner's own, if it exists.
+
+        Raises ValueError for a checkpoint of other settings, another task, graph or model, which is
+        not overwritten either; BlockingIOError if another run writes the same checkpoint;
+        LostProcess if another process of the group ends or hangs.
         """
         model_kind(model)
         task = checked(task, self._check_pairs(model))
@@ -162,30 +164,23 @@ class EdgePruner(PrunerSettings):
         ):
             if self.n_neurons is not None:
                 check_neuron_budget(self.n_neurons, math.prod(run.neuron_shape))
-            fit = Training(self, run, task, loss_of, weights, resume)
-            fit.meet()
-            finished = fit.train()
-        return PruneResult(
-            graph,
-            fit.ranking(),
-            fit.history,
-            fit.final_size(),
-            fit.metadata(),
-            finished,
-            fit.final_constants(),
-            self.neurons,
-            None if fit.neurons is None else fit.neurons.ranking(),
-            None if fit.neurons is None else fit.neurons.final_size(),
-        )
+            trainer = Trainer(self, run, task, loss_of, weights, resume)
+            trainer.synchronise()
+            return trainer.result(finished=trainer.train())
 
     def scores(
         self, model: Any, task: AnyTask, method: str, *, resume: str | Path | None = None
     ) -> EdgeScores:
-        """`fit`, as scores by that method's name. Goes on from `resume`, by default from the
-        pruner's checkpoint where that is there, as `fit` and every method do.
+        """The log alphas of `fit` as edge scores.
 
-        Those of a run that Ctrl-C ended early say so in their metadata ("finished": False). Raises
-        ValueError for ablation="optimal", whose constants scores cannot hold, and for neurons.
+        The scores of a run that Ctrl-C ended early have "finished": False in their metadata.
+
+        Args:
+            model, task, resume: as for `fit`.
+            method: the name of the method in the scores' metadata.
+
+        Raises ValueError for ablation="optimal" and for neurons, since scores hold neither
+        constants nor gates on neurons.
         """
         check_ablation(self.ablation)
         if self.neurons is not None:

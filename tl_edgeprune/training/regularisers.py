@@ -1,4 +1,4 @@
-"""Prices on what a circuit looks like, beside its size."""
+"""Penalties on the shape of a circuit, beside its size."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from tl_edgeprune.graph.edge_indices import edge_ends
 
 @dataclass(frozen=True)
 class Attachment:
-    """A price on open edges that falls with how well their two ends are connected already.
+    """A price on open edges, lower for edges between nodes that are already well connected.
 
     weight * mean over edges of P(open) * (1 / (1 + d_source) + 1 / (1 + d_destination)) / 2, with
     d the expected number of open edges at that end. Well-connected nodes keep and gain edges, the
-    rest lose theirs: preferential attachment, after NeuroPrune (Dhurandhar et al. 2024).
+    others lose theirs: preferential attachment, after NeuroPrune (Dhurandhar et al. 2024).
     """
 
     weight: float = 1.0
@@ -28,11 +28,11 @@ class Attachment:
             raise ValueError(f"Attachment(weight={self.weight}): expected a number of 0 or more.")
 
     def __call__(self, open_share: Float[Tensor, " edge"], graph: EdgeGraph) -> Float[Tensor, ""]:
-        """The price of gates that are open with these probabilities; degrees count as constants."""
+        """The price of gates open with these probabilities; no gradient flows into the degrees."""
         ends = edge_ends(graph, open_share.device)
-        fixed = open_share.detach()
-        price = torch.zeros_like(fixed)
+        detached = open_share.detach()
+        price = torch.zeros_like(detached)  # [edge]
         for end, count in zip(ends, (graph.n_sources, len(graph.destinations)), strict=True):
-            degree = fixed.new_zeros(count).index_add_(0, end, fixed)
+            degree = detached.new_zeros(count).index_add_(0, end, detached)
             price += 0.5 / (1 + degree[end])
         return self.weight * (open_share * price).mean()

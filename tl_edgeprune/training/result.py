@@ -1,4 +1,4 @@
-"""What a run gives: the ranking of edges, its circuit and its history."""
+"""The result of a run: the ranking of edges, its circuit and its history."""
 
 from __future__ import annotations
 
@@ -12,17 +12,30 @@ from tl_edgeprune.ablation.constants import Constants
 from tl_edgeprune.circuits.circuit import Circuit
 from tl_edgeprune.circuits.neurons import Neurons
 from tl_edgeprune.circuits.scores import EdgeScores
+from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.graph.edge_graph import EdgeGraph
+from tl_edgeprune.hooks.modules import is_folded
+from tl_edgeprune.tasks.stream import AnyTask
+from tl_edgeprune.training.settings import PrunerSettings
 from tl_edgeprune.utils.reading import of_kind
 
 
 @dataclass(frozen=True, repr=False)
 class PruneResult:
-    """What a run found. `log_alpha` ranks every edge; `circuit` has the size asked for.
+    """The result of a run: a ranking of all edges, and the circuit of its top edges.
 
-    `constants`: what removed edges carried, under ablation="optimal" or Constants: the `ablation`
-    to evaluate the circuit with. `neuron_log_alpha` ranks every neuron of a run with
-    neurons="mlp" or "dimensions"; `neurons` are as many as asked for.
+    Attributes:
+        graph: the graph of the ranking.
+        log_alpha: [edge], the ranking of the edges.
+        history: the figures of each step: its loss, expected edges, target and seconds so far.
+        n_edges: edges of `circuit`; None for a run without a single size.
+        metadata: the origin of the result, with the run's settings.
+        finished: False if Ctrl-C ended the run early.
+        constants: what removed edges carried under ablation="optimal" or Constants: the `ablation`
+            to evaluate the circuit with.
+        neuron_kind: "mlp" or "dimensions" in a run with gates on neurons.
+        neuron_log_alpha: [place, unit], the ranking of the neurons.
+        n_neurons: neurons of `neurons`; None for a run without a single number of them.
     """
 
     graph: EdgeGraph
@@ -38,19 +51,19 @@ class PruneResult:
 
     @property
     def circuit(self) -> Circuit:
-        """The top edges by log alpha, exactly as many as asked for."""
+        """The `n_edges` edges of highest log alpha. Raises ValueError if n_edges is None."""
         if self.n_edges is None:
-            raise ValueError("this run was for no one size (n_edges=None): use result.top(k).")
+            raise ValueError("this run had no single size (n_edges=None): use result.top(k).")
         return self.top(self.n_edges)
 
     @property
     def neurons(self) -> Neurons | None:
-        """The top neurons by log alpha, exactly as many as asked for; None in a run without."""
+        """The `n_neurons` neurons of highest log alpha; None in a run without gates on neurons."""
         if self.neuron_log_alpha is None:
             return None
         if self.n_neurons is None:
             raise ValueError(
-                "this run was for no one number of neurons (n_neurons=None): use "
+                "this run had no single number of neurons (n_neurons=None): use "
                 "result.top_neurons(k)."
             )
         return self.top_neurons(self.n_neurons)
@@ -79,13 +92,33 @@ class PruneResult:
 
 
 History = list[dict[str, float | int]]
-HISTORY = ("step", "loss", "edges", "target", "seconds")
-OF_NEURONS = ("neurons", "neuron_target")
+FIGURES = ("step", "loss", "edges", "target", "seconds")
+NEURON_FIGURES = ("neurons", "neuron_target")
 
 
-def _entry(step: int, entry: Any) -> dict[str, float | int]:
-    """The history's entry of a step. Raises KeyError or ValueError for none."""
-    if entry["step"] != step:
-        raise ValueError(f"history has step {entry['step']} in place of {step}")
-    names = (*HISTORY, *(name for name in OF_NEURONS if name in entry))
-    return {name: of_kind(entry[name], float, name) for name in names}
+def history_from(values: Any) -> History:
+    """A history read from JSON. Raises KeyError, TypeError or ValueError if it is not one."""
+    history = []
+    for step, entry in enumerate(of_kind(values, list, "history")):
+        if entry["step"] != step:
+            raise ValueError(f"history has step {entry['step']} instead of {step}")
+        names = (*FIGURES, *(name for name in NEURON_FIGURES if name in entry))
+        history.append({name: of_kind(entry[name], float, name) for name in names})
+    return history
+
+
+def run_metadata(pruner: PrunerSettings, run: MaskedModel, task: AnyTask) -> dict[str, Any]:
+    """What a run's result says of its origin."""
+    model = run.model
+    return {
+        "method": "edge-pruning",
+        "model": getattr(model.cfg, "model_name", type(model).__name__),
+        "task": task.name,
+        "n_pairs": len(task),
+        "prepend_bos": task.prepend_bos,
+        "seed": pruner.seed,
+        "ablation": str(pruner.ablation),
+        "folded": is_folded(model),
+        "d_model": int(model.cfg.d_model),
+        "settings": pruner.settings(),
+    }

@@ -1,6 +1,6 @@
-"""EdgePruner's settings, each declared once: its default, its help, what it may be.
+"""EdgePruner's settings, each declared once: its default, its help, its kind and its bounds.
 
-The checks, the options of `tl-edgeprune prune` and the settings that a run saves are made from
+The checks, the options of `tl-edgeprune prune` and the settings that a run saves are generated from
 these declarations.
 """
 
@@ -35,10 +35,16 @@ Sampler = Callable[[Tensor, torch.Generator], Tensor]
 
 @dataclass(frozen=True)
 class Optimizer:
-    """How log alphas are learned. `warmup` steps of rising rate; `decay` to 0 linearly after.
+    """How log alphas are learned: AdamW, whose options these are.
 
-    `controller_lr`: of a Lagrangian's multipliers. `constants_lr`: of the constants of
-    ablation="optimal", in units of their sources' root mean square.
+    Args:
+        betas, weight_decay: as in torch.optim.AdamW.
+        clip: the largest norm of a gradient, or None.
+        warmup: steps in which the learning rates rise linearly from 0.
+        decay: whether the learning rates then fall linearly to 0.
+        controller_lr: learning rate of a Lagrangian's multipliers.
+        constants_lr: learning rate of the constants of ablation="optimal", in units of the root
+            mean square of their sources.
     """
 
     betas: tuple[float, float] = (0.9, 0.99)
@@ -50,7 +56,7 @@ class Optimizer:
     constants_lr: float = 0.05
 
     def rate(self, step: int, steps: int) -> float:
-        """The factor on the learning rate at this step."""
+        """The factor on the learning rates at this step of a run of `steps`."""
         if step < self.warmup:
             return step / max(1, self.warmup)
         if self.decay:
@@ -62,7 +68,7 @@ class Optimizer:
 
 
 class Kind(NamedTuple):
-    """What a setting's value may be: in words, and as a test."""
+    """The values that a setting may have: in words, and as a test."""
 
     expected: str
     fits: Callable[[Any], bool]
@@ -103,12 +109,12 @@ def setting(
     """A field of PrunerSettings.
 
     Args:
-        default: its value if none is given.
-        help: what it is, in a line, as the command line shows it.
-        kind: what it may be.
-        least: the smallest number that it may be.
+        default: its default value.
+        help: one line of help, for the command line.
+        kind: the values that it may have.
+        least: its smallest value, if it is a number with one.
         share: whether it is a share, from 0 to 1.
-        saved: whether it is one of the settings that a run saves and resumes by.
+        saved: whether a run saves it and is resumed only with the same value.
     """
     return field(
         default=default,
@@ -123,9 +129,10 @@ def setting(
 class PrunerSettings:
     """The settings of an EdgePruner, checked and with their defaults filled in.
 
-    Raises ValueError for settings that cannot work and TypeError for those of another kind. The
-    annotations are those of the attributes: `lr`, `controller`, `optimizer` and `average_share` may
-    be given as None, for their defaults.
+    The annotations are those of the attributes. As arguments, `lr`, `controller`, `optimizer` and
+    `average_share` may also be None, for defaults that depend on the other settings.
+
+    Raises ValueError for settings that cannot work and TypeError for values of another kind.
     """
 
     n_edges: int | None = setting(None, "Edges to keep.", WHOLE_OR_NONE)
@@ -203,22 +210,18 @@ class PrunerSettings:
 
     def settings(self) -> dict[str, Any]:
         """The settings as plain JSON values."""
-        values = {f.name: of_setting(getattr(self, f.name)) for f in self._saved_fields()}
+        saved = [f.name for f in fields(self) if f.metadata["saved"]]
+        values = {name: of_setting(getattr(self, name)) for name in saved}
         values["init_scores"] = _plain_scores(self.init_scores)
         values["objective"], values["sampler"] = _named(self.objective), _named(self.sampler)
         return values
 
-    @classmethod
-    def _saved_fields(cls) -> list[Any]:
-        return [f for f in fields(cls) if f.metadata["saved"]]
-
     # -------------------------------------------------------------------------------------- checks
 
     def _check(self) -> None:
-        check_kinds(vars(self))
+        check_values(vars(self))
         if self.n_edges is not None and self.n_edges < 1:
             raise ValueError(f"n_edges={self.n_edges}: a circuit needs at least one edge.")
-        check_bounds(vars(self))
         if not self.lr > 0:
             raise ValueError(f"lr={self.lr}: expected a number above 0.")
         if self.ablation != OPTIMAL:
@@ -234,7 +237,7 @@ class PrunerSettings:
         if self.positions is not None and self.recompute:
             raise ValueError(
                 f"positions={self.positions!r} with recompute=True is not supported: recomputed "
-                "blocks have one mask for all positions. Leave one of the two out."
+                "blocks have one mask for all positions. Omit one of the two."
             )
         if self.node_controller is not None and not self.node_masks:
             raise ValueError("node_controller needs node_masks=True.")
@@ -258,33 +261,30 @@ class PrunerSettings:
         if self.recompute:
             raise ValueError(
                 f"neurons={self.neurons!r} with recompute=True is not supported: recomputed blocks "
-                "take no gates on neurons. Leave one of the two out."
+                "take no gates on neurons. Omit one of the two."
             )
         check_constants(self.neurons, self.ablation)
 
 
-def check_kinds(settings: dict[str, Any]) -> None:
-    """Raise TypeError for a setting of another kind, ValueError for an infinite number."""
-    for each in fields(PrunerSettings):
-        value, kind = settings[each.name], each.metadata["kind"]
-        if not kind.fits(value):
-            raise TypeError(f"{each.name}={value!r:.100}: expected {kind.expected}.")
-        if kind is NUMBER and math.isinf(value):
-            raise ValueError(f"{each.name}={value}: expected a finite number.")
+def check_values(settings: dict[str, Any]) -> None:
+    """Check that each setting is of its kind and within its bounds.
 
-
-def check_bounds(settings: dict[str, Any]) -> None:
-    """Raise ValueError for a number outside its setting's bounds."""
-    for each in fields(PrunerSettings):
-        value, least = settings[each.name], each.metadata["least"]
-        if least is not None and value < least:
-            raise ValueError(f"{each.name}={value}: expected {least} or more.")
-        if each.metadata["share"] and not 0 <= value <= 1:
-            raise ValueError(f"{each.name}={value}: expected a share from 0 to 1.")
+    Raises TypeError for a value of another kind, ValueError for a number out of bounds.
+    """
+    for declared in fields(PrunerSettings):
+        name, value, rules = declared.name, settings[declared.name], declared.metadata
+        if not rules["kind"].fits(value):
+            raise TypeError(f"{name}={value!r:.100}: expected {rules['kind'].expected}.")
+        if rules["kind"] is NUMBER and math.isinf(value):
+            raise ValueError(f"{name}={value}: expected a finite number.")
+        if rules["least"] is not None and value < rules["least"]:
+            raise ValueError(f"{name}={value}: expected {rules['least']} or more.")
+        if rules["share"] and not 0 <= value <= 1:
+            raise ValueError(f"{name}={value}: expected a share from 0 to 1.")
 
 
 def default_budget(size: int | None) -> ExactBudget:
-    """Towards a size, or for every size."""
+    """The default controller for a size; for circuits of every size if it is None."""
     return ExactBudget("sampled", anneal=0.4) if size is None else ExactBudget()
 
 

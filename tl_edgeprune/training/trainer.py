@@ -1,12 +1,15 @@
-"""One run of an EdgePruner: the loop, its parameters, its optimisers, its state on disk."""
+"""One run of an EdgePruner: the training loop.
+
+A step draws masks and accumulates the gradients of a few batches, moves the log alphas down and the
+controllers' multipliers up, and records its figures. Gates are in gate_group.py, the state on disk
+in trainer_state.py, the ranking that the run ends with in best_ranking.py.
+"""
 
 from __future__ import annotations
 
-import copy
-import json
 import math
 import time
-from functools import cached_property
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,45 +19,51 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_edgeprune.ablation.constants import OPTIMAL, Constants
-from tl_edgeprune.attribution.mask_gradient import gate_scores, path_scores
-from tl_edgeprune.attribution.paths import mask_path
-from tl_edgeprune.circuits.scores import EdgeScores
 from tl_edgeprune.distributed import LostProcess, Ranks
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.graph.edge_indices import edge_ends
-from tl_edgeprune.hooks.modules import is_folded
-from tl_edgeprune.objectives import Objective
-from tl_edgeprune.objectives import losses as losses_of
+from tl_edgeprune.objectives import Objective, losses
 from tl_edgeprune.runs import checkpoint as checkpoints
-from tl_edgeprune.runs.fingerprint import differences, digest, of_setting, of_task
+from tl_edgeprune.runs.checkpoint import Stateful
+from tl_edgeprune.runs.fingerprint import digest
 from tl_edgeprune.runs.targets import Teacher
 from tl_edgeprune.runs.task_checks import any_task_for
 from tl_edgeprune.tasks.stream import AnyTask, sample
-from tl_edgeprune.training.batch_stream import Feed
-from tl_edgeprune.training.best_ranking import Candidates
-from tl_edgeprune.training.controllers import ExactBudget
-from tl_edgeprune.training.gate_group import LearnedNeurons
-from tl_edgeprune.training.gates import first_log_alpha, open_probability, sample_gates, top_gates
+from tl_edgeprune.training.batch_stream import BatchStream
+from tl_edgeprune.training.best_ranking import BestRanking, FinalRanking
+from tl_edgeprune.training.first_gates import first_gates
+from tl_edgeprune.training.gate_group import GateGroup
+from tl_edgeprune.training.gates import mixed_seed, open_probability
 from tl_edgeprune.training.learned_constants import LearnedConstants
-from tl_edgeprune.training.result import History, _entry
+from tl_edgeprune.training.result import PruneResult, run_metadata
 from tl_edgeprune.training.settings import PrunerSettings
-from tl_edgeprune.utils.reading import damaged, of_kind
+from tl_edgeprune.training.trainer_state import RunIdentity, TrainerState
 
-WARM_STEPS, WARM_PAIRS = 5, 32
-EPOCHS = 10_000_000  # epochs' seeds lie beyond those of steps
-
-
-class Left(NamedTuple):
-    """What a checkpoint holds of a run."""
-
-    path: str | Path
-    tensors: dict[str, Tensor]
-    states: checkpoints.States
-    note: dict[str, Any]
+EPOCHS = 10_000_000  # the seeds of epochs are beyond those of steps
 
 
-class Training:
-    """One run of an EdgePruner: its parameters, its optimisers, its history."""
+class GateTargets(NamedTuple):
+    """The number of gates of each kind that a step aims to keep open."""
+
+    edges: float
+    sources: float
+    neurons: float
+
+
+class Trainer:
+    """One run of an EdgePruner.
+
+    Args:
+        pruner: its settings.
+        run: the model with hooks attached.
+        task: the pairs to train on.
+        loss_of: the objective.
+        weights: the fingerprint of the model's weights, for checkpoints.
+        resume: the checkpoint to continue from; by default the pruner's own, if there is one.
+
+    Checkpoints are read before the model runs. Raises FileNotFoundError or ValueError for one that
+    cannot be resumed.
+    """
 
     def __init__(
         self,
@@ -65,26 +74,15 @@ class Training:
         weights: str | None = None,
         resume: str | Path | None = None,
     ) -> None:
-        """weights: what tells the model's own from another's in checkpoints. resume: the checkpoint
-        to go on from; None for the pruner's own, where that is there. They are looked at before any
-        run of the model.
-        """
-        self.weights = weights
+        started = time.monotonic()
+        self.pruner, self.run, self.loss_of = pruner, run, loss_of
         self.ranks = Ranks.current()
-        self.pruner, self.run = pruner, run
         self.progress = pruner.progress and self.ranks.first
-        self.loss_of = loss_of
         self.graph, self.task = run.graph, any_task_for(task, run.graph)
-        left = self._left(resume)
-        self.started = time.monotonic()
-        self.history: History = []
-        self.seconds_before = 0.0
-        self.between_steps = True
-        self.constants = None
-        if pruner.ablation == OPTIMAL:
-            self.constants = LearnedConstants(
-                run, sample(task).corrupted, pruner.optimizer.constants_lr
-            )
+        self.identity = RunIdentity.of(pruner, self.graph, self.task, weights)
+        saved = self.identity.state_to_resume(pruner.checkpoint, resume)
+
+        self.constants = _learned_constants(pruner, run, task)
         self.teacher = Teacher(
             run,
             task,
@@ -93,418 +91,147 @@ class Training:
             progress=self.progress,
             visits=pruner.steps * pruner.accumulate * self.ranks.most_rows(pruner.batch_size),
         )
-        self.device = self.teacher.device
-        self.controller = copy.deepcopy(pruner.controller)
-        self.controller.start(self.graph.n_edges, pruner.n_edges)
-        self.node_controller = copy.deepcopy(pruner.node_controller)
-        if self.node_controller is not None:
-            self.node_controller.start(self.graph.n_sources, None)
-        first = self._first_log_alpha() if left is None else torch.zeros(self.graph.n_edges)
-        self.log_alpha = first.to(self.device).requires_grad_()
-        self.gates = self.log_alpha.detach()  # log alphas that the last mask was drawn from
-        self.node_log_alpha = self._node_log_alpha()
-        self.neurons = self._learned_neurons(begun=left is not None)
-        self.source_of_edge = edge_ends(self.graph, self.device)[0]
-        self.average = torch.zeros_like(self.log_alpha, requires_grad=False)
-        self.candidates = self._candidates()
-        self.optimizer, self.multipliers = self._optimizers()
-        self.feed = Feed(
-            self.task, pruner.batch_size, lambda epoch: _mixed(pruner.seed, EPOCHS + epoch)
+        self.source_of_edge = edge_ends(self.graph, self.teacher.device)[0]
+
+        self.edges, self.sources, self.neurons = first_gates(
+            pruner, run, self.teacher, loss_of, progress=self.progress, resumes=saved is not None
         )
-        self.place = self.feed.place
-        if left is not None:
-            self.go_on(left)
+        self._groups = [g for g in (self.edges, self.sources, self.neurons) if g is not None]
+        best, edges_only = None, self.constants is None and self.neurons is None
+        if pruner.n_edges is not None and pruner.candidates and edges_only:
+            best = BestRanking(
+                run, self.teacher, loss_of, pruner.n_edges, pruner.batch_size, self.ranks
+            )
+        self.final_ranking = FinalRanking(self.edges.log_alpha, pruner, best)
+        self.optimizers, self._rates = _make_optimizers(pruner, self._groups)
+
+        self.stream = BatchStream(
+            self.task, pruner.batch_size, lambda epoch: mixed_seed(pruner.seed, EPOCHS + epoch)
+        )
+        stateful: list[Stateful] = [self.final_ranking, *self._groups]
+        optimizers = dict(self.optimizers)
+        if self.constants is not None:
+            stateful.append(self.constants)
+            optimizers["constants"] = self.constants.optimizer
+        self.state = TrainerState(self.identity, stateful, optimizers, self.stream, started)
+        self.history = self.state.history
+        self.between_steps = True
+        if saved is not None:
+            self.state.load_state_dict(saved)
+
+    def synchronise(self) -> None:
+        """Check that all processes do the same run, and give all the first one's masks."""
+        run = digest([self.identity.shared, len(self.history)])
+        self.ranks.check_same(run, self.teacher.device)
+        self.ranks.broadcast(self._learned())
 
     # -------------------------------------------------------------------------------- the loop
 
     def train(self) -> bool:
-        """Run the steps that are left; False if Ctrl-C ended them early."""
-        first = len(self.history)
-        bar = tqdm(
-            total=self.pruner.steps, initial=first, desc="pruning", disable=not self.progress
-        )
+        """Run the remaining steps; False if Ctrl-C ended them early."""
+        pruner, n_done = self.pruner, len(self.history)
+        bar = tqdm(total=pruner.steps, initial=n_done, desc="pruning", disable=not self.progress)
         try:
-            for step in range(first, self.pruner.steps):
+            for step in range(n_done, pruner.steps):
                 self._step(step)
                 self._show(bar)
-                if self.pruner.checkpoint and (step + 1) % self.pruner.checkpoint_every == 0:
-                    self.save(self.pruner.checkpoint)
+                if pruner.checkpoint and (step + 1) % pruner.checkpoint_every == 0:
+                    self.save(pruner.checkpoint)
             finished = True
         except KeyboardInterrupt:
             finished = False
         except LostProcess as error:
-            raise LostProcess(f"{error} {self._left_behind()}") from error
+            raise LostProcess(f"{error} {self._save_after_loss()}") from error
         finally:
             bar.close()
-        if self.pruner.checkpoint and self.history:
-            self.save(self.pruner.checkpoint)
+        if pruner.checkpoint and self.history:
+            self.save(pruner.checkpoint)
         return finished
 
     def _step(self, step: int) -> None:
-        progress = step / self.pruner.steps
-        generator = torch.Generator().manual_seed(_mixed(self.pruner.seed, step))
-        target = self.controller.target(progress, float(torch.rand((), generator=generator)))
-        neurons = None if self.neurons is None else self.neurons.target(progress, generator)
-        self._set_rates(step)
-        self._zero_grad()
-        losses = []
-        for _ in range(self.pruner.accumulate):
-            batch = next(self.feed)
-            rows, share = self.ranks.rows(len(batch))
-            lesson = self.teacher.lesson(batch.select(rows))
-            mask, penalty = self._draw(target, progress, generator)
-            gates = None
-            if self.neurons is not None and neurons is not None:
-                gates, price = self.neurons.draw(neurons, progress, generator)
-                penalty = penalty + price
-            reference = lesson.reference if self.constants is None else self.constants.reference()
-            batch = lesson.batch
-            logits = self.run(
-                batch.clean, mask, reference, batch.positions, spans=batch.spans, neurons=gates
-            )
-            loss = losses_of(self.loss_of, logits, lesson.full, lesson.batch).mean() * share
-            ((loss + penalty / self.ranks.size) / self.pruner.accumulate).backward()
-            losses.append(float(loss.detach()))
-        mean = self.ranks.add_up(self._learned(), sum(losses) / len(losses))
-        self._check_loss(mean, step)
+        pruner, progress = self.pruner, step / self.pruner.steps
+        rate = pruner.optimizer.rate(step, pruner.steps)
+        generator = torch.Generator().manual_seed(mixed_seed(pruner.seed, step))
+        targets = self._targets(progress, generator)
+        for label, optimizer in self.optimizers.items():
+            for group in optimizer.param_groups:
+                group["lr"] = self._rates[label] * rate
+            optimizer.zero_grad()
+        batch_losses = [
+            self._backward(targets, progress, generator) for _ in range(pruner.accumulate)
+        ]
+        loss = self.ranks.all_reduce(self._learned(), sum(batch_losses) / len(batch_losses))
+        self._check_loss(loss, step)
         self.between_steps = False
         self._update()
         if self.constants is not None:
-            self.constants.step(self.pruner.optimizer.rate(step, self.pruner.steps))
-        self.ranks.hand_out(self._learned())
-        self._take_in(step)
-        self._note(step, mean, target, neurons)
-        self.place = self.feed.place
+            self.constants.step(rate)
+        self.ranks.broadcast(self._learned())
+        self.final_ranking.add(self._ranking_now(), step)
+        self._record(step, loss, targets)
+        self.state.finish_step()
         self.between_steps = True
 
-    def _draw(
-        self, target: float, progress: float, generator: torch.Generator
-    ) -> tuple[Float[Tensor, " edge"], Tensor | float]:
-        """A mask for one forward, and what the loss gains for it."""
-        shifted = self.controller.gates(self.log_alpha, target)
-        self.gates = shifted.detach()
-        mask = self.pruner.sampler(shifted, generator)
-        penalty = self.controller.penalty(mask, shifted, target)
-        if self.pruner.attachment is not None:
-            penalty = penalty + self.pruner.attachment(open_probability(shifted), self.graph)
-        if progress >= 1 - self.pruner.hard_share:  # nodes rest, which no longer reach the loss
-            return top_gates(shifted, self._ranking_now(), self._hard_size(target)), penalty
-        if self.node_log_alpha is not None:
-            nodes = sample_gates(self.node_log_alpha, generator)
-            mask = mask * nodes[self.source_of_edge]
-            if self.node_controller is not None:
-                wanted = self.node_controller.target(progress, 0.0)
-                penalty = penalty + self.node_controller.penalty(nodes, self.node_log_alpha, wanted)
-        return mask, penalty
+    def _targets(self, progress: float, generator: torch.Generator) -> GateTargets:
+        def uniform() -> float:
+            return float(torch.rand((), generator=generator))
 
-    def _hard_size(self, target: float) -> int:
-        """Edges of a hard mask: the step's budget; the circuit's size where there is none."""
-        if isinstance(self.controller, ExactBudget) or self.pruner.n_edges is None:
-            return max(1, round(target))
-        return self.pruner.n_edges
+        return GateTargets(
+            self.edges.target(progress, uniform()),
+            0.0 if self.sources is None else self.sources.target(progress, 0.0),
+            0.0 if self.neurons is None else self.neurons.target(progress, uniform()),
+        )
+
+    def _backward(self, targets: GateTargets, progress: float, generator: torch.Generator) -> float:
+        """Add the gradients of one batch; returns this process's part of its loss."""
+        batch = next(self.stream)
+        rows, share = self.ranks.rows(len(batch))
+        lesson = self.teacher.lesson(batch.select(rows))
+        mask, neuron_gates, penalty = self._draw(targets, progress, generator)
+        reference = None if self.constants is None else self.constants.reference()
+        logits = self.run.logits(lesson, mask, reference, neurons=neuron_gates)
+        loss = losses(self.loss_of, logits, lesson.full, lesson.batch).mean() * share
+        ((loss + penalty / self.ranks.size) / self.pruner.accumulate).backward()
+        return float(loss.detach())
+
+    def _draw(
+        self, targets: GateTargets, progress: float, generator: torch.Generator
+    ) -> tuple[Float[Tensor, " edge"], Float[Tensor, "place unit"] | None, Tensor | float]:
+        """A mask and gates on neurons for one forward pass, and the penalty on them."""
+        hard = self.edges.is_hard(progress)
+        edges = self.edges.draw(targets.edges, generator, self._ranking_now() if hard else None)
+        mask, penalty = edges.gates, edges.penalty
+        if self.pruner.attachment is not None:
+            open_share = open_probability(edges.log_alpha)
+            penalty = penalty + self.pruner.attachment(open_share, self.graph)
+        if self.sources is not None and not hard:  # the gates of sources don't reach a hard mask
+            sources = self.sources.draw(targets.sources, generator)
+            mask = mask * sources.gates[self.source_of_edge]  # [edge]
+            penalty = penalty + sources.penalty
+        if self.neurons is None:
+            return mask, None, penalty
+        hard = self.neurons.is_hard(progress)
+        neurons = self.neurons.draw(
+            targets.neurons, generator, self.neurons.log_alpha.detach() if hard else None
+        )
+        neuron_gates = neurons.gates.view(self.run.neuron_shape)  # [place, unit]
+        return mask, neuron_gates, penalty + neurons.penalty
 
     def _update(self) -> None:
-        settings = self.pruner.optimizer
-        if settings.clip is not None:
-            torch.nn.utils.clip_grad_norm_(self._parameters(), settings.clip)
-        self.optimizer.step()
-        if self.multipliers is not None:
-            self.multipliers.step()
+        clip = self.pruner.optimizer.clip
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(self._parameters(), clip)
+        for optimizer in self.optimizers.values():
+            optimizer.step()
 
     def _parameters(self) -> list[Tensor]:
-        """What the masks are made of, and the multipliers."""
-        optimizers = [o for o in (self.optimizer, self.multipliers) if o is not None]
-        return [p for o in optimizers for group in o.param_groups for p in group["params"]]
+        """The log alphas and the multipliers."""
+        groups = [group for o in self.optimizers.values() for group in o.param_groups]
+        return [parameter for group in groups for parameter in group["params"]]
 
     def _learned(self) -> list[Tensor]:
         """Everything that a step changes."""
         return self._parameters() + ([] if self.constants is None else self.constants.moves)
-
-    # -------------------------------------------------------------------------------- starting
-
-    def meet(self) -> None:
-        """With other processes: see that all do the same run, from the same masks."""
-        done = digest([self.identity, len(self.history)])
-        self.ranks.check_same(done, self.device)
-        self.ranks.hand_out(self._learned())
-
-    def _first_log_alpha(self) -> Float[Tensor, " edge"]:
-        generator = torch.Generator().manual_seed(_mixed(self.pruner.seed, -1))
-        spread, count = self.pruner.init_log_alpha, self.graph.n_edges
-        if self.pruner.init_scores is None:
-            return first_log_alpha(spread, count, None, generator)
-        scores = self._warm_scores()
-        if scores.shape != (self.graph.n_edges,):
-            raise ValueError(
-                f"init_scores has shape {tuple(scores.shape)}, expected ({self.graph.n_edges},)."
-            )
-        if not bool(torch.isfinite(scores).all()):
-            raise ValueError("init_scores holds NaN or infinite values.")
-        return first_log_alpha(spread, count, scores, generator)
-
-    def _warm_scores(self) -> Float[Tensor, " edge"]:
-        """What the first log alphas are ranked by."""
-        scores = self.pruner.init_scores
-        if isinstance(scores, EdgeScores):
-            if scores.graph != self.graph:
-                raise ValueError(
-                    f"init_scores are of another graph: {scores.graph}, this run's is {self.graph}."
-                )
-            return scores.ranking().float()
-        if isinstance(scores, Tensor):
-            return scores.detach().cpu().float().abs()
-        return path_scores(
-            self.run,
-            self.teacher,
-            mask_path(WARM_STEPS),
-            self.loss_of,
-            batch_size=self.pruner.batch_size,
-            max_pairs=WARM_PAIRS,
-            progress=self.progress,
-        ).abs()
-
-    def _node_log_alpha(self) -> Float[Tensor, " source"] | None:
-        if not self.pruner.node_masks:
-            return None
-        mean, std = (10.0, 0.01) if self.pruner.init_scores is None else (2.0, 0.01)
-        generator = torch.Generator().manual_seed(_mixed(self.pruner.seed, -2))
-        start = mean + std * torch.randn(self.graph.n_sources, generator=generator)
-        return start.to(self.device).requires_grad_()
-
-    def _learned_neurons(self, *, begun: bool) -> LearnedNeurons | None:
-        if self.pruner.neurons is None:
-            return None
-        scores = None
-        if self.pruner.init_scores is not None and not begun:
-            scores = gate_scores(
-                self.run,
-                self.teacher,
-                self.loss_of,
-                steps=WARM_STEPS,
-                batch_size=self.pruner.batch_size,
-                max_pairs=WARM_PAIRS,
-                progress=self.progress,
-            )
-        generator = torch.Generator().manual_seed(_mixed(self.pruner.seed, -3))
-        return LearnedNeurons(self.pruner, self.run, scores, generator)
-
-    def _optimizers(self) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer | None]:
-        settings = self.pruner.optimizer
-        common: dict[str, Any] = {"betas": settings.betas, "weight_decay": settings.weight_decay}
-        learned = list(self._log_alphas().values())
-        optimizer = torch.optim.AdamW(learned, lr=self.pruner.lr, **common)
-        multipliers = list(self._multipliers().values())
-        if not multipliers:
-            return optimizer, None
-        ascent = torch.optim.AdamW(multipliers, lr=settings.controller_lr, maximize=True, **common)
-        return optimizer, ascent
-
-    def _state(self) -> dict[str, Tensor]:
-        """The tensors that a checkpoint holds, but for optimisers' and constants'."""
-        judged = {} if self.candidates is None else self.candidates.state()
-        return {"average": self.average, **judged, **self._log_alphas(), **self._multipliers()}
-
-    def _log_alphas(self) -> dict[str, Tensor]:
-        learned = {"log_alpha": self.log_alpha}
-        if self.node_log_alpha is not None:
-            learned["node_log_alpha"] = self.node_log_alpha
-        if self.neurons is not None:
-            learned["neuron_log_alpha"] = self.neurons.log_alpha
-        return learned
-
-    def _multipliers(self) -> dict[str, Tensor]:
-        learned = dict(self.controller.learned())
-        if self.node_controller is not None:
-            learned |= {f"node_{k}": v for k, v in self.node_controller.learned().items()}
-        if self.neurons is not None:
-            learned |= {f"neuron_{k}": v for k, v in self.neurons.controller.learned().items()}
-        return learned
-
-    def _candidates(self) -> Candidates | None:
-        """Where one circuit is looked for, and all that it needs is its ranking."""
-        size, alone = self.pruner.n_edges, self.constants is None and self.neurons is None
-        if size is None or not self.pruner.candidates or not alone:
-            return None
-        return Candidates(
-            self.run, self.teacher, self.loss_of, size, self.pruner.batch_size, self.ranks
-        )
-
-    # ------------------------------------------------------------------------------- finishing
-
-    def ranking(self) -> Float[Tensor, " edge"]:
-        """log alpha of every edge, the mean over the run's last part, of the best step that was
-        judged; with node masks, that of edge and node being open together.
-        """
-        best = None if self.candidates is None else self.candidates.found()
-        return (self._ranking_after(len(self.history)) if best is None else best).cpu()
-
-    def _ranking_after(self, done: int) -> Float[Tensor, " edge"]:
-        """What the run would give if it ended now, after so many steps."""
-        return self.average if self._n_averaged(done) > 0 else self._ranking_now()
-
-    def _ranking_now(self) -> Float[Tensor, " edge"]:
-        log_alpha = self.log_alpha.detach()
-        if self.node_log_alpha is None:
-            return log_alpha
-        nodes = open_probability(self.node_log_alpha.detach())[self.source_of_edge]
-        both = open_probability(log_alpha.double()) * nodes.double()
-        return torch.logit(both, eps=1e-12).float()
-
-    def _take_in(self, step: int) -> None:
-        """This step's ranking into the mean, and before the judges."""
-        n = self._n_averaged(step + 1)
-        if n > 0:
-            self.average += (self._ranking_now() - self.average) / n
-        pruner = self.pruner
-        if self.candidates is not None and self.candidates.due(
-            step, pruner.steps, pruner.candidates
-        ):
-            self.candidates.take_in(self._ranking_after(step + 1))
-
-    def _n_averaged(self, done: int) -> int:
-        """How many steps the mean is of, after so many steps."""
-        before = self.pruner.steps - round(self.pruner.average_share * self.pruner.steps)
-        return done - before
-
-    def final_size(self) -> int | None:
-        """Edges of the circuit: as asked, or as many as a Lagrangian run expects to keep."""
-        if self.pruner.n_edges is not None or isinstance(self.controller, ExactBudget):
-            return self.pruner.n_edges
-        if self.node_log_alpha is None:
-            return max(1, round(float(torch.sigmoid(self.ranking()).sum())))
-        edges, nodes = (torch.sigmoid(a.detach()) for a in (self.log_alpha, self.node_log_alpha))
-        return max(1, round(float((edges * nodes[self.source_of_edge]).sum())))
-
-    def final_constants(self) -> Constants | None:
-        """What removed edges carry, where it is constants."""
-        if self.constants is None:
-            return self.pruner.ablation if isinstance(self.pruner.ablation, Constants) else None
-        return self.constants.constants(self.metadata()).detached()
-
-    def metadata(self) -> dict[str, Any]:
-        cfg = self.run.model.cfg
-        return {
-            "method": "edge-pruning",
-            "model": getattr(cfg, "model_name", type(self.run.model).__name__),
-            "task": self.task.name,
-            "n_pairs": len(self.task),
-            "prepend_bos": self.task.prepend_bos,
-            "seed": self.pruner.seed,
-            "ablation": str(self.pruner.ablation),
-            "folded": is_folded(self.run.model),
-            "d_model": int(cfg.d_model),
-            "settings": self.pruner.settings(),
-        }
-
-    def save(self, path: str | Path) -> None:
-        """Write the state of the last whole step; in the middle of an update (Ctrl-C, a lost
-        process), the last checkpoint stays as it is.
-        """
-        if not (self.ranks.first and self.between_steps):
-            return
-        tensors = self._state()
-        optimizers = {"optimizer": self.optimizer, "multipliers": self.multipliers}
-        if self.constants is not None:
-            tensors |= self.constants.tensors()
-            optimizers["constants"] = self.constants.optimizer
-        seconds = self.seconds_before + time.monotonic() - self.started
-        note = {"history": self.history, "seconds": seconds, "place": self.place}
-        note |= {"weights": self.weights, **self.identity}
-        checkpoints.save(path, tensors, optimizers, note)
-
-    def _left_behind(self) -> str:
-        """Save what there is, and say how the run goes on."""
-        path, step = self.pruner.checkpoint, len(self.history)
-        if not path or not step:
-            return f"The run ends after {step} steps, without a checkpoint."
-        self.save(path)
-        return f"The run ends after {step} steps; it goes on by fit(…, resume={str(path)!r})."
-
-    def _left(self, resume: str | Path | None) -> Left | None:
-        """What there is to go on from. A file that this run would write over must be of it too."""
-        own, given = self.pruner.checkpoint, None if resume is None else self.left_by(resume)
-        if own is None or not Path(own).exists():
-            return given
-        left = self.left_by(own)
-        return left if given is None else given
-
-    def left_by(self, path: str | Path) -> Left:
-        """What a checkpoint holds. Raises FileNotFoundError, and ValueError for a damaged one and
-        one of another run.
-        """
-        left = Left(path, *checkpoints.load(path))
-        note = left.note
-        if "about" in note:
-            raise ValueError(f"checkpoint {path} is of a search, not of EdgePruner.")
-        expected = self.identity
-        if None not in (self.weights, note.get("weights")):  # else no process had all of them
-            expected = expected | {"weights": self.weights}
-        different = differences(note, expected)
-        if different:
-            told = "; its ".join(
-                f"{name} is {theirs!s:.100}, this run's {own!s:.100}"
-                for name, (theirs, own) in different.items()
-            )
-            raise ValueError(
-                f"checkpoint {path} is of another run: its {told}. Give another file, or remove "
-                "this one to start anew."
-            )
-        return left
-
-    def go_on(self, left: Left) -> None:
-        """Go on from a checkpoint. Raises ValueError for a damaged one."""
-        with damaged(left.path, "Start the run anew."):
-            self._restore(left.tensors, left.states, left.note)
-
-    def _restore(
-        self, tensors: dict[str, Tensor], states: checkpoints.States, note: dict[str, Any]
-    ) -> None:
-        self.history = [
-            _entry(*each) for each in enumerate(of_kind(note["history"], list, "history"))
-        ]
-        self.seconds_before = of_kind(note["seconds"], float, "seconds")
-        for name, tensor in self._state().items():
-            checkpoints.restore(tensor, tensors, name)
-        checkpoints.load_optimizer(self.optimizer, states["optimizer"])
-        if self.multipliers is not None:
-            checkpoints.load_optimizer(self.multipliers, states["multipliers"])
-        if self.constants is not None:
-            self.constants.restore(tensors, states["constants"])
-        epoch, chunk, done = (
-            of_kind(n, int, "place") for n in of_kind(note["place"], list, "place")
-        )
-        if min(epoch, chunk, done) < 0 or max(epoch, chunk, done) > 2**53:
-            raise ValueError(f"place is {note['place']}")
-        self.place = (epoch, chunk, done)
-        self.feed.go_to(self.place)
-
-    @cached_property
-    def identity(self) -> dict[str, Any]:
-        """What a checkpoint and the run that it resumes have in common."""
-        return {
-            "settings": json.loads(json.dumps(self.pruner.settings())),
-            "functions": [of_setting(self.pruner.objective), of_setting(self.pruner.sampler)],
-            "graph": self.graph.to_dict(),
-            "task": of_task(self.task),
-        }
-
-    # --------------------------------------------------------------------------------- details
-
-    def _set_rates(self, step: int) -> None:
-        settings, pruner = self.pruner.optimizer, self.pruner
-        factor = settings.rate(step, pruner.steps)
-        for optimizer, lr in (
-            (self.optimizer, pruner.lr),
-            (self.multipliers, settings.controller_lr),
-        ):
-            if optimizer is not None:
-                for group in optimizer.param_groups:
-                    group["lr"] = lr * factor
-
-    def _zero_grad(self) -> None:
-        self.optimizer.zero_grad()
-        if self.multipliers is not None:
-            self.multipliers.zero_grad()
 
     def _check_loss(self, loss: float, step: int) -> None:
         if not math.isfinite(loss):
@@ -513,25 +240,112 @@ class Training:
                 "infinite logits under masks. Try float32, or a lower learning rate."
             )
 
-    def _note(self, step: int, loss: float, target: float, neurons: float | None) -> None:
-        of_gates = getattr(self.controller, "probability", open_probability)
-        edges = float(of_gates(self.gates).sum())
-        seconds = self.seconds_before + time.monotonic() - self.started
-        entry = {"step": step, "loss": loss, "edges": edges, "target": target, "seconds": seconds}
-        if self.neurons is not None and neurons is not None:
-            entry |= {"neurons": self.neurons.expected(neurons), "neuron_target": neurons}
+    def _record(self, step: int, loss: float, targets: GateTargets) -> None:
+        entry = {
+            "step": step,
+            "loss": loss,
+            "edges": self.edges.expected_open(self.edges.last_drawn),
+            "target": targets.edges,
+            "seconds": self.state.seconds(),
+        }
+        if self.neurons is not None:
+            n_open = self.neurons.expected_open(self.neurons.shifted(targets.neurons))
+            entry |= {"neurons": n_open, "neuron_target": targets.neurons}
         self.history.append(entry)
 
     def _show(self, bar: Any) -> None:
-        last = self.history[-1]
-        recent = [entry["loss"] for entry in self.history[-10:]]
+        entry, recent = self.history[-1], [entry["loss"] for entry in self.history[-10:]]
         bar.set_postfix_str(
-            f"{self.loss_of.__name__ if hasattr(self.loss_of, '__name__') else 'loss'} "
-            f"{sum(recent) / len(recent):.3f}, {last['edges']:,.0f} edges, target "
-            f"{last['target']:,.0f}"
+            f"{getattr(self.loss_of, '__name__', 'loss')} {sum(recent) / len(recent):.3f}, "
+            f"{entry['edges']:,.0f} edges, target {entry['target']:,.0f}"
         )
         bar.update()
 
+    # ------------------------------------------------------------------------------- the state
 
-def _mixed(seed: int, step: int) -> int:
-    return (seed * 1_000_003 + step * 7_919 + 12_345) % 2**63
+    def save(self, path: str | Path) -> None:
+        """Write the state of the last whole step.
+
+        In the middle of an update (Ctrl-C, a lost process) the last checkpoint stays as it is.
+        """
+        if self.ranks.first and self.between_steps:
+            checkpoints.save(path, self.state.state_dict())
+
+    def _save_after_loss(self) -> str:
+        """Save the state when another process is lost; returns how the run can continue."""
+        path, n_steps = self.pruner.checkpoint, len(self.history)
+        if not path or not n_steps:
+            return f"The run ends after {n_steps} steps, without a checkpoint."
+        self.save(path)
+        return f"The run ends after {n_steps} steps; continue it with fit(…, resume={str(path)!r})."
+
+    # ------------------------------------------------------------------------------ the result
+
+    def _ranking_now(self) -> Float[Tensor, " edge"]:
+        """The edges' log alphas; with node masks, the log-odds that edge and source are open."""
+        log_alpha = self.edges.log_alpha.detach()
+        if self.sources is None:
+            return log_alpha
+        sources = open_probability(self.sources.log_alpha.detach())[self.source_of_edge]
+        both_open = open_probability(log_alpha.double()) * sources.double()
+        return torch.logit(both_open, eps=1e-12).float()
+
+    def ranking(self) -> Float[Tensor, " edge"]:
+        """The ranking of edges that the run ends with, on the CPU."""
+        return self.final_ranking.after(len(self.history), self._ranking_now()).cpu()
+
+    def result(self, finished: bool) -> PruneResult:
+        """What the run has found by now."""
+        pruner = self.pruner
+        ranking = self.ranking()
+        metadata = run_metadata(pruner, self.run, self.task)
+        probability = torch.sigmoid(ranking)
+        if self.sources is not None:
+            sources = torch.sigmoid(self.sources.log_alpha.detach())[self.source_of_edge]
+            probability = torch.sigmoid(self.edges.log_alpha.detach()) * sources
+        constants = pruner.ablation if isinstance(pruner.ablation, Constants) else None
+        if self.constants is not None:
+            constants = self.constants.constants(metadata).detached()
+        by_neuron, n_neurons = None, None
+        if self.neurons is not None:
+            by_neuron = self.neurons.log_alpha.detach().cpu().view(self.run.neuron_shape)
+            n_neurons = self.neurons.final_size(torch.sigmoid(by_neuron))
+        return PruneResult(
+            graph=self.graph,
+            log_alpha=ranking,
+            history=self.history,
+            n_edges=self.edges.final_size(probability),
+            metadata=metadata,
+            finished=finished,
+            constants=constants,
+            neuron_kind=pruner.neurons,
+            neuron_log_alpha=by_neuron,
+            n_neurons=n_neurons,
+        )
+
+
+def _learned_constants(
+    pruner: PrunerSettings, run: MaskedModel, task: AnyTask
+) -> LearnedConstants | None:
+    if pruner.ablation != OPTIMAL:
+        return None
+    return LearnedConstants(run, sample(task).corrupted, pruner.optimizer.constants_lr)
+
+
+def _make_optimizers(
+    pruner: PrunerSettings, groups: Sequence[GateGroup]
+) -> tuple[dict[str, torch.optim.Optimizer], dict[str, float]]:
+    """The optimisers of log alphas and of multipliers, and their learning rates."""
+    settings = pruner.optimizer
+    common: dict[str, Any] = {"betas": settings.betas, "weight_decay": settings.weight_decay}
+    rates = {"optimizer": pruner.lr, "multipliers": settings.controller_lr}
+    log_alphas = [group.log_alpha for group in groups]
+    multipliers = [m for group in groups for m in group.multipliers().values()]
+    optimizers: dict[str, torch.optim.Optimizer] = {
+        "optimizer": torch.optim.AdamW(log_alphas, lr=rates["optimizer"], **common)
+    }
+    if multipliers:
+        optimizers["multipliers"] = torch.optim.AdamW(
+            multipliers, lr=rates["multipliers"], maximize=True, **common
+        )
+    return optimizers, rates
