@@ -24,9 +24,7 @@ from torch import Tensor
 
 from tl_edgeprune.hooks.sites import AttentionSite
 
-# And Constants of training/optimal_constants.py.
 ZERO_WITH_BIASES = "zero-with-biases"
-ABLATIONS = ("counterfactual", "zero", ZERO_WITH_BIASES, "mean", "mean-positional")
 
 
 @dataclass(frozen=True)

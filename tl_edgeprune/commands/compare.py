@@ -72,10 +72,10 @@ def compare(
     With settings: tl-edgeprune compare smollm2-135m ioi-t1 --methods eap-ig,acdc --sizes 200,1000
     --set eap-ig.steps=10 --set acdc.threshold=[0.01,0.1] --out runs/compare
     """
+    from tl_edgeprune.ablation.kinds import check_ablation
     from tl_edgeprune.commands.jobs.compare import check_same, compare_in
     from tl_edgeprune.commands.jobs.method_settings import compared_settings, runs_settings
-    from tl_edgeprune.forward.masked_model import check_ablation
-    from tl_edgeprune.methods.registry import GIVE_CIRCUITS
+    from tl_edgeprune.methods.registry import find_method
 
     names = _listed(methods)
     settings_of = runs_settings(names, parsed("--set", setting or []))
@@ -87,7 +87,7 @@ def compare(
     task_options = parsed("--task-set", task_set or [])
     inputs = Inputs(model, task, pairs, held_out, seed, dtype, device, cls, task_options).resolved()
     sizes_of_circuits = _sizes(sizes or [])
-    ranking = [name for name in names if name not in GIVE_CIRCUITS]
+    ranking = [name for name in names if not find_method(name).gives_circuit]
     if ranking and not sizes_of_circuits:
         raise ValueError(
             f"--sizes is missing: {', '.join(ranking)} rank all edges, so say how many to take, "

@@ -62,12 +62,12 @@ def discover(
     """
     from tl_edgeprune.commands.jobs.discover import search_in
     from tl_edgeprune.commands.jobs.method_settings import method_settings
-    from tl_edgeprune.methods.registry import settings_of
+    from tl_edgeprune.methods.registry import find_method
 
     task_options = parsed("--task-set", task_set or [])
     inputs = Inputs(model, task, pairs, held_out, seed, dtype, device, cls, task_options).resolved()
     values = parsed("--set", setting or [])
-    if "seed" in settings_of(method):
+    if "seed" in find_method(method).parameters:
         values = {"seed": seed} | values
     if ablation is not None:
         values = {"ablation": whole_path(ablation)} | values
@@ -90,18 +90,18 @@ def discover(
 
 def _check_needed(method: str, given: dict[str, Any]) -> None:
     """Raise ValueError for a setting that the method cannot do without."""
-    from tl_edgeprune.methods.registry import needed_by
+    from tl_edgeprune.methods.registry import find_method
 
-    missing = [name for name in needed_by(method) if name not in given]
+    missing = [name for name in find_method(method).required if name not in given]
     if missing:
         raise ValueError(f"{method} needs {' and '.join(missing)}: give --set {missing[0]}=….")
 
 
 def _check_top(method: str, n_edges: int | None, absolute: bool | None, alive: bool) -> None:
     """Raise ValueError for an option of taking top edges where none are taken."""
-    from tl_edgeprune.methods.registry import GIVE_CIRCUITS
+    from tl_edgeprune.methods.registry import find_method
 
-    own_size = method in GIVE_CIRCUITS
+    own_size = find_method(method).gives_circuit
     option = "--absolute" if absolute else "--signed"
     if absolute is not None and own_size:
         raise ValueError(f"{option}: {method} ranks no edges. Leave it out.")
@@ -112,11 +112,11 @@ def _check_top(method: str, n_edges: int | None, absolute: bool | None, alive: b
 
 def _check_size(method: str, n_edges: int | None) -> None:
     """Raise ValueError for --n-edges where the method chooses the size, and below 1."""
-    from tl_edgeprune.methods.registry import GIVE_CIRCUITS
+    from tl_edgeprune.methods.registry import find_method
 
     if n_edges is None:
         return
-    if method in GIVE_CIRCUITS:
+    if find_method(method).gives_circuit:
         raise ValueError(
             f"--n-edges {n_edges}: {method} chooses the circuit's size itself. Leave --n-edges "
             "out, and change the size by the method's settings (--set)."

@@ -144,7 +144,7 @@ def _neurons(circuit: Path) -> Any:
 def _ablation(path: Path, circuit: Any, given: str | None) -> Any:
     """What removed edges carry: as given, the run's learned constants, or the circuit's own."""
     from tl_edgeprune.ablation.constants import OPTIMAL, Constants
-    from tl_edgeprune.forward.masked_model import check_ablation
+    from tl_edgeprune.ablation.kinds import check_ablation
 
     if (given or circuit.metadata.get("ablation")) == OPTIMAL:
         constants = path.parent / CONSTANTS

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from tl_edgeprune.circuits.circuit import Circuit
 from tl_edgeprune.circuits.scores import EdgeScores
 from tl_edgeprune.evaluation.evaluate import Evaluation
+from tl_edgeprune.methods.registry import Found
 from tl_edgeprune.runs.fingerprint import of_setting, of_task, of_weights
 from tl_edgeprune.tasks.task import Task
 from tl_edgeprune.utils.profiling import Cost
@@ -25,7 +26,6 @@ from tl_edgeprune.utils.writing import write_whole
 FORMAT = 1
 KIND = "tl_edgeprune comparison"
 AGAIN = "Remove it, and the method runs again."
-Found = EdgeScores | Circuit
 
 
 class Run(NamedTuple):
