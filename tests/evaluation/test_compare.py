@@ -16,7 +16,7 @@ import torch
 from support import model_zoo
 
 from tl_edgeprune import Circuit, Comparison, EdgePruner, compare, discover, evaluate, models, tasks
-from tl_edgeprune.evaluation.comparison import COLUMNS
+from tl_edgeprune.evaluation.comparison import column_formats
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.methods import registry
 from tl_edgeprune.objectives import kl
@@ -27,6 +27,7 @@ from tl_edgeprune.runs import resume as saved
 from tl_edgeprune.utils import profiling as measuring
 from tl_edgeprune.utils.profiling import measured
 
+COLUMNS = tuple(column_formats())
 SIZES = (5, 12)
 QUICK = {"edge-pruning": {"steps": 4, "batch_size": 4}}
 
@@ -184,7 +185,7 @@ def test_a_task_of_numbers_is_measured_by_squared_error(tmp_path):
 @pytest.mark.parametrize(
     ("methods", "sizes", "settings", "message"),
     [
-        (["eap", "eap-gi"], SIZES, {}, "unknown methods 'eap-gi': expected some of edge-pruning"),
+        (["eap", "eap-gi"], SIZES, {}, "unknown methods 'eap-gi': expected some of acdc"),
         ([], SIZES, {}, "no methods given"),
         (["eap", "eap"], SIZES, {}, "eap would run twice"),
         (["eap"], (), {}, r"eap rank all edges.*give compare\(…, sizes=\[…\]\)"),

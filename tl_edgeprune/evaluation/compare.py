@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from tl_edgeprune.ablation.kinds import check_ablation
 from tl_edgeprune.circuits.circuit import Circuit, check_budget
 from tl_edgeprune.circuits.scores import EdgeScores
-from tl_edgeprune.evaluation.comparison import FIGURES, Comparison, Row
+from tl_edgeprune.evaluation.comparison import Comparison, Row, columns_of_measures
 from tl_edgeprune.evaluation.comparison_folder import Folder, Run
 from tl_edgeprune.evaluation.evaluate import Evaluation, evaluate_all
 from tl_edgeprune.graph.edge_graph import EdgeGraph
@@ -305,7 +305,9 @@ def _comparison(done: list[_Done], plan: _Plan) -> Comparison:
         sizes = [None] if isinstance(result, Circuit) else run.sizes
         for size, circuit, evaluation in zip(sizes, circuits_of_run, figures, strict=True):
             row = {"method": run.method, "size": size, "threshold": run.settings.get("threshold")}
-            row |= {name: getattr(evaluation, name) for name in FIGURES}
+            measured = evaluation.to_dict()
+            names = ("n_edges", "n_alive", *columns_of_measures())
+            row |= {name: measured.get(name) for name in names}
             rows.append(row | {"seconds": cost.seconds, "peak_mb": cost.peak_mb})
             circuits.append(circuit)
     scores = {d.run.name: d.found for d in done if isinstance(d.found, EdgeScores)}
