@@ -22,7 +22,8 @@ def compare(
     model: options.Model,
     task: options.TaskName,
     out: Annotated[
-        Path, typer.Option(help="A folder for what it writes; its own of before goes on.")
+        Path,
+        typer.Option(help="A folder for the results. An unfinished comparison continues."),
     ],
     methods: Annotated[
         list[str], typer.Option(help="Names (tl-edgeprune methods), with commas or repeated.")
@@ -42,13 +43,9 @@ def compare(
     absolute: options.Absolute = None,
     alive: options.Alive = False,
     ablation: Annotated[
-        str,
-        typer.Option(
-            help="What removed edges carry: counterfactual, zero, zero-with-biases, mean, "
-            "mean-positional."
-        ),
+        str, typer.Option(help="What removed edges carry: a name (tl-edgeprune ablations).")
     ] = "counterfactual",
-    batch_size: Annotated[int, typer.Option(help="Pairs of a forward, in the evaluation.")] = 16,
+    batch_size: options.BatchSize = 16,
     pairs: options.Pairs = None,
     held_out: options.HeldOut = HALF,
     task_set: options.TaskSet = None,

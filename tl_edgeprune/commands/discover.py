@@ -19,18 +19,11 @@ def discover(
     model: options.Model,
     task: options.TaskName,
     method: Annotated[str, typer.Option(help="Such as eap, eap-ig, mask-ig, acdc or exact.")],
-    out: Annotated[Path, typer.Option(help="A new folder for what it writes.")],
+    out: Annotated[Path, typer.Option(help="A new folder for the results.")],
     n_edges: Annotated[
-        int | None, typer.Option(help="Also make and judge the circuit of this many top edges.")
+        int | None, typer.Option(help="Also make and evaluate the circuit of this many top edges.")
     ] = None,
-    ablation: Annotated[
-        str | None,
-        typer.Option(
-            help="What removed edges carry: counterfactual, zero, zero-with-biases, mean, "
-            "mean-positional, or a file of constants (.safetensors).",
-            show_default="counterfactual",
-        ),
-    ] = None,
+    ablation: options.Ablation = None,
     absolute: options.Absolute = None,
     alive: options.Alive = False,
     setting: Annotated[

@@ -29,7 +29,7 @@ def evaluate(
         str | None,
         typer.Option(help="A name, or a file of constants (.safetensors); else the circuit's own."),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Pairs of a forward.")] = 16,
+    batch_size: options.BatchSize = 16,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; else the run's.")
     ] = None,
