@@ -88,9 +88,7 @@ def test_they_work_in_python(plugin: Path) -> None:
         model, task, task, ["late-edges", "eap"], [20], ablation="mean-of-first", progress=False
     )
     assert found.table["top_logit_gap"].notna().all() and "top_logit_gap" in str(found)
-    with tl_edgeprune.masked(
-        model, circuit, ablation="mean-of-first", prompts=torch.stack(task.clean[:2])
-    ):
+    with tl_edgeprune.masked(model, circuit, ablation="mean-of-first", prompts=task.clean[:2]):
         assert torch.isfinite(model(task.clean[0][None])).all()
 
 

@@ -46,7 +46,7 @@ def discover(
 
     --out then holds settings.json and scores.safetensors, and with --n-edges circuit.json,
     evaluation.json (on pairs held out) and circuit.html. ACDC chooses the size itself and gives a
-    circuit without scores. Stopped or killed, it goes on by resume.
+    circuit without scores. A run that was stopped or killed continues by resume.
 
     Example: tl-edgeprune discover smollm2-135m ioi --method eap-ig --n-edges 1000 --out runs/eap
 
