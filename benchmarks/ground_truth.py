@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from tl_edgeprune import Circuit, EdgeGraph, EdgeScores, Task, discover, models, roc, tasks
-from tl_edgeprune.methods.registry import METHODS, settings_of
+from tl_edgeprune.methods.registry import METHODS
 from tl_edgeprune.models import semi_synthetic, tracr
 
 RESULTS = Path(__file__).parent / "results" / "ground-truth"
@@ -34,7 +34,7 @@ FIELDS = ("model", "method", "edge_auc", "node_auc", "found", "seconds", "seeds"
 
 def scores_of(model: Any, task: Task, method: str, seed: int) -> EdgeScores:
     given = {"batch_size": 16, "seed": seed, "progress": False}
-    own = {name: value for name, value in given.items() if name in settings_of(method)}
+    own = {name: value for name, value in given.items() if name in METHODS[method].parameters}
     if method == "acdc":
         return by_threshold(model, task, own)
     return discover(model, task, method=method, **own)

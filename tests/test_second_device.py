@@ -43,7 +43,7 @@ from tl_edgeprune import (
 )
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.forward.recompute import RecomputedModel
-from tl_edgeprune.methods.registry import METHODS, TRAINED
+from tl_edgeprune.methods.registry import METHODS
 from tl_edgeprune.objectives import kl
 from tl_edgeprune.runs.targets import Teacher
 from tl_edgeprune.search.cuts import find_cuts
@@ -288,7 +288,7 @@ def test_a_run_goes_on_from_a_checkpoint_on_another_device(first: str, tmp_path:
 @pytest.mark.parametrize("method", quick_first(METHODS))
 def test_every_method(method: str) -> None:
     model = model_zoo.build(SMALL)
-    settings: dict[str, Any] = dict(RUN) if method in TRAINED else {}
+    settings: dict[str, Any] = dict(RUN) if METHODS[method].trained else {}
     settings |= {"n_edges": 20} if method == "edge-pruning" else {}
     settings |= {"threshold": 0.3} if method == "acdc" else {}
     settings |= {"steps": 2} if method in ("eap-ig", "eap-ig-activations", "mask-ig") else {}

@@ -21,7 +21,7 @@ from tl_edgeprune.commands.compare import compare
 from tl_edgeprune.commands.demo import demo
 from tl_edgeprune.commands.discover import discover
 from tl_edgeprune.commands.evaluate import evaluate
-from tl_edgeprune.commands.lists import methods, models, tasks
+from tl_edgeprune.commands.lists import ablations, methods, models, tasks
 from tl_edgeprune.commands.plan import plan
 from tl_edgeprune.commands.prune import prune
 from tl_edgeprune.commands.resume import resume
@@ -29,7 +29,20 @@ from tl_edgeprune.commands.show import show
 from tl_edgeprune.utils.versions import __version__
 
 NAME = "tl-edgeprune"
-COMMANDS = (prune, resume, evaluate, discover, compare, show, tasks, models, methods, plan, demo)
+COMMANDS = (
+    prune,
+    resume,
+    evaluate,
+    discover,
+    compare,
+    show,
+    tasks,
+    models,
+    methods,
+    ablations,
+    plan,
+    demo,
+)
 UsageError: Any = typer.BadParameter.__base__
 
 

@@ -73,12 +73,14 @@ def losses(
     name = getattr(objective, "__name__", "the function")
     if not isinstance(values, Tensor) or values.shape != shape:
         description = (
-            f"of shape {tuple(values.shape)}" if isinstance(values, Tensor) else f"{values!r:.100}"
+            f"a tensor of shape {tuple(values.shape)}"
+            if isinstance(values, Tensor)
+            else f"{values!r:.100}"
         )
         raise ValueError(
-            f"objective {name}: gave {'a tensor ' if isinstance(values, Tensor) else ''}{description} "
-            f"for {len(batch)} pairs (logits {tuple(logits.shape)}), expected [batch], {shape}: one "
-            "number a pair, a mean over its read positions."
+            f"objective {name}: gave {description} for {len(batch)} pairs (logits "
+            f"{tuple(logits.shape)}), expected [batch], {shape}: one number per pair, a mean over "
+            "its read positions."
         )
     if logits.requires_grad and not values.requires_grad:
         raise ValueError(
@@ -122,6 +124,11 @@ def find_objective(wanted: str | Objective | None, task: Task) -> Objective:
     if name == "prob-diff":
         _check_sets(task)
     return OBJECTIVES[name]
+
+
+def find_measure(measure: str | Objective | None, task: Task) -> Objective:
+    """The objective whose negative is measured; None for the task's own `metric`."""
+    return find_objective(measure or task.metric, task)
 
 
 def has_logit_diff(task: Task) -> bool:

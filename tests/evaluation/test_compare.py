@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shutil
@@ -15,7 +16,7 @@ import torch
 from support import model_zoo
 
 from tl_edgeprune import Circuit, Comparison, EdgePruner, compare, discover, evaluate, models, tasks
-from tl_edgeprune.evaluation.comparison import COLUMNS
+from tl_edgeprune.evaluation.comparison import column_formats
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.methods import registry
 from tl_edgeprune.objectives import kl
@@ -26,6 +27,7 @@ from tl_edgeprune.runs import resume as saved
 from tl_edgeprune.utils import profiling as measuring
 from tl_edgeprune.utils.profiling import measured
 
+COLUMNS = tuple(column_formats())
 SIZES = (5, 12)
 QUICK = {"edge-pruning": {"steps": 4, "batch_size": 4}}
 
@@ -55,7 +57,7 @@ def one_circuit(model: Any, task: Any, *, threshold: float = 0.1, **settings: An
 
 @pytest.fixture
 def acdc(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(registry.METHODS, "acdc", one_circuit)
+    monkeypatch.setattr(registry.METHODS["acdc"], "function", one_circuit)
 
 
 @pytest.fixture
@@ -75,14 +77,15 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
-    original = registry.METHODS[method]
+    original = registry.METHODS[method].function
 
+    @functools.wraps(original)
     def interrupted(model: Any, task: Any, **settings: Any) -> Any:
         if len(task) > 1:
             raise KeyboardInterrupt
         return original(model, task, **settings)
 
-    monkeypatch.setitem(registry.METHODS, method, interrupted)
+    monkeypatch.setattr(registry.METHODS[method], "function", interrupted)
 
 
 # ----------------------------------------------------------------------------------------- figures
@@ -182,7 +185,7 @@ def test_a_task_of_numbers_is_measured_by_squared_error(tmp_path):
 @pytest.mark.parametrize(
     ("methods", "sizes", "settings", "message"),
     [
-        (["eap", "eap-gi"], SIZES, {}, "unknown methods 'eap-gi': expected some of edge-pruning"),
+        (["eap", "eap-gi"], SIZES, {}, "unknown methods 'eap-gi': expected some of acdc"),
         ([], SIZES, {}, "no methods given"),
         (["eap", "eap"], SIZES, {}, "eap would run twice"),
         (["eap"], (), {}, r"eap rank all edges.*give compare\(…, sizes=\[…\]\)"),
@@ -271,7 +274,7 @@ def test_a_comparison_killed_while_it_evaluates_keeps_the_scores(
 
 def test_edge_pruning_goes_on_from_its_checkpoint(model, data, tmp_path, monkeypatch):
     settings = {"edge-pruning": {"steps": 6, "batch_size": 4, "checkpoint_every": 2}}
-    original, steps = registry.METHODS["edge-pruning"], []
+    original, steps = registry.METHODS["edge-pruning"].function, []
 
     def watched(model: Any, task: Any, **own: Any) -> Any:
         def objective(logits: Any, full: Any, batch: Any) -> Any:
@@ -283,7 +286,7 @@ def test_edge_pruning_goes_on_from_its_checkpoint(model, data, tmp_path, monkeyp
 
         return original(model, task, **own | {"objective": objective, "init_scores": None})
 
-    monkeypatch.setitem(registry.METHODS, "edge-pruning", watched)
+    monkeypatch.setattr(registry.METHODS["edge-pruning"], "function", watched)
     limit = 10**6
     whole = run(model, data, ["edge-pruning"], settings=settings)
     assert len(steps) == 6
@@ -316,7 +319,7 @@ def test_time_before_the_kill_counts_and_a_checkpoint_without_a_note_does_not(
                 raise KeyboardInterrupt
         return one_circuit(model, task, **settings)
 
-    monkeypatch.setitem(registry.METHODS, "acdc", saves)
+    monkeypatch.setattr(registry.METHODS["acdc"], "function", saves)
     with pytest.raises(KeyboardInterrupt):
         run(model, data, ["acdc"], (), path=tmp_path)
     found = run(model, data, ["acdc"], (), path=tmp_path)

@@ -20,7 +20,8 @@ from support import model_zoo
 from torch import Tensor
 
 from tl_edgeprune import Circuit, EdgeGraph, masked
-from tl_edgeprune.ablation.reference import ABLATIONS, ZERO_WITH_BIASES
+from tl_edgeprune.ablation.kinds import ABLATIONS
+from tl_edgeprune.ablation.reference import ZERO_WITH_BIASES
 from tl_edgeprune.hooks.find import find_sites
 
 # With TransformerLens 3, which has HookedTransformers besides, most of the Bridge's models are slow
@@ -155,7 +156,7 @@ def test_everything_kept_is_the_model(name: str, dtype: torch.dtype) -> None:
     clean = model_zoo.tokens(model)
     expected = model(clean)
     ones = torch.ones(EdgeGraph.from_model(model).n_edges, dtype=dtype)
-    for ablation in ABLATIONS if dtype == model_zoo.dtypes(name)[-1] else ABLATIONS[:1]:
+    for ablation in list(ABLATIONS)[: None if dtype == model_zoo.dtypes(name)[-1] else 1]:
         with masked(model, ones, **options(model, ablation)):
             actual = model(clean)
         assert actual.dtype == dtype

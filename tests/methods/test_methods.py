@@ -15,7 +15,7 @@ from tl_edgeprune import EdgeGraph, Task, compare, discover, evaluate, tasks
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.methods.hisp import node_to_edge_scores
 from tl_edgeprune.methods.ifr import proximity
-from tl_edgeprune.methods.registry import METHODS, parameters_of, settings_of
+from tl_edgeprune.methods.registry import METHODS, find_method
 from tl_edgeprune.methods.ugs import sample_window
 from tl_edgeprune.objectives import find_objective
 from tl_edgeprune.runs.targets import Teacher
@@ -97,7 +97,7 @@ def test_acdc_in_bfloat16_keeps_much_the_same_edges(search: str) -> None:
 
 def test_all_methods_show_progress_where_it_takes_long(capsys, monkeypatch) -> None:
     for method in sorted(set(METHODS) - {"random"}):
-        assert parameters_of(method)["progress"].default is True
+        assert find_method(method).parameters["progress"].default is True
     model, task = model_zoo.load("native-ln"), model_zoo.pairs(model_zoo.load("native-ln"), 1)
     slow = {"acdc": {"threshold": 0.5, "search": "bisect"}, "exact": {}, "eap": {}}
     for after in (60.0, 0.0):
@@ -115,7 +115,7 @@ def test_all_methods_show_progress_where_it_takes_long(capsys, monkeypatch) -> N
 def test_an_unknown_name_is_told_the_nearest(wrong: str) -> None:
     near = {"eap-gi": "eap-ig", "edge_pruning": "edge-pruning"}.get(wrong)
     model = model_zoo.load(MODEL)
-    ends = rf"random\.( Did you mean {near}\?)$" if near else r"random\.$"
+    ends = rf"ugs\.( Did you mean {near}\?)$" if near else r"ugs\.$"
     with pytest.raises(ValueError, match=ends):
         discover(model, model_zoo.pairs(model, 2), wrong)
     with pytest.raises(ValueError, match=ends):
@@ -303,7 +303,9 @@ def test_attachment_prices_lonely_edges_above_well_connected_ones() -> None:
 def test_settings_that_make_a_method_what_it_is_are_none_of_its_own() -> None:
     model = model_zoo.load("bridge-gpt2")
     for method, name in [("ugs", "sampler"), ("subnetwork-probing", "controller")]:
-        assert name not in settings_of(method) and "steps" in settings_of(method)
+        assert (
+            name not in find_method(method).parameters and "steps" in find_method(method).parameters
+        )
         with pytest.raises(ValueError, match=f"{method} takes no {name}"):
             discover(model, model_zoo.pairs(model, 1), method, **{name: None})
 

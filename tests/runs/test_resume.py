@@ -14,13 +14,17 @@ import torch
 from support import model_zoo
 
 from tl_edgeprune import EdgeGraph, EdgePruner, discover
-from tl_edgeprune.forward.masked_model import check_ablation
-from tl_edgeprune.methods.registry import GIVE_CIRCUITS, METHODS, TRAINED, settings_of
+from tl_edgeprune.ablation.kinds import check_ablation
+from tl_edgeprune.methods.registry import METHODS
 from tl_edgeprune.runs import resume as saved_module
 from tl_edgeprune.runs.targets import Teacher
 from tl_edgeprune.search.partial_cuts import PartCuts
 
-SUMS = sorted(set(METHODS) - {"exact", "random", *GIVE_CIRCUITS, *TRAINED})
+SUMS = sorted(
+    name
+    for name, method in METHODS.items()
+    if name not in ("exact", "random") and not (method.gives_circuit or method.trained)
+)
 QUICK = ("eap", "hisp", "ifr", "exact")
 EACH = [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in (*SUMS, "exact")]
 
@@ -70,7 +74,9 @@ def test_a_stopped_search_goes_on_to_the_same_bits(
 
 
 def test_every_search_but_the_instant_one_can_go_on() -> None:
-    assert {name for name in METHODS if "checkpoint" not in settings_of(name)} == {"random"}
+    assert {name for name, made in METHODS.items() if "checkpoint" not in made.parameters} == {
+        "random"
+    }
 
 
 def test_another_searchs_state_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ from tl_edgeprune import (
     masked,
     optimal_constants,
 )
-from tl_edgeprune.ablation.reference import ABLATIONS
+from tl_edgeprune.ablation.kinds import ABLATIONS
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.methods.registry import METHODS
 

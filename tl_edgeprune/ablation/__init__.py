@@ -1,7 +1,8 @@
 """What a removed edge carries.
 
 Reading order: `reference` (the data), `recording` (one unmasked run), `fixed` (zero, means),
-`constants` (learned ones).
+`constants` (learned ones), `kinds`
+(each ablation by name).
 """
 
 from tl_edgeprune.ablation.constants import Constants

@@ -23,9 +23,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-# And Constants of training/optimal_constants.py.
 ZERO_WITH_BIASES = "zero-with-biases"
-ABLATIONS = ("counterfactual", "zero", ZERO_WITH_BIASES, "mean", "mean-positional")
 
 
 @dataclass(frozen=True)

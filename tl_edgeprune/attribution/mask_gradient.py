@@ -45,6 +45,7 @@ def scores_along(
     model: Any,
     task: Task,
     objective: str | Objective | None,
+    magnitudes: bool = False,
     *,
     metadata: dict[str, Any],
     graph: EdgeGraph | None = None,
@@ -53,7 +54,6 @@ def scores_along(
     batch_size: int = 8,
     progress: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
-    magnitudes: bool = False,
 ) -> EdgeScores:
     """The mean of -d loss / d mask over a path's points, as scores with their origin.
 

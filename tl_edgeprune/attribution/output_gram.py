@@ -29,13 +29,13 @@ def scores_of_gram(
     method: str,
     model: Any,
     task: Task,
+    by_magnitude: bool = True,
     *,
     graph: EdgeGraph | None = None,
     ablation: Ablation = "counterfactual",
     batch_size: int = 8,
     progress: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
-    by_magnitude: bool = True,
 ) -> EdgeScores:
     """The scores that a method makes of the graph and the task's `output_gram`.
 

@@ -22,7 +22,8 @@ def compare(
     model: options.Model,
     task: options.TaskName,
     out: Annotated[
-        Path, typer.Option(help="A folder for what it writes; its own of before goes on.")
+        Path,
+        typer.Option(help="A folder for the results. An unfinished comparison continues."),
     ],
     methods: Annotated[
         list[str], typer.Option(help="Names (tl-edgeprune methods), with commas or repeated.")
@@ -42,13 +43,9 @@ def compare(
     absolute: options.Absolute = None,
     alive: options.Alive = False,
     ablation: Annotated[
-        str,
-        typer.Option(
-            help="What removed edges carry: counterfactual, zero, zero-with-biases, mean, "
-            "mean-positional."
-        ),
+        str, typer.Option(help="What removed edges carry: a name (tl-edgeprune ablations).")
     ] = "counterfactual",
-    batch_size: Annotated[int, typer.Option(help="Pairs of a forward, in the evaluation.")] = 16,
+    batch_size: options.BatchSize = 16,
     pairs: options.Pairs = None,
     held_out: options.HeldOut = HALF,
     task_set: options.TaskSet = None,
@@ -61,10 +58,10 @@ def compare(
     pos: options.Pos = None,
     as_json: options.Json = False,
 ) -> None:
-    """Find circuits by several methods, and judge all on the same pairs held out.
+    """Find circuits by several methods, and evaluate all on the same held-out pairs.
 
-    --out then holds settings.json, what each method found, table.csv and comparison.png. Killed, it
-    goes on by the same command or by resume; methods can be added by naming them too.
+    --out then holds settings.json, each method's results, table.csv and comparison.png. If it is
+    killed, the same command or resume continues it. Methods can be added by naming them too.
 
     Example: tl-edgeprune compare smollm2-135m ioi-t1 --methods edge-pruning,eap,eap-ig
     --sizes 200,1000 --out runs/compare
@@ -72,10 +69,9 @@ def compare(
     With settings: tl-edgeprune compare smollm2-135m ioi-t1 --methods eap-ig,acdc --sizes 200,1000
     --set eap-ig.steps=10 --set acdc.threshold=[0.01,0.1] --out runs/compare
     """
+    from tl_edgeprune.ablation.kinds import check_ablation
     from tl_edgeprune.commands.jobs.compare import check_same, compare_in
     from tl_edgeprune.commands.jobs.method_settings import compared_settings, runs_settings
-    from tl_edgeprune.forward.masked_model import check_ablation
-    from tl_edgeprune.methods.registry import GIVE_CIRCUITS
 
     names = _listed(methods)
     settings_of = runs_settings(names, parsed("--set", setting or []))
@@ -87,12 +83,8 @@ def compare(
     task_options = parsed("--task-set", task_set or [])
     inputs = Inputs(model, task, pairs, held_out, seed, dtype, device, cls, task_options).resolved()
     sizes_of_circuits = _sizes(sizes or [])
-    ranking = [name for name in names if name not in GIVE_CIRCUITS]
-    if ranking and not sizes_of_circuits:
-        raise ValueError(
-            f"--sizes is missing: {', '.join(ranking)} rank all edges, so say how many to take, "
-            "such as --sizes 200,1000."
-        )
+    if not sizes_of_circuits:
+        _check_no_ranking(names)
     settings = {
         "methods": names,
         "sizes": sizes_of_circuits,
@@ -112,6 +104,18 @@ def compare(
         show_plan(plan | {"out": str(out)}, as_json)
         return
     compare_in(out, run, as_json=as_json, progress=progress)
+
+
+def _check_no_ranking(methods: list[str]) -> None:
+    """Raise ValueError for methods that rank all edges, since no sizes are given."""
+    from tl_edgeprune.methods.registry import find_method
+
+    ranking = [name for name in methods if not find_method(name).gives_circuit]
+    if ranking:
+        raise ValueError(
+            f"--sizes is missing: {', '.join(ranking)} rank all edges, so say how many to take, "
+            "such as --sizes 200,1000."
+        )
 
 
 def _listed(given: list[str]) -> list[str]:

@@ -19,18 +19,11 @@ def discover(
     model: options.Model,
     task: options.TaskName,
     method: Annotated[str, typer.Option(help="Such as eap, eap-ig, mask-ig, acdc or exact.")],
-    out: Annotated[Path, typer.Option(help="A new folder for what it writes.")],
+    out: Annotated[Path, typer.Option(help="A new folder for the results.")],
     n_edges: Annotated[
-        int | None, typer.Option(help="Also make and judge the circuit of this many top edges.")
+        int | None, typer.Option(help="Also make and evaluate the circuit of this many top edges.")
     ] = None,
-    ablation: Annotated[
-        str | None,
-        typer.Option(
-            help="What removed edges carry: counterfactual, zero, zero-with-biases, mean, "
-            "mean-positional, or a file of constants (.safetensors).",
-            show_default="counterfactual",
-        ),
-    ] = None,
+    ablation: options.Ablation = None,
     absolute: options.Absolute = None,
     alive: options.Alive = False,
     setting: Annotated[
@@ -53,7 +46,7 @@ def discover(
 
     --out then holds settings.json and scores.safetensors, and with --n-edges circuit.json,
     evaluation.json (on pairs held out) and circuit.html. ACDC chooses the size itself and gives a
-    circuit without scores. Stopped or killed, it goes on by resume.
+    circuit without scores. A run that was stopped or killed continues by resume.
 
     Example: tl-edgeprune discover smollm2-135m ioi --method eap-ig --n-edges 1000 --out runs/eap
 
@@ -62,12 +55,12 @@ def discover(
     """
     from tl_edgeprune.commands.jobs.discover import search_in
     from tl_edgeprune.commands.jobs.method_settings import method_settings
-    from tl_edgeprune.methods.registry import settings_of
+    from tl_edgeprune.methods.registry import find_method
 
     task_options = parsed("--task-set", task_set or [])
     inputs = Inputs(model, task, pairs, held_out, seed, dtype, device, cls, task_options).resolved()
     values = parsed("--set", setting or [])
-    if "seed" in settings_of(method):
+    if "seed" in find_method(method).parameters:
         values = {"seed": seed} | values
     if ablation is not None:
         values = {"ablation": whole_path(ablation)} | values
@@ -90,18 +83,18 @@ def discover(
 
 def _check_needed(method: str, given: dict[str, Any]) -> None:
     """Raise ValueError for a setting that the method cannot do without."""
-    from tl_edgeprune.methods.registry import needed_by
+    from tl_edgeprune.methods.registry import find_method
 
-    missing = [name for name in needed_by(method) if name not in given]
+    missing = [name for name in find_method(method).required if name not in given]
     if missing:
         raise ValueError(f"{method} needs {' and '.join(missing)}: give --set {missing[0]}=….")
 
 
 def _check_top(method: str, n_edges: int | None, absolute: bool | None, alive: bool) -> None:
     """Raise ValueError for an option of taking top edges where none are taken."""
-    from tl_edgeprune.methods.registry import GIVE_CIRCUITS
+    from tl_edgeprune.methods.registry import find_method
 
-    own_size = method in GIVE_CIRCUITS
+    own_size = find_method(method).gives_circuit
     option = "--absolute" if absolute else "--signed"
     if absolute is not None and own_size:
         raise ValueError(f"{option}: {method} ranks no edges. Leave it out.")
@@ -112,11 +105,11 @@ def _check_top(method: str, n_edges: int | None, absolute: bool | None, alive: b
 
 def _check_size(method: str, n_edges: int | None) -> None:
     """Raise ValueError for --n-edges where the method chooses the size, and below 1."""
-    from tl_edgeprune.methods.registry import GIVE_CIRCUITS
+    from tl_edgeprune.methods.registry import find_method
 
     if n_edges is None:
         return
-    if method in GIVE_CIRCUITS:
+    if find_method(method).gives_circuit:
         raise ValueError(
             f"--n-edges {n_edges}: {method} chooses the circuit's size itself. Leave --n-edges "
             "out, and change the size by the method's settings (--set)."

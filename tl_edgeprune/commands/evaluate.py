@@ -29,7 +29,7 @@ def evaluate(
         str | None,
         typer.Option(help="A name, or a file of constants (.safetensors); else the circuit's own."),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Pairs of a forward.")] = 16,
+    batch_size: options.BatchSize = 16,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; else the run's.")
     ] = None,
@@ -144,7 +144,7 @@ def _neurons(circuit: Path) -> Any:
 def _ablation(path: Path, circuit: Any, given: str | None) -> Any:
     """What removed edges carry: as given, the run's learned constants, or the circuit's own."""
     from tl_edgeprune.ablation.constants import OPTIMAL, Constants
-    from tl_edgeprune.forward.masked_model import check_ablation
+    from tl_edgeprune.ablation.kinds import check_ablation
 
     if (given or circuit.metadata.get("ablation")) == OPTIMAL:
         constants = path.parent / CONSTANTS

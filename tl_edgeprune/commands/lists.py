@@ -1,4 +1,4 @@
-"""`tl-edgeprune tasks`, `models` and `methods`: names that the other commands take."""
+"""`tl-edgeprune tasks`, `models`, `methods` and `ablations`: names that the other commands take."""
 
 from __future__ import annotations
 
@@ -41,6 +41,22 @@ def methods(as_json: options.Json = False) -> None:
 
     footer = "Their settings go by --set NAME=VALUE: tl-edgeprune discover --help."
     _show(tuple(METHODS), footer, as_json)
+
+
+@told
+def ablations(as_json: options.Json = False) -> None:
+    """List the ablations: what removed edges carry.
+
+    Example: tl-edgeprune ablations
+    """
+    from tl_edgeprune.ablation.kinds import ABLATIONS
+
+    if as_json:
+        print(json.dumps([*ABLATIONS]))
+        return
+    for name, ablation in ABLATIONS.items():
+        print(f"{name:17} {ablation.help}")
+    print("\nLearned constants are a file: --ablation constants.safetensors.")
 
 
 def _show(names: tuple[str, ...], further: str, as_json: bool) -> None:

@@ -20,14 +20,15 @@ from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
+from tl_edgeprune.ablation.kinds import check_ablation
 from tl_edgeprune.circuits.circuit import Circuit, check_budget
 from tl_edgeprune.circuits.scores import EdgeScores
-from tl_edgeprune.evaluation.comparison import FIGURES, Comparison, Row
-from tl_edgeprune.evaluation.comparison_folder import Folder, Found, Run
+from tl_edgeprune.evaluation.comparison import Comparison, Row, columns_of_measures
+from tl_edgeprune.evaluation.comparison_folder import Folder, Run
 from tl_edgeprune.evaluation.evaluate import Evaluation, evaluate_all
-from tl_edgeprune.forward.masked_model import check_ablation
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.methods import registry
+from tl_edgeprune.methods.registry import Found
 from tl_edgeprune.runs.task_checks import check_tokens
 from tl_edgeprune.tasks.batch import Batch
 from tl_edgeprune.tasks.task import Task, prompts_differ
@@ -152,7 +153,7 @@ def _check(
         check_budget(size, graph)
     if len(set(plan.sizes)) < len(plan.sizes):
         raise ValueError(f"compare: a size is given twice: {list(plan.sizes)}.")
-    wanting = [name for name in methods if name not in registry.GIVE_CIRCUITS]
+    wanting = [name for name in methods if not registry.METHODS[name].gives_circuit]
     if wanting and not plan.sizes:
         raise ValueError(
             f"compare: {', '.join(wanting)} rank all edges, and there are no sizes to take "
@@ -186,7 +187,7 @@ def _check_names(
                 f"compare: settings for {name!r}, which is not among the methods "
                 f"({', '.join(methods)})."
             )
-        if "threshold" in of_method and name not in registry.GIVE_CIRCUITS:
+        if "threshold" in of_method and not registry.METHODS[name].gives_circuit:
             raise ValueError(
                 f"compare: a threshold in the settings of {name!r}, which ranks all edges. "
                 "Thresholds are for acdc; how many edges to take of a ranking is compare(…, "
@@ -238,7 +239,7 @@ def _rehearse(model: Any, run: Run, plan: _Plan) -> None:
 
 def _arguments(run: Run, plan: _Plan, progress: bool) -> dict[str, Any]:
     """Settings of a call of `discover`: the run's own, and what all runs share."""
-    setting_names = registry.settings_of(run.method)
+    setting_names = registry.find_method(run.method).parameters
     shared = {"ablation": plan.ablation, "seed": plan.seed, "progress": progress}
     return {name: value for name, value in shared.items() if name in setting_names} | run.settings
 
@@ -278,7 +279,7 @@ def _discover(
     if folder is not None:
         seconds_before = folder.begin(run)
         file = folder.file(run, "checkpoint")
-        arguments = registry.checkpointed(run.method, file, arguments)
+        arguments = registry.find_method(run.method).with_checkpoint(file, arguments)
     device = arguments.get("device") or next(iter(model.parameters())).device
     with measured(device) as cost:
         result = registry.discover(model, plan.train, run.method, **arguments)
@@ -304,7 +305,9 @@ def _comparison(done: list[_Done], plan: _Plan) -> Comparison:
         sizes = [None] if isinstance(result, Circuit) else run.sizes
         for size, circuit, evaluation in zip(sizes, circuits_of_run, figures, strict=True):
             row = {"method": run.method, "size": size, "threshold": run.settings.get("threshold")}
-            row |= {name: getattr(evaluation, name) for name in FIGURES}
+            measured = evaluation.to_dict()
+            names = ("n_edges", "n_alive", *columns_of_measures())
+            row |= {name: measured.get(name) for name in names}
             rows.append(row | {"seconds": cost.seconds, "peak_mb": cost.peak_mb})
             circuits.append(circuit)
     scores = {d.run.name: d.found for d in done if isinstance(d.found, EdgeScores)}

@@ -1,31 +1,42 @@
-"""The result of a comparison: a table of figures, as text and as a picture."""
+"""The result of a comparison: a table of measures, as text and as a picture."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from tl_edgeprune.circuits.circuit import Circuit
 from tl_edgeprune.circuits.scores import EdgeScores
+from tl_edgeprune.evaluation.measures import MEASURES
 from tl_edgeprune.utils.lazy import late
 
-FIGURES = (
-    *("n_edges", "n_alive", "kl", "mse", "logit_diff", "recovered", "faithfulness"),
-    *("exact_match", "accuracy"),
-)
-COLUMNS = ("method", "size", "threshold", *FIGURES, "seconds", "peak_mb")
 Row = dict[str, Any]
 _plot_comparison = late("tl_edgeprune.report", "plot_comparison")
 
 
+def columns_of_measures() -> dict[str, str]:
+    """Columns of the table that measures fill, with their formats."""
+    return {m.name: m.column for m in MEASURES.values() if m.column is not None}
+
+
+def column_formats() -> dict[str, str]:
+    """The table's columns, with the formats of their values."""
+    return {
+        **{"method": "", "size": ",", "threshold": "g", "n_edges": ",", "n_alive": ","},
+        **columns_of_measures(),
+        **{"seconds": ",.1f", "peak_mb": ",.0f"},
+    }
+
+
 @dataclass(frozen=True, repr=False)
 class Comparison:
-    """What a comparison found: a row of figures for each circuit, and the circuits themselves.
+    """What a comparison found: a row of measures for each circuit, and the circuits themselves.
 
-    rows: one mapping from COLUMNS to values per circuit, in the order of the methods. circuits:
-    aligned with rows. scores: of each method that gives them, by name. measure: the figure that
-    tells how far a circuit is from the model: "kl", or "mse" where the task's output is a number.
+    rows: one mapping from column names to values per circuit, in the order of the methods.
+    circuits: aligned with rows. scores: of each method that gives them, by name. measure: the
+    distance of a circuit from the model: "kl", or "mse" if the task's output is a number.
     """
 
     rows: tuple[Row, ...]
@@ -38,16 +49,17 @@ class Comparison:
     def table(self) -> Any:
         """A pandas DataFrame, one row for each circuit.
 
-        method; size: edges asked for, missing where the method itself decides (ACDC), by its
-        threshold, which others have none of; n_edges,
-        n_alive, kl (nats), mse, logit_diff, recovered, faithfulness, exact_match, accuracy: as in
-        `Evaluation`, NaN where the task has none; seconds: wall time of the run that the circuit
-        came from, and peak_mb (10^6 bytes): its peak memory, the same in every row of one run.
+        method; size: the edges asked for, missing for ACDC, which sets the size by its threshold;
+        threshold: ACDC's; n_edges, n_alive, kl (nats), mse, logit_diff, recovered, faithfulness,
+        exact_match, accuracy: as in `Evaluation`, NaN if the task has none, and measures that were
+        registered from outside; seconds: wall time of the run that the circuit came from; peak_mb
+        (10^6 bytes): its peak memory, the same in every row of one run.
         """
         import pandas
 
-        table = pandas.DataFrame(list(self.rows), columns=list(COLUMNS))
-        numbers = {name: float for name in COLUMNS[2:] if name not in ("n_edges", "n_alive")}
+        columns = list(column_formats())
+        table = pandas.DataFrame(list(self.rows), columns=columns)
+        numbers = {name: float for name in columns[2:] if name not in ("n_edges", "n_alive")}
         return table.astype({"size": "Int64"} | numbers)
 
     def plot(
@@ -59,33 +71,25 @@ class Comparison:
 
     def __repr__(self) -> str:
         head = f"Comparison({self.title})" if self.title else "Comparison"
-        return f"{head}\n{_text([_written(row) for row in self.rows])}"
+        return f"{head}\n{_text(self.rows)}"
 
 
-def _written(row: Row) -> Row:
-    """A row's values as they are shown."""
-
-    def figure(name: str, form: str) -> str:
-        return "" if row[name] is None else format(row[name], form)
-
-    texts = {"method": row["method"]}
-    texts |= {name: figure(name, ",") for name in ("size", "n_edges", "n_alive")}
-    texts |= {"threshold": figure("threshold", "g")}
-    texts |= {name: figure(name, ".3g") for name in ("kl", "mse")}
-    texts |= {name: figure(name, ".2f") for name in ("logit_diff", "recovered", "faithfulness")}
-    texts |= {name: figure(name, ".1%") for name in ("exact_match", "accuracy")}
-    return texts | {"seconds": figure("seconds", ",.1f"), "peak_mb": figure("peak_mb", ",.0f")}
-
-
-def _text(rows: list[Row]) -> str:
-    """Columns that hold something, aligned; the first to the left."""
-    names = [name for name in COLUMNS if any(row[name] for row in rows)] or list(COLUMNS[:1])
-    lines = [names, *([row[name] for name in names] for row in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(names))]
+def _text(rows: Sequence[Row]) -> str:
+    """The columns that hold a value, aligned; the first to the left."""
+    texts = [
+        {
+            name: "" if row.get(name) is None else format(row[name], how)
+            for name, how in column_formats().items()
+        }
+        for row in rows
+    ]
+    names = [name for name in column_formats() if any(row[name] for row in texts)] or ["method"]
+    lines = [names, *([row[name] for name in names] for row in texts)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+            cell.rjust(width) if index else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in lines
     )

@@ -9,12 +9,15 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tl_edgeprune.circuits.circuit import Circuit
 from tl_edgeprune.circuits.scores import EdgeScores
 from tl_edgeprune.evaluation.evaluate import Evaluation
+from tl_edgeprune.evaluation.measures import MEASURES
+from tl_edgeprune.methods.registry import Found
 from tl_edgeprune.runs.fingerprint import of_setting, of_task, of_weights
 from tl_edgeprune.tasks.task import Task
 from tl_edgeprune.utils.profiling import Cost
@@ -25,7 +28,6 @@ from tl_edgeprune.utils.writing import write_whole
 FORMAT = 1
 KIND = "tl_edgeprune comparison"
 AGAIN = "Remove it, and the method runs again."
-Found = EdgeScores | Circuit
 
 
 class Run(NamedTuple):
@@ -108,10 +110,10 @@ class Folder:
             result = Circuit.load(self.file(run, "circuit.json"))
         else:
             result = EdgeScores.load(self.file(run, "safetensors"))
-        figures = note["figures"]
-        if figures is not None:
-            figures = [Evaluation(**evaluation) for evaluation in figures]
-        return result, Cost(**note["cost"]), figures
+        evaluations = None
+        if note["figures"] is not None and all(map(_has_every_measure, note["figures"])):
+            evaluations = [Evaluation.from_dict(each) for each in note["figures"]]
+        return result, Cost(**note["cost"]), evaluations
 
     def _identity(self, run: Run) -> dict[str, Any]:
         identity = self.shared | {"method": run.method, "settings": of_setting(run.settings)}
@@ -135,6 +137,11 @@ class Folder:
         return note
 
 
+def _has_every_measure(figures: Mapping[str, Any]) -> bool:
+    """Whether none was registered since they were written."""
+    return {name for name, measure in MEASURES.items() if measure.reported} <= set(figures)
+
+
 def _check_note(note: dict[str, Any]) -> None:
     """Raise KeyError, TypeError or ValueError for values that `Folder.write` does not write."""
     of_kind(note["identity"], dict, "identity")
@@ -150,4 +157,4 @@ def _check_note(note: dict[str, Any]) -> None:
     for cost in numbers:
         Cost(**cost)
     for figures in of_kind(note["figures"] or [], list, "figures"):
-        Evaluation(**figures)
+        Evaluation.from_dict(figures)

@@ -6,18 +6,22 @@ token a pair; where a task has none, they are None.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tl_edgeprune.ablation.constants import Ablation
 from tl_edgeprune.circuits.circuit import Circuit
 from tl_edgeprune.circuits.metadata import ablation_of
 from tl_edgeprune.circuits.neurons import Neurons
-from tl_edgeprune.evaluation.measures import figures_for, standard_error, wrong_agreement
-from tl_edgeprune.runs.circuit_runs import PairFigures, sweep
+from tl_edgeprune.evaluation.measures import MEASURES, Measure, standard_error, wrong_agreement
+from tl_edgeprune.objectives import find_measure
+from tl_edgeprune.runs.circuit_runs import Figures, PairFigures, sweep
 from tl_edgeprune.runs.provenance import check_origin
+from tl_edgeprune.runs.targets import Lesson
 from tl_edgeprune.tasks.task import Task
 
 
@@ -40,7 +44,8 @@ class Evaluation:
     mean logit difference, else the mean probability difference, else minus the mean of the task's
     own objective (squared error where the output is one number). n_alive: edges on a path from
     input to logits. n_neurons, n_neurons_full: neurons kept, and those that there are, of a circuit
-    with neurons.
+    with neurons. extra: measures that were registered from outside (measures.py), by name; each is
+    an attribute too.
     """
 
     n_pairs: int
@@ -68,8 +73,24 @@ class Evaluation:
     kl_empty: float | None = None
     mse_empty: float | None = None
 
+    extra: dict[str, float | None] = field(default_factory=dict, hash=False)
+
+    def __getattr__(self, name: str) -> float | None:
+        """A measure that was registered from outside (`extra`)."""
+        extra = self.__dict__.get("extra", {})
+        if name in extra:
+            return extra[name]
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     def to_dict(self) -> dict[str, float | int | None]:
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: getattr(self, name) for name in _fields()} | self.extra
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Evaluation:
+        """What `to_dict` gave."""
+        known, names = dict(values), _fields()
+        own = {name: known.pop(name) for name in names if name in known}
+        return cls(**own, extra=known)
 
     def __str__(self) -> str:
         lines = [
@@ -77,26 +98,18 @@ class Evaluation:
         ]
         if self.n_neurons is not None:
             lines.append(f"neurons kept    {self.n_neurons:,} of {self.n_neurons_full:,}")
-        if self.kl is not None:
-            lines.append(f"KL              {self.kl:z.3f}{_beside('z.3f', no_edges=self.kl_empty)}")
-        if self.logit_diff is not None:
-            ends = {"full_model": self.logit_diff_full, "no_edges": self.logit_diff_empty}
-            lines.append(f"logit diff      {self.logit_diff:z.2f}{_beside('z.2f', **ends)}")
-        if self.prob_diff is not None:
-            ends = {"full_model": self.prob_diff_full, "no_edges": self.prob_diff_empty}
-            lines.append(f"prob diff       {self.prob_diff:z.3f}{_beside('z.3f', **ends)}")
-        if self.logit_diff is None and self.prob_diff is None:
-            lines.append(f"squared error   {self.mse:.3g}{_beside('.3g', no_edges=self.mse_empty)}")
-        if self.faithfulness is not None:
-            lines.append(f"faithfulness    {self.faithfulness:z.3f} (full model 1, no edges 0)")
-        if self.exact_match is not None:
-            lines.append(f"exact match     {100 * self.exact_match:.1f} %")
-        if self.accuracy is not None:
-            lines.append(f"accuracy        {100 * self.accuracy:.1f} %")
-        if self.wrong_agreement is not None:
-            share = f"{100 * self.wrong_agreement:.1f} % of {self.n_wrong}"
-            lines.append(f"wrong as model  {share}")
+        values = self.to_dict()
+        for measure in MEASURES.values():
+            value = values.get(measure.name)
+            skipped = any(values.get(name) is not None for name in measure.unless)
+            if measure.heading and value is not None and not skipped:
+                note = measure.note.format(n_wrong=self.n_wrong) + _beside(measure, values)
+                lines.append(f"{measure.heading:15} {measure.written(value)}{note}")
         return "\n".join(lines)
+
+
+def _fields() -> list[str]:
+    return [each.name for each in fields(Evaluation) if each.name != "extra"]
 
 
 def evaluate(
@@ -154,8 +167,8 @@ def evaluate_all(
     ]
     if neurons is None:
         return evaluations
-    counts = {"n_neurons": neurons.n_neurons, "n_neurons_full": neurons.n_neurons_full}
-    return [replace(evaluation, **counts) for evaluation in evaluations]
+    kept, total = neurons.n_neurons, neurons.n_neurons_full
+    return [replace(each, n_neurons=kept, n_neurons_full=total) for each in evaluations]
 
 
 def evaluate_groups(
@@ -193,6 +206,37 @@ def _shared_ablation(circuits: list[Circuit]) -> str:
     return kinds.pop()
 
 
+def figures_for(task: Task) -> Figures:
+    """Every measure of a run on a batch that the task has the tokens for, each [batch].
+
+    kl, js and exact_match unless the model has a single output, whose probability is always 1.
+    Raises ValueError if the task's answers do not suffice for its metric.
+    """
+    find_measure(None, task)
+    functions = {
+        measure: function
+        for measure in MEASURES.values()
+        if measure.for_task is not None and (function := measure.for_task(task)) is not None
+    }
+
+    def figures(logits: Tensor, lesson: Lesson) -> Mapping[str, Tensor]:
+        batch, full = lesson.batch, lesson.full
+        values = {
+            measure.name: function(logits, full, batch)
+            for measure, function in functions.items()
+            if measure.of_numbers or full.shape[-1] > 1
+        }
+        for name, each in values.items():
+            if each.shape != (len(batch),):
+                raise ValueError(
+                    f"measure {name!r} gave values of shape {tuple(each.shape)}, expected one per "
+                    f"pair, ({len(batch)},)."
+                )
+        return values
+
+    return figures
+
+
 def _evaluation(
     circuit: Circuit, own: PairFigures, full: PairFigures, empty: PairFigures, task: Task
 ) -> Evaluation:
@@ -200,43 +244,51 @@ def _evaluation(
         {name: float(values.mean()) for name, values in figures.items()}
         for figures in (own, full, empty)
     )
-    measure = task.metric.replace("-", "_") if "kl" in means else "mse"
-    span = means_full[measure] - means_empty[measure]
+    metric = task.metric.replace("-", "_") if "kl" in means else "mse"
+    span = means_full[metric] - means_empty[metric]
     difference, full_difference = means.get("logit_diff"), means_full.get("logit_diff")
-    right = full.get("accuracy")
-    return Evaluation(
-        n_pairs=len(task),
-        n_edges=circuit.n_edges,
-        n_alive=circuit.without_dead_edges().n_edges,
-        n_edges_full=circuit.graph.n_edges,
-        kl=means.get("kl"),
-        kl_sem=standard_error(own["kl"]) if "kl" in own else None,
-        js=means.get("js"),
-        mse=means["mse"],
-        exact_match=means.get("exact_match"),
-        accuracy=means.get("accuracy"),
-        n_wrong=None if right is None else int((right == 0).sum()),
-        wrong_agreement=None if right is None else wrong_agreement(right, own["exact_match"]),
-        logit_diff=difference,
-        logit_diff_full=full_difference,
-        logit_diff_empty=means_empty.get("logit_diff"),
-        prob_diff=means.get("prob_diff"),
-        prob_diff_full=means_full.get("prob_diff"),
-        prob_diff_empty=means_empty.get("prob_diff"),
-        recovered=difference / full_difference
-        if difference is not None and full_difference
-        else None,
-        faithfulness=(means[measure] - means_empty[measure]) / span if span else None,
-        kl_empty=means_empty.get("kl"),
-        mse_empty=means_empty["mse"],
+    right, agreement = full.get("accuracy"), None
+    if right is not None:
+        agreement = wrong_agreement(right, own["exact_match"])
+    return Evaluation.from_dict(
+        {
+            "n_pairs": len(task),
+            "n_edges": circuit.n_edges,
+            "n_alive": circuit.without_dead_edges().n_edges,
+            "n_edges_full": circuit.graph.n_edges,
+            "n_wrong": None if right is None else int((right == 0).sum()),
+            "wrong_agreement": agreement,
+            "recovered": _ratio(difference, full_difference),
+            "faithfulness": (means[metric] - means_empty[metric]) / span if span else None,
+            "kl_sem": standard_error(own["kl"]) if "kl" in own else None,
+        }
+        | _values_of_measures(means, {"full": means_full, "empty": means_empty})
     )
 
 
-def _beside(form: str, **ends: float | None) -> str:
-    """A figure's values at both ends, in brackets, as far as they are known."""
-    numbers = [
-        f"{name.replace('_', ' ')} {value:{form}}"
-        for name, value in ends.items()
-        if value is not None
+def _ratio(part: float | None, full: float | None) -> float | None:
+    return part / full if part is not None and full else None
+
+
+def _values_of_measures(
+    means: Mapping[str, float], at_ends: Mapping[str, Mapping[str, float]]
+) -> dict[str, float | None]:
+    """The means of all measures that have a function, at their ends too."""
+    values: dict[str, float | None] = {}
+    for measure in MEASURES.values():
+        if measure.for_task is not None and measure.reported:
+            values[measure.name] = means.get(measure.name)
+            for end in measure.ends:
+                values[f"{measure.name}_{end}"] = at_ends[end].get(measure.name)
+    return values
+
+
+def _beside(measure: Measure, values: Mapping[str, float | int | None]) -> str:
+    """The measure's values of the full model and of no edges, in brackets, if they are known."""
+    names = {"full": "full model", "empty": "no edges"}
+    known = [
+        f"{names[end]} {measure.written(value)}"
+        for end in measure.ends
+        if (value := values.get(f"{measure.name}_{end}")) is not None
     ]
-    return f" ({', '.join(numbers)})" if numbers else ""
+    return f" ({', '.join(known)})" if known else ""

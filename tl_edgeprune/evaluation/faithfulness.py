@@ -26,9 +26,8 @@ from tl_edgeprune.ablation.constants import Ablation
 from tl_edgeprune.circuits.circuit import Circuit
 from tl_edgeprune.circuits.metadata import ablation_of
 from tl_edgeprune.circuits.scores import EdgeScores
-from tl_edgeprune.evaluation.measures import find_measure
 from tl_edgeprune.graph.edge_counts import edge_counts, longest_run
-from tl_edgeprune.objectives import Objective
+from tl_edgeprune.objectives import Objective, find_measure
 from tl_edgeprune.runs.circuit_runs import measure_circuits
 from tl_edgeprune.runs.provenance import check_origin
 from tl_edgeprune.tasks.task import Task

@@ -46,7 +46,6 @@ from tl_edgeprune.ablation.constants import Ablation
 from tl_edgeprune.circuits.circuit import Circuit
 from tl_edgeprune.circuits.metadata import ablation_of
 from tl_edgeprune.evaluation.knockouts import cut_edge
-from tl_edgeprune.evaluation.measures import find_measure
 from tl_edgeprune.evaluation.statistics import (
     EquivalenceTest,
     IndependenceTest,
@@ -58,7 +57,7 @@ from tl_edgeprune.evaluation.statistics import (
 )
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.graph.spans import refuse_spans
-from tl_edgeprune.objectives import Objective
+from tl_edgeprune.objectives import Objective, find_measure
 from tl_edgeprune.runs.circuit_runs import Measured, measure_circuits
 from tl_edgeprune.runs.provenance import check_origin
 from tl_edgeprune.tasks.task import Task

@@ -114,7 +114,7 @@ def bootstrap(task: Task, seed: int) -> Task:
 
 def takes_seed(method: str) -> bool:
     """Whether a method of the registry takes a seed. Raises ValueError for an unknown one."""
-    return "seed" in registry.settings_of(method)
+    return "seed" in registry.find_method(method).parameters
 
 
 def _refuse(method: str, seeds: Sequence[int | None]) -> None:

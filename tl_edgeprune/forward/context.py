@@ -10,9 +10,10 @@ from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from tl_edgeprune.ablation.constants import Ablation
+from tl_edgeprune.ablation.kinds import ABLATIONS, check_ablation
 from tl_edgeprune.circuits.neurons import Neurons
 from tl_edgeprune.forward.call_checks import check_mask
-from tl_edgeprune.forward.masked_model import MaskedModel, check_ablation
+from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.hooks.modules import model_kind
 from tl_edgeprune.hooks.prompt_checks import check_corrupted, check_prompts
@@ -103,7 +104,7 @@ def _ablation_kind(kind: Ablation | None, corrupted: Tensor | None, prompts: Any
         )
     if kind != "counterfactual" and corrupted is not None:
         raise ValueError(f"corrupted=… belongs to counterfactual ablation, but ablation={kind!r}.")
-    if str(kind).startswith("mean") and prompts is None:
+    if isinstance(kind, str) and ABLATIONS[kind].needs == "prompts" and prompts is None:
         raise ValueError(
             f"ablation={kind!r} needs prompts=…, token prompts to take the means over."
         )

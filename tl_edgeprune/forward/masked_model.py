@@ -24,10 +24,10 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from tl_edgeprune.ablation.constants import OPTIMAL, Ablation, Constants
-from tl_edgeprune.ablation.fixed import mean_reference, zero_reference
+from tl_edgeprune.ablation.constants import Ablation, Constants
+from tl_edgeprune.ablation.kinds import ABLATIONS, check_ablation
 from tl_edgeprune.ablation.recording import record
-from tl_edgeprune.ablation.reference import ABLATIONS, ZERO_WITH_BIASES, Reference
+from tl_edgeprune.ablation.reference import Reference
 from tl_edgeprune.circuits.neurons import MLP, Neurons, kind_of
 from tl_edgeprune.forward.buffers import BufferPool
 from tl_edgeprune.forward.call_checks import (
@@ -63,24 +63,6 @@ def _graph_of(sites: Sites, graph: EdgeGraph | None) -> EdgeGraph:
             f"{actual}."
         )
     return actual
-
-
-def check_ablation(kind: Ablation) -> None:
-    """Raise ValueError for an unknown name, TypeError for anything but a name or Constants."""
-    if not isinstance(kind, str | Constants):
-        raise TypeError(
-            f"ablation={kind!r:.100}: expected one of {', '.join(ABLATIONS)}, or Constants."
-        )
-    if kind == OPTIMAL:
-        raise ValueError(
-            "ablation='optimal' needs the constants that were learned: give ablation=constants, "
-            "from optimal_constants(model, task, circuit), from EdgePruner(ablation='optimal'), as "
-            "result.constants, or from Constants.load(path)."
-        )
-    if isinstance(kind, str) and kind not in ABLATIONS:
-        raise ValueError(
-            f"unknown ablation {kind!r}: expected one of {', '.join(ABLATIONS)}, or Constants."
-        )
 
 
 @runtime_checkable
@@ -263,22 +245,16 @@ class MaskedModel:
         if isinstance(kind, Constants):
             check_constants(self.neurons, kind)
             return kind.reference(self.sites, self.graph)
-        if kind == "counterfactual":
-            assert corrupted is not None
-            no_positions = corrupted.new_empty((len(corrupted), 0))
-            return self.record(corrupted, no_positions)[0]
-        with self._inputs_set_to(None):
-            if kind in ("zero", ZERO_WITH_BIASES):
-                like, biases = self.sites.attention[0].output, kind == ZERO_WITH_BIASES
-                zero = zero_reference(self.sites, self.graph, like, bias_in_heads=biases)
-                if self.neurons != MLP:
-                    return zero
-                n_layers, width = self.neuron_shape
-                return replace(zero, hidden=like.new_zeros(n_layers, 1, 1, width))
+        ablation = ABLATIONS[kind]
+        if ablation.needs is not None:
             refuse_dropout(self.active_dropout())
-            return mean_reference(
-                self.model, self.sites, self.graph, prompts, positional=kind == "mean-positional"
-            )
+        with self._inputs_set_to(None):
+            needed = corrupted if ablation.needs == "corrupted" else prompts
+            reference = ablation.build(self.model, self.sites, self.graph, needed)
+        if self.neurons != MLP or reference.hidden is not None:
+            return reference
+        n_layers, width = self.neuron_shape
+        return replace(reference, hidden=reference.inputs.new_zeros(n_layers, 1, 1, width))
 
     def differences(
         self,

@@ -36,6 +36,7 @@ from tqdm.auto import tqdm
 from tl_edgeprune.ablation.constants import Ablation
 from tl_edgeprune.circuits.circuit import Circuit
 from tl_edgeprune.graph.edge_graph import EdgeGraph
+from tl_edgeprune.methods.registry import register
 from tl_edgeprune.objectives import Objective
 from tl_edgeprune.runs.resume import Saved
 from tl_edgeprune.runs.session import open_session
@@ -53,6 +54,7 @@ SEARCHES = ("exact", "bisect")
 FIRST = Stage()
 
 
+@register("acdc", gives_circuit=True)
 def acdc(
     model: Any,
     task: Task,

@@ -10,10 +10,12 @@ from typing import Any
 from tl_edgeprune.attribution.mask_gradient import scores_along
 from tl_edgeprune.attribution.paths import input_path
 from tl_edgeprune.circuits.scores import EdgeScores
+from tl_edgeprune.methods.registry import register
 from tl_edgeprune.objectives import Objective
 from tl_edgeprune.tasks.task import Task
 
 
+@register("clean-corrupted", forwards_to=scores_along, gradients=2)
 def clean_corrupted(
     model: Any, task: Task, *, objective: str | Objective | None = None, **settings: Any
 ) -> EdgeScores:

@@ -12,10 +12,12 @@ from typing import Any
 from tl_edgeprune.attribution.mask_gradient import differentiable_at_one, scores_along
 from tl_edgeprune.attribution.paths import whole
 from tl_edgeprune.circuits.scores import EdgeScores
+from tl_edgeprune.methods.registry import register
 from tl_edgeprune.objectives import Objective
 from tl_edgeprune.tasks.task import Task
 
 
+@register("eap", forwards_to=scores_along, gradients=1)
 def eap(
     model: Any, task: Task, *, objective: str | Objective | None = None, **settings: Any
 ) -> EdgeScores:

@@ -19,11 +19,13 @@ from tl_edgeprune.attribution.paths import Point
 from tl_edgeprune.circuits.scores import EdgeScores
 from tl_edgeprune.forward.forward_pass import Held
 from tl_edgeprune.forward.masked_model import MaskedModel
+from tl_edgeprune.methods.registry import register
 from tl_edgeprune.objectives import Objective
 from tl_edgeprune.runs.targets import Lesson
 from tl_edgeprune.tasks.task import Task
 
 
+@register("eap-graddrop", forwards_to=scores_along, gradients=1)
 def eap_graddrop(
     model: Any, task: Task, *, objective: str | Objective | None = None, **settings: Any
 ) -> EdgeScores:

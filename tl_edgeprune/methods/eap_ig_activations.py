@@ -18,11 +18,13 @@ from tl_edgeprune.circuits.scores import EdgeScores
 from tl_edgeprune.forward.forward_pass import Held
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.graph.edge_graph import EdgeGraph
+from tl_edgeprune.methods.registry import register
 from tl_edgeprune.objectives import Objective
 from tl_edgeprune.runs.targets import Lesson
 from tl_edgeprune.tasks.task import Task
 
 
+@register("eap-ig-activations", forwards_to=scores_along, gradients="steps")
 def eap_ig_activations(
     model: Any,
     task: Task,

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from tl_edgeprune.ablation.constants import Ablation
 from tl_edgeprune.circuits.scores import EdgeScores
 from tl_edgeprune.graph.edge_graph import EdgeGraph
+from tl_edgeprune.methods.registry import register
 from tl_edgeprune.objectives import Objective
 from tl_edgeprune.runs.resume import Saved
 from tl_edgeprune.runs.session import open_session
@@ -29,6 +30,7 @@ from tl_edgeprune.utils.reading import of_kind
 from tl_edgeprune.utils.tensor_files import floats
 
 
+@register("exact")
 def exact(
     model: Any,
     task: Task,

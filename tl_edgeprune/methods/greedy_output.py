@@ -18,9 +18,11 @@ from torch import Tensor
 from tl_edgeprune.attribution.output_gram import scores_of_gram
 from tl_edgeprune.circuits.scores import EdgeScores
 from tl_edgeprune.graph.edge_graph import EdgeGraph
+from tl_edgeprune.methods.registry import register
 from tl_edgeprune.tasks.task import Task
 
 
+@register("greedy-output", forwards_to=scores_of_gram)
 def greedy_output(model: Any, task: Task, **settings: Any) -> EdgeScores:
     """Scores of at most 1 (at times below 0: late sources can lead away again).
 

@@ -23,6 +23,7 @@ from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.graph.edge_indices import edge_ends
 from tl_edgeprune.graph.spans import refuse_spans
+from tl_edgeprune.methods.registry import register
 from tl_edgeprune.objectives import Objective, find_objective
 from tl_edgeprune.runs.resume import Saved
 from tl_edgeprune.runs.targets import Lesson, Teacher
@@ -30,6 +31,7 @@ from tl_edgeprune.runs.totals import total_over_pairs
 from tl_edgeprune.tasks.task import Task
 
 
+@register("hisp")
 def hisp(
     model: Any,
     task: Task,

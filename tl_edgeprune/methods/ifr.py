@@ -20,12 +20,14 @@ from tl_edgeprune.circuits.scores import EdgeScores
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.graph.spans import refuse_spans
+from tl_edgeprune.methods.registry import register
 from tl_edgeprune.runs.resume import Saved
 from tl_edgeprune.runs.targets import Teacher
 from tl_edgeprune.runs.totals import total_over_pairs
 from tl_edgeprune.tasks.task import Task
 
 
+@register("ifr")
 def ifr(
     model: Any,
     task: Task,

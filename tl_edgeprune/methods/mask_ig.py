@@ -10,10 +10,12 @@ from typing import Any
 from tl_edgeprune.attribution.mask_gradient import scores_along
 from tl_edgeprune.attribution.paths import mask_path
 from tl_edgeprune.circuits.scores import EdgeScores
+from tl_edgeprune.methods.registry import register
 from tl_edgeprune.objectives import Objective
 from tl_edgeprune.tasks.task import Task
 
 
+@register("mask-ig", forwards_to=scores_along, gradients="steps")
 def mask_ig(
     model: Any,
     task: Task,

@@ -7,13 +7,15 @@ from typing import Any
 import torch
 
 from tl_edgeprune.ablation.constants import Ablation
+from tl_edgeprune.ablation.kinds import check_ablation
 from tl_edgeprune.circuits.scores import EdgeScores
-from tl_edgeprune.forward.masked_model import check_ablation
 from tl_edgeprune.graph.edge_graph import EdgeGraph
+from tl_edgeprune.methods.registry import register
 from tl_edgeprune.runs.provenance import origin
 from tl_edgeprune.tasks.task import Task
 
 
+@register("random")
 def random_scores(
     model: Any,
     task: Task,

@@ -28,6 +28,7 @@ from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.hooks.attach import Hook, attached
 from tl_edgeprune.hooks.norms import Norm, identity, norm_function
+from tl_edgeprune.methods.registry import register
 from tl_edgeprune.objectives import Objective, find_objective
 from tl_edgeprune.runs.resume import Saved
 from tl_edgeprune.runs.targets import Teacher
@@ -36,6 +37,7 @@ from tl_edgeprune.tasks.task import Task
 TINY = 1e-6
 
 
+@register("relp", gradients=1)
 def relp(
     model: Any,
     task: Task,

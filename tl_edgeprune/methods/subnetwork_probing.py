@@ -12,27 +12,40 @@ from pathlib import Path
 from typing import Any
 
 from tl_edgeprune.circuits.scores import EdgeScores
+from tl_edgeprune.methods.registry import register
 from tl_edgeprune.tasks.task import Task
 from tl_edgeprune.training.controllers import Penalty
 from tl_edgeprune.training.pruner import EdgePruner
 
 
+@register(
+    "subnetwork-probing",
+    forwards_to=EdgePruner,
+    fixed=("controller", "init_scores", "init_log_alpha"),
+    trained=True,
+)
 def subnetwork_probing(
     model: Any,
     task: Task,
     *,
+    n_edges: int | None = None,
     weight: float = 10.0,
     lr: float = 0.1,
     resume: str | Path | None = None,
     **settings: Any,
 ) -> EdgeScores:
-    """log alphas after training under a fixed price; `settings` are EdgePruner's;
-    `resume` is a checkpoint to go on from.
+    """Log alphas after training under a fixed price on open gates.
 
-    weight: nats that the whole graph costs. A higher one gives better rankings of small circuits.
+    Args:
+        weight: the price of the whole graph, in nats. A higher one gives better rankings of small
+            circuits.
+        lr: learning rate of the log alphas.
+        resume: a checkpoint to continue from.
+        settings: EdgePruner's.
     """
     start = math.log(0.9 / 0.1)
     pruner = EdgePruner(
+        n_edges,
         lr=lr,
         controller=Penalty(weight),
         init_scores=None,

@@ -18,9 +18,11 @@ from tl_edgeprune.attribution.output_gram import scores_of_gram
 from tl_edgeprune.circuits.scores import EdgeScores
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.methods.hisp import node_to_edge_scores
+from tl_edgeprune.methods.registry import register
 from tl_edgeprune.tasks.task import Task
 
 
+@register("subspace-nodes", forwards_to=scores_of_gram)
 def subspace_nodes(model: Any, task: Task, **settings: Any) -> EdgeScores:
     """Edge scores from 0 to 1: shares of the variance of the less important end.
 

@@ -21,26 +21,38 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tl_edgeprune.circuits.scores import EdgeScores
+from tl_edgeprune.methods.registry import register
 from tl_edgeprune.tasks.task import Task
 from tl_edgeprune.training.controllers import Penalty
 from tl_edgeprune.training.pruner import EdgePruner
 
 
+@register(
+    "ugs",
+    forwards_to=EdgePruner,
+    fixed=("controller", "sampler", "init_scores", "init_log_alpha"),
+    trained=True,
+)
 def ugs(
     model: Any,
     task: Task,
     *,
+    n_edges: int | None = None,
     weight: float = 10.0,
     lr: float = 0.1,
     resume: str | Path | None = None,
     **settings: Any,
 ) -> EdgeScores:
-    """log alphas (log-odds of being kept) after training; `settings` are EdgePruner's;
-    `resume` is a checkpoint to go on from.
+    """Log alphas (log-odds of being kept) after training.
 
-    weight: nats that the whole graph costs.
+    Args:
+        weight: the price of the whole graph, in nats.
+        lr: learning rate of the log alphas.
+        resume: a checkpoint to continue from.
+        settings: EdgePruner's.
     """
     pruner = EdgePruner(
+        n_edges,
         lr=lr,
         controller=Penalty(weight, torch.sigmoid),
         sampler=sample_window,

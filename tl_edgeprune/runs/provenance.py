@@ -47,7 +47,7 @@ def check_origin(
             "folded" if is_folded else "unfolded" for is_folded in folded
         )
         raise ValueError(
-            f"the {what} was found under {' and '.join(fixed_kinds)} ablation on a model with {found_on} "
-            f"norm weights, and this model's are {'' if is_folded(model) else 'un'}folded: what an "
+            f"the {what} was found under {' and '.join(fixed_kinds)} ablation on a model with "
+            f"{found_on} norm weights, and this model's are {'' if is_folded(model) else 'un'}folded: what an "
             "ablated source leaves differs between the two. Load the model as it was then."
         )

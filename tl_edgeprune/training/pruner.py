@@ -22,11 +22,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from tl_edgeprune.ablation.kinds import check_ablation
 from tl_edgeprune.circuits.circuit import check_budget
 from tl_edgeprune.circuits.neurons import check_budget as check_neuron_budget
 from tl_edgeprune.circuits.scores import EdgeScores
 from tl_edgeprune.distributed import Ranks
-from tl_edgeprune.forward.masked_model import MaskedModel, check_ablation
+from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.forward.recompute import RecomputedModel
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.hooks.find import find_sites

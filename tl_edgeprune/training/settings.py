@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from tl_edgeprune.ablation.constants import OPTIMAL, Ablation
+from tl_edgeprune.ablation.kinds import check_ablation
 from tl_edgeprune.ablation.reference import ZERO_WITH_BIASES
 from tl_edgeprune.circuits.neurons import check_kind
 from tl_edgeprune.circuits.scores import EdgeScores
-from tl_edgeprune.forward.masked_model import check_ablation
 from tl_edgeprune.forward.neuron_gates import check_constants
 from tl_edgeprune.objectives import Objective
 from tl_edgeprune.runs.fingerprint import digest, of_setting

@@ -2,8 +2,8 @@
 
 Exit codes: 1 for a mistake in what was given, 2 for one in the usage, 130 for Ctrl-C, 141 where
 nobody reads the output on (`… | head`). With --json an error is one JSON object, the last line on
-stderr. Every command takes --debug, which shows where the error came from, and --config. A defect
-of the program keeps its traceback.
+stderr. Every command takes --debug, which shows where the error came from, --config and --plugin. A
+defect of the program keeps its traceback.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Annotated, Any
 import typer
 
 from tl_edgeprune.commands.common.config import Config
+from tl_edgeprune.commands.common.plugins import Plugin, load_plugins
 
 MISTAKES = (ValueError, OSError, NotImplementedError, ImportError)
 MISTAKE, USAGE, STOPPED, UNREAD = 1, 2, 130, 141
@@ -34,9 +35,9 @@ Debug = Annotated[
 
 
 def told(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with --config and --debug, its errors told in one line."""
+    """The command with --plugin, --config and --debug, its errors told in one line."""
     signature = inspect.signature(command, eval_str=True)
-    added = {"config": (Config, None), "debug": (Debug, False)}
+    added = {"plugin": (Plugin, None), "config": (Config, None), "debug": (Debug, False)}
     parameters = [*signature.parameters.values()]
     parameters += [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
@@ -44,9 +45,10 @@ def told(command: Callable[..., None]) -> Callable[..., None]:
     ]
 
     @functools.wraps(command)
-    def run(*, config: Any = None, debug: bool = False, **options: Any) -> None:
+    def run(*, plugin: Any = None, config: Any = None, debug: bool = False, **options: Any) -> None:
         tell = functools.partial(_tell, debug=debug, as_json=options.get("as_json", False))
         try:
+            load_plugins(plugin or ())
             command(**options)
             sys.stdout.flush()
         except KeyboardInterrupt as stop:

@@ -19,24 +19,20 @@ TaskName = Annotated[
 ]
 Pairs = Annotated[
     int | None,
-    typer.Option(help="Prompt pairs in all: 256 of a named task, every line of a file."),
+    typer.Option(help="Prompt pairs in total; by default 256 of a named task, all of a file."),
 ]
 HeldOut = Annotated[
-    float, typer.Option(help="Share of the pairs that the circuit is judged on, not found on.")
+    float, typer.Option(help="Share of the pairs held out, to evaluate the circuit on.")
 ]
 Ablation = Annotated[
-    str,
-    typer.Option(
-        help="What removed edges carry: counterfactual, zero, zero-with-biases, mean, "
-        "mean-positional, optimal, or a file of constants (.safetensors).",
-    ),
-]
-Objective = Annotated[
     str | None,
     typer.Option(
-        help="What is kept: kl, mse, logit-diff, log-prob or prob-diff; else the task's own."
+        help="What removed edges carry: a name (tl-edgeprune ablations), or a file of constants "
+        "(.safetensors).",
+        show_default="counterfactual",
     ),
 ]
+BatchSize = Annotated[int, typer.Option(help="Pairs per forward pass of the evaluation.")]
 TaskSet = Annotated[
     list[str] | None,
     typer.Option("--task-set", help="An option of the task, NAME=VALUE; may be repeated."),
@@ -48,24 +44,31 @@ Class = Annotated[
 Dtype = Annotated[
     Literal["float32", "bfloat16", "float16"], typer.Option(help="Of weights and activations.")
 ]
-Device = Annotated[str | None, typer.Option(help="cpu or cuda; else the GPU where there is one.")]
-Seed = Annotated[int, typer.Option(help="Of pairs, split and training: same seed, same circuit.")]
+Device = Annotated[
+    str | None, typer.Option(help="cpu or cuda; by default the GPU if there is one.")
+]
+Seed = Annotated[
+    int, typer.Option(help="Of pairs, split and training: the same seed gives the same circuit.")
+]
 Absolute = Annotated[
     bool | None,
     typer.Option(
         "--absolute/--signed",
-        help="Top edges by the scores' size or as they are.",
-        show_default="what fits the method",
+        help="Rank edges by the scores' magnitude, or by the signed scores.",
+        show_default="depends on the method",
     ),
 ]
 Alive = Annotated[
-    bool, typer.Option("--alive", help="Take dead edges out: at most the size asked for.")
+    bool,
+    typer.Option(
+        "--alive", help="Remove dead edges; the circuit then has at most the size asked for."
+    ),
 ]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Say what would run and what it takes, and run nothing.")
+    bool, typer.Option("--dry-run", help="Print what would run and its cost, without running it.")
 ]
 Pos = Annotated[
     int | None,
-    typer.Option("--tokens", help="Tokens of a prompt, for --dry-run; else those of the task."),
+    typer.Option("--tokens", help="Tokens per prompt, for --dry-run; by default the task's."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]

@@ -12,7 +12,7 @@ from tl_edgeprune.commands.common.run_folder import AGAIN, CHECKPOINT, SETTINGS,
 from tl_edgeprune.commands.jobs.discover_files import circuit_of, judged, write
 from tl_edgeprune.commands.jobs.method_settings import method_settings
 from tl_edgeprune.graph.edge_graph import EdgeGraph
-from tl_edgeprune.methods.registry import checkpointed, discover, settings_of
+from tl_edgeprune.methods.registry import discover, find_method
 from tl_edgeprune.runs.task_checks import graph_at
 from tl_edgeprune.tasks import Task
 from tl_edgeprune.utils.locks import held
@@ -27,7 +27,7 @@ def search_in(folder: Path, run: Run, *, new: bool, as_json: bool, progress: boo
         how = {name: run_settings[name] for name in ("absolute", "alive")}
         _check_kinds(n_edges, **how)
         settings = method_settings(method, of_kind(run_settings["settings"], dict, "settings"))
-    if "progress" in settings_of(method):
+    if "progress" in find_method(method).parameters:
         settings.setdefault("progress", progress and not as_json)
     checkpoint = folder / CHECKPOINT
     with held(folder), run.begun(folder, new=True) if new else nullcontext():
@@ -35,7 +35,7 @@ def search_in(folder: Path, run: Run, *, new: bool, as_json: bool, progress: boo
             loaded = inputs.load_model()
             found_on, judged_on = inputs.split(inputs.load_pairs(loaded))
             _check_size(loaded, found_on, n_edges, settings)
-            settings = checkpointed(method, checkpoint, settings)
+            settings = find_method(method).with_checkpoint(checkpoint, settings)
             result = discover(loaded, found_on, method, **settings)
             if not result.metadata.get("finished", True):  # Edge Pruning keeps what Ctrl-C left it
                 raise KeyboardInterrupt

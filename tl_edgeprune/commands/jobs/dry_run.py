@@ -35,11 +35,9 @@ from tl_edgeprune.forward.cost_model import (
     step_bytes,
 )
 from tl_edgeprune.graph.edge_graph import EdgeGraph
-from tl_edgeprune.methods.registry import TRAINED, parameters_of
+from tl_edgeprune.methods.registry import find_method
 
 UNKNOWN = "known once it is loaded"
-GRADIENTS = {"eap": 1, "eap-graddrop": 1, "relp": 1, "clean-corrupted": 2}  # points of a path
-GRADIENTS |= dict.fromkeys(("eap-ig", "eap-ig-activations", "mask-ig"), 0)  # as many as its steps
 
 
 def pruning(run: Run, tokens: int | None) -> dict[str, Any]:
@@ -170,16 +168,20 @@ def _finding(
     method: str, settings: Mapping[str, Any], inputs: Inputs, shape: Shape, pos: int
 ) -> Floor | None:
     """A method's work; None where it shows in the run alone."""
+    record = find_method(method)
     batch = _count(method, settings, "batch_size") or 8
     steps = _count(method, settings, "steps")
     work = _work(inputs, batch, pos)
-    if method in TRAINED:
+    if record.trained:
         forwards = (steps or 1) * (_count(method, settings, "accumulate") or 1)
         return _steps(shape, work, forwards, bool(settings.get("recompute")))
-    if method not in GRADIENTS:
+    gradients = record.gradients
+    if isinstance(gradients, str):
+        gradients = _count(method, settings, gradients)
+    if gradients is None:
         return None
     pairs = inputs.n_pairs() - round(inputs.n_pairs() * inputs.held_out)
-    return _times(eap(shape, work), (GRADIENTS[method] or steps or 1) * -(-pairs // batch))
+    return _times(eap(shape, work), gradients * -(-pairs // batch))
 
 
 def _judging(inputs: Inputs, shape: Shape, pos: int, circuits: int) -> Floor:
@@ -189,7 +191,7 @@ def _judging(inputs: Inputs, shape: Shape, pos: int, circuits: int) -> Floor:
 
 def _count(method: str, settings: Mapping[str, Any], name: str) -> int | None:
     """A setting of the method, or its default; None where it has none."""
-    default = parameters_of(method).get(name)
+    default = find_method(method).parameters.get(name)
     return settings.get(name, None if default is None else default.default)
 
 

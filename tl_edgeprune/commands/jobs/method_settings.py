@@ -7,20 +7,21 @@ from typing import Any
 
 import torch
 
+from tl_edgeprune.ablation.kinds import check_ablation
 from tl_edgeprune.commands.common.values import checked, known_name
 from tl_edgeprune.commands.jobs.pruner_settings import made
-from tl_edgeprune.forward.masked_model import check_ablation
-from tl_edgeprune.methods.registry import TRAINED, parameters_of
+from tl_edgeprune.methods.registry import find_method
 
 
 def method_settings(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """As `discover` takes them. Raises ValueError for unknown names and values of another type."""
-    hints = {name: p.annotation for name, p in parameters_of(method).items() if name != "graph"}
+    record = find_method(method)
+    hints = {name: p.annotation for name, p in record.parameters.items() if name != "graph"}
     option = f"--set of {method}"
     values = {}
     for name, value in given.items():
         known_name(option, name, hints)
-        values[name] = made(name, value) if method in TRAINED or name == "ablation" else value
+        values[name] = made(name, value) if record.trained or name == "ablation" else value
         if name == "dtype" and isinstance(value, str):
             values[name] = getattr(torch, value, value)
     if "ablation" in values:

@@ -8,12 +8,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tl_edgeprune.circuits.circuit import Circuit
+from tl_edgeprune.evaluation.measures import MEASURES
 
 Lines = dict[str, str]
-_SKIPPED = {  # told elsewhere, or beside another figure
-    *("kl_sem", "logit_diff_full", "logit_diff_empty", "prob_diff_full", "prob_diff_empty"),
-    *("n_edges", "n_alive", "n_edges_full", "n_wrong", "n_neurons_full", "kl_empty", "mse_empty"),
-}
+_NOT_MEASURES = {"n_pairs": "pairs", "n_neurons": "neurons kept"}
+_SHOWN_ELSEWHERE = ("n_edges", "n_alive", "n_edges_full", "n_wrong", "n_neurons_full")
 
 
 def title_of(circuit: Circuit, sized: bool = True) -> str:
@@ -31,11 +30,12 @@ def pair_names(circuits: Sequence[Circuit]) -> tuple[str, ...]:
 
 def measure_lines(measures: Any) -> Lines:
     """An Evaluation, its dictionary, or any mapping of names to values, as lines with units."""
-    figures = measures.to_dict() if hasattr(measures, "to_dict") else dict(measures)
+    values = measures.to_dict() if hasattr(measures, "to_dict") else dict(measures)
+    beside = {name for measure in MEASURES.values() for name in measure.derived_names}
     return {
-        _label(name): _figure(name, figures)
-        for name, value in figures.items()
-        if value is not None and name not in _SKIPPED
+        _label(name): _value_with_unit(name, values)
+        for name, value in values.items()
+        if value is not None and name not in (*beside, *_SHOWN_ELSEWHERE)
     }
 
 
@@ -64,35 +64,22 @@ def plain(value: Any) -> float | int | str:
 
 
 def _label(name: str) -> str:
-    return {
-        "n_pairs": "pairs",
-        "n_neurons": "neurons kept",
-        "kl": "KL to the full model",
-        "js": "Jensen–Shannon",
-        "mse": "mean squared error",
-        "exact_match": "exact match",
-        "wrong_agreement": "wrong as the model",
-        "logit_diff": "logit difference",
-        "prob_diff": "probability difference",
-        "recovered": "logit difference kept",
-    }.get(name, name)
+    return MEASURES[name].label if name in MEASURES else _NOT_MEASURES.get(name, name)
 
 
-def _figure(name: str, figures: Mapping[str, Any]) -> str:
-    value = figures[name]
+def _value_with_unit(name: str, values: Mapping[str, Any]) -> str:
+    value, measure = values[name], MEASURES.get(name)
     if isinstance(value, str):
         return value
-    if not _is_number(value, *(figures.get(f"{name}_{of}") for of in ("sem", "full"))):
+    error, full = values.get(f"{name}_sem"), values.get(f"{name}_full")
+    if measure is None or not _is_number(value, error, full):
         return _written(value)
-    if name in ("exact_match", "accuracy", "wrong_agreement", "recovered"):
-        return f"{100 * value:.1f} %"
-    if name in ("kl", "js"):
-        error = figures.get(f"{name}_sem")
-        return f"{value:.3f}{'' if error is None else f' ± {error:.3f}'} nats"
-    if name in ("logit_diff", "prob_diff"):
-        full = figures.get(f"{name}_full")
-        return f"{value:.2f}" + ("" if full is None else f" (full {full:.2f})")
-    return _written(value)
+    text = measure.written(value)
+    if measure.has_error and error is not None:
+        text += f" ± {measure.written(error)}"
+    if "full" in measure.ends and full is not None:
+        text += f" (full {measure.written(full)})"
+    return f"{text} {measure.unit}".rstrip()
 
 
 def _is_number(*values: Any) -> bool:

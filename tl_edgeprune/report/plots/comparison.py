@@ -9,12 +9,12 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
+from tl_edgeprune.evaluation.measures import MEASURES, Measure
 from tl_edgeprune.report.figures import saved_figure
 from tl_edgeprune.report.palette import INK, MUTED
 from tl_edgeprune.report.plots.axes import log_axis
 from tl_edgeprune.report.plots.series import legend_below, series_style
 
-NAMES = {"kl": "KL to the full model (nats)", "mse": "Mean squared error"}
 _WIDTH = 9.6  # inches
 DECADES = 6  # what is this many powers of ten below a panel's largest value counts as 0
 
@@ -57,10 +57,11 @@ def plot_comparison(
 
 
 def _check(table: Any, measure: str) -> None:
-    if measure not in NAMES:
-        raise ValueError(f"measure={measure!r}: expected one of {', '.join(NAMES)}.")
-    columns = ("method", "n_edges", "faithfulness", "exact_match", "seconds", measure)
-    missing = [name for name in columns if name not in table]
+    distances = [m.name for m in MEASURES.values() if m.is_distance and m.column is not None]
+    if measure not in distances:
+        raise ValueError(f"measure={measure!r}: expected one of {', '.join(distances)}.")
+    wanted = ("method", "n_edges", "faithfulness", "exact_match", "seconds", measure)
+    missing = [name for name in wanted if name not in table]
     if missing:
         raise ValueError(f"the table has no column {', '.join(missing)}: pass Comparison.table.")
     if not len(table):
@@ -68,14 +69,13 @@ def _check(table: Any, measure: str) -> None:
 
 
 def _plot(axes: Axes, table: Any, x: str, y: str) -> None:
-    titles = NAMES | {"faithfulness": "Faithfulness", "exact_match": "Exact match"}
-    axes.set_ylabel(titles[y], color=INK)
+    axes.set_ylabel(_axis_title(MEASURES[y]), color=INK)
     axes.set_xlabel("Edges kept" if x == "n_edges" else "Seconds of the run (larger: more edges)")
     if table[y].isna().all():
         axes.set(xticks=[], yticks=[])
         axes.text(0.5, 0.5, "not for this task", color=MUTED, ha="center", transform=axes.transAxes)
         return
-    distance = y in NAMES
+    distance = MEASURES[y].is_distance
     floor = _floor(table[y]) if distance else -math.inf
     for index, (method, rows) in enumerate(table.groupby("method", sort=False)):
         rows = rows.sort_values("n_edges")
@@ -98,6 +98,11 @@ def _plot(axes: Axes, table: Any, x: str, y: str) -> None:
         axes.set_ylim(-0.04, 1.04)
     if y == "faithfulness":
         axes.axhline(1, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+
+
+def _axis_title(measure: Measure) -> str:
+    unit = f" ({measure.unit})" if measure.unit else ""
+    return f"{measure.label[0].upper()}{measure.label[1:]}{unit}"
 
 
 def _name_thresholds(axes: Axes, rows: Any, x: str, values: list[float], color: str) -> None:
