@@ -22,6 +22,8 @@ from tl_edgeprune.circuits.metadata import SCORED_BY, several
 from tl_edgeprune.circuits.mib import read_circuit, write_circuit
 from tl_edgeprune.circuits.networkx_graph import to_networkx
 from tl_edgeprune.graph.edge_graph import EdgeGraph
+from tl_edgeprune.graph.names import split_edge
+from tl_edgeprune.graph.reachability import alive_edges
 from tl_edgeprune.utils.lazy import late
 from tl_edgeprune.utils.reading import AGAIN, damaged, of_format, of_kind, read_json
 from tl_edgeprune.utils.versions import versions
@@ -104,35 +106,20 @@ class Circuit:
     @property
     def nodes(self) -> tuple[str, ...]:
         """Sources that some edge leaves, or that some edge leads to, in the graph's order."""
-        found: set[str] = set()
+        nodes: set[str] = set()
         for edge in self.edges:
-            source, _, destination = edge.partition("->")
-            found |= {source, *self.graph.owner(destination)}
-        return tuple(name for name in self.graph.sources if name in found)
+            source, destination = split_edge(edge)
+            nodes |= {source, *self.graph.owner(destination)}
+        return tuple(name for name in self.graph.sources if name in nodes)
 
     def without_dead_edges(self) -> Circuit:
         """The edges on some path of kept edges from the input to the logits.
 
-        Under counterfactual ablation the others do nothing. Under zero, means and constants a
-        source that nothing reaches still writes other than what removed edges carry: there, the
-        circuit without its dead edges is another one, to be evaluated by itself.
+        Under counterfactual ablation, dead edges have no effect. Under zero, mean and constant
+        ablation, a source that nothing reaches still writes something else than what removed edges
+        carry. There, the circuit without its dead edges is a different circuit: evaluate it again.
         """
-        graph, spans, flows = self.graph, self.graph.n_spans, self.graph.flows_into
-        kept = [graph.pairs[index] for index in self.mask.nonzero().flatten().tolist()]
-        reached = set(range(graph.n_inputs * spans))
-        for source, destination in sorted(kept):  # a source writes after all that feeds it
-            if source * spans + destination % spans in reached:
-                reached |= flows[destination]
-        useful: set[int] = set()
-        for source, destination in sorted(kept, reverse=True):
-            if destination in graph.outputs or flows[destination] & useful:
-                useful.add(source * spans + destination % spans)
-        alive = torch.zeros_like(self.mask)
-        for index in self.mask.nonzero().flatten().tolist():
-            source, destination = graph.pairs[index]
-            leads_on = destination in graph.outputs or bool(flows[destination] & useful)
-            alive[index] = source * spans + destination % spans in reached and leads_on
-        return Circuit(graph, alive, dict(self.metadata))
+        return Circuit(self.graph, alive_edges(self.graph, self.mask), dict(self.metadata))
 
     def __repr__(self) -> str:
         task = self.metadata.get("task", "")
@@ -174,9 +161,9 @@ class Circuit:
     def _combined(self, other: Circuit, mask: Tensor) -> Circuit:
         shared = {k: v for k, v in self.metadata.items() if other.metadata.get(k) == v}
         for name in SCORED_BY:
-            told = {each for circuit in (self, other) for each in several(circuit.metadata, name)}
-            if told:
-                shared[name] = sorted(told) if len(told) > 1 else told.pop()
+            values = {*several(self.metadata, name), *several(other.metadata, name)}
+            if values:
+                shared[name] = sorted(values) if len(values) > 1 else values.pop()
         return Circuit(self.graph, mask, shared)
 
     def _same(self, other: Circuit) -> Circuit:
@@ -205,9 +192,9 @@ class Circuit:
         """Read what `save` wrote. Raises FileNotFoundError, and ValueError for a damaged file or
         one of another format.
         """
-        what, again = "circuit file", f"{AGAIN}, or find the circuit anew"
-        document = read_json(path, what, HINT)
-        document = of_format(document, path, what, kind=KIND, format=FORMAT, hint=HINT, again=again)
+        file_type, advice = "circuit file", f"{AGAIN}, or find the circuit again"
+        document = read_json(path, file_type, HINT)
+        of_format(document, path, file_type, kind=KIND, format=FORMAT, hint=HINT, again=advice)
         with damaged(path):
             graph = EdgeGraph.from_dict(document["graph"])
             edges = of_kind(document["edges"], list, "edges")

@@ -56,6 +56,7 @@ from tl_edgeprune.circuits.mib_table import (
     spread,
 )
 from tl_edgeprune.graph.edge_graph import EdgeGraph
+from tl_edgeprune.graph.names import parse_destination
 from tl_edgeprune.utils.reading import check_file, damaged, first_line, read_json
 from tl_edgeprune.utils.writing import write_whole
 
@@ -103,10 +104,10 @@ def write_circuit(
     check_graph(graph)
     table = spread(graph, mask.float())
     _write(path, graph, Table(table, table > 0), metadata, d_model)
-    theirs, n_edges = int((table > 0).sum()), int(mask.sum())
-    if theirs != n_edges:
+    n_mib_edges, n_edges = int((table > 0).sum()), int(mask.sum())
+    if n_mib_edges != n_edges:
         warnings.warn(
-            f"{path}: the circuit's {n_edges:,} edges are {theirs:,} in EAP-IG's and MIB's "
+            f"{path}: the circuit's {n_edges:,} edges are {n_mib_edges:,} in EAP-IG's and MIB's "
             "count, which has one for every query head where heads share an input. For a circuit "
             f"of at most {n_edges:,} there, take scores.top({n_edges}, "
             "convention='mib').",
@@ -156,8 +157,8 @@ def read_circuit(
         raise ValueError(f"shared={shared!r}: expected one of {', '.join(FOLDED)}.")
     table, origin = _read(path, graph)
     mask = fold_mask(graph, table.kept, shared)
-    touched, whole = (fold_mask(graph, table.kept, kind) for kind in ("any", "all"))
-    split = int((touched & ~whole).sum())
+    touched, complete = (fold_mask(graph, table.kept, kind) for kind in ("any", "all"))
+    split = int((touched & ~complete).sum())
     if split:
         warnings.warn(
             f"{path} has {int(table.kept.sum()):,} edges in the graph, and keeps {split:,} of this "
@@ -197,33 +198,35 @@ def _write(
         "parallel_attn_mlp": graph.parallel,
         "d_model": int(width),
     }
-    nodes = _nodes(graph, table.kept)
+    nodes = _nodes_in_graph(graph, table.kept)
     write = _json if suffix == ".json" else _pt
     content = write(graph, config, table, nodes)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, content)
 
 
-def _nodes(graph: EdgeGraph, kept: Bool[Tensor, "source destination"]) -> Bool[Tensor, " source"]:
-    """Sources that an edge leaves and (but for the input) an edge enters, as EAP-IG marks them."""
+def _nodes_in_graph(
+    graph: EdgeGraph, in_circuit: Bool[Tensor, "source destination"]
+) -> Bool[Tensor, " source"]:
+    """Sources that an edge leaves and, except for the input, an edge enters, as EAP-IG marks."""
     enters = torch.zeros(graph.n_sources, dtype=torch.bool)
     enters[0] = True
-    place = {name: index for index, name in enumerate(graph.sources)}
+    source_index = {name: index for index, name in enumerate(graph.sources)}
     for column, name in enumerate(destinations(graph)[:-1]):
-        enters[place[name.partition("<")[0]]] |= kept[:, column].any()
-    return enters & kept.any(1)
+        enters[source_index[parse_destination(name).node]] |= in_circuit[:, column].any()
+    return enters & in_circuit.any(1)
 
 
 def _json(graph: EdgeGraph, config: dict[str, Any], table: Table, nodes: Tensor) -> bytes:
     real = real_edges(graph)
-    scores, kept = table.scores[real].tolist(), table.kept[real].tolist()
+    scores, in_circuit = table.scores[real].tolist(), table.kept[real].tolist()
     marks = dict(zip(graph.sources, nodes.tolist(), strict=True)) | {"logits": True}
     document = {
         "cfg": config,
         "nodes": {name: {"in_graph": mark} for name, mark in marks.items()},
         "edges": {
             name: {"score": score, "in_graph": keep}
-            for name, score, keep in zip(edge_names(graph), scores, kept, strict=True)
+            for name, score, keep in zip(edge_names(graph), scores, in_circuit, strict=True)
         },
     }
     return json.dumps(document).encode()
@@ -276,11 +279,11 @@ def _load_pt(path: str | os.PathLike[str]) -> Any:
     """
     try:
         with zipfile.ZipFile(path) as file:
-            parts = file.infolist()
-        if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
+            entries = file.infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
             raise ValueError("it is packed")  # to any size
         document = torch.load(os.fspath(path), map_location="cpu", weights_only=True, mmap=True)
-        sizes = {part.file_size for part in parts}
+        sizes = {entry.file_size for entry in entries}
         for name, value in document.items():
             if isinstance(value, Tensor) and value.untyped_storage().nbytes() not in sizes:
                 raise ValueError(f"{name} is cut short")
@@ -293,12 +296,12 @@ def _load_pt(path: str | os.PathLike[str]) -> Any:
 
 
 def _check_config(path: str | os.PathLike[str], config: dict[str, Any], graph: EdgeGraph) -> None:
-    wanted = {
+    expected = {
         "n_layers": graph.n_layers,
         "n_heads": graph.n_heads,
         "parallel_attn_mlp": graph.parallel,
     }
-    for key, value in wanted.items():
+    for key, value in expected.items():
         if key not in config:
             raise ValueError(f"{path} is no file of EAP-IG's: its 'cfg' has no {key}.")
         if config[key] != value:
@@ -339,20 +342,20 @@ def _flag(value: Any) -> bool:
 
 def _table_of_pt(path: str | os.PathLike[str], document: Any, graph: EdgeGraph) -> Table:
     shape = (graph.n_sources, len(destinations(graph)))
-    for key, wanted in (("src_nodes", list(graph.sources)), ("dst_nodes", destinations(graph))):
-        found = document.get(key)
-        if found is None:
+    for key, expected in (("src_nodes", list(graph.sources)), ("dst_nodes", destinations(graph))):
+        value = document.get(key)
+        if value is None:
             raise ValueError(f"{path} is no file of EAP-IG's: it has no {key!r}.")
-        _check_names(path, key, found, wanted)
-        _check_complete(path, key, found, wanted)
-        if list(found) != wanted:
-            raise ValueError(f"{path}: its {key} are not in EAP-IG's order, {wanted[:SHOWN]} ….")
+        _check_names(path, key, value, expected)
+        _check_complete(path, key, value, expected)
+        if list(value) != expected:
+            raise ValueError(f"{path}: its {key} are not in EAP-IG's order, {expected[:SHOWN]} ….")
     tensors = []
     for key in ("edges_scores", "edges_in_graph"):
         tensor = document.get(key)
         if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape:
-            found = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise ValueError(f"{path} is damaged: {key} is {found}, expected a tensor {shape}.")
+            value = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(f"{path} is damaged: {key} is {value}, expected a tensor {shape}.")
         tensors.append(tensor)
     neurons = document.get("neurons_in_graph")
     _check_neurons(path, neurons.tolist() if isinstance(neurons, Tensor) else [])
@@ -361,11 +364,11 @@ def _table_of_pt(path: str | os.PathLike[str], document: Any, graph: EdgeGraph) 
 
 
 def _check_names(
-    path: str | os.PathLike[str], what: str, found: Iterable[str], wanted: Iterable[str]
+    path: str | os.PathLike[str], what: str, names: Iterable[str], expected: Iterable[str]
 ) -> None:
     """Raise ValueError for names that the graph has not."""
-    known = set(wanted)
-    unknown = [name for name in found if name not in known]
+    known_names = set(expected)
+    unknown = [name for name in names if name not in known_names]
     if unknown:
         raise ValueError(
             f"{path}: {what} that this graph has not: {_some(unknown)}. Give the graph of the "
@@ -374,11 +377,11 @@ def _check_names(
 
 
 def _check_complete(
-    path: str | os.PathLike[str], what: str, found: Iterable[str], wanted: Iterable[str]
+    path: str | os.PathLike[str], what: str, names: Iterable[str], expected: Iterable[str]
 ) -> None:
     """Raise ValueError for names of the graph that are not there."""
-    known = set(found)
-    missing = [name for name in wanted if name not in known]
+    present = set(names)
+    missing = [name for name in expected if name not in present]
     if missing:
         raise ValueError(
             f"{path}: {what} missing: {_some(missing)}. Every edge of the graph must be in the "
@@ -387,8 +390,8 @@ def _check_complete(
 
 
 def _some(names: list[str]) -> str:
-    more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
-    return ", ".join(map(repr, names[:SHOWN])) + more
+    remainder = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
+    return ", ".join(map(repr, names[:SHOWN])) + remainder
 
 
 def _check_neurons(path: str | os.PathLike[str], rows: list[Any]) -> None:

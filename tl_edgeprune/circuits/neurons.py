@@ -53,10 +53,10 @@ class Neurons:
 
     def __post_init__(self) -> None:
         check_kind(self.kind)
-        places = len(places_of(self.graph, self.kind))
-        if self.mask.dim() != 2 or len(self.mask) != places or self.mask.dtype != torch.bool:
+        n_sites = len(places_of(self.graph, self.kind))
+        if self.mask.dim() != 2 or len(self.mask) != n_sites or self.mask.dtype != torch.bool:
             raise ValueError(
-                f"a mask of neurons of kind {self.kind!r} is bool [{places}, units] in "
+                f"a mask of neurons of kind {self.kind!r} is bool [{n_sites}, units] in "
                 f"{self.graph}, got {self.mask.dtype} {tuple(self.mask.shape)}."
             )
         object.__setattr__(self, "mask", self.mask.detach().cpu().clone())
@@ -71,16 +71,16 @@ class Neurons:
 
         Raises KeyError for an unknown name.
         """
-        rows = {place: row for row, place in enumerate(places_of(graph, kind))}
+        rows = {site: row for row, site in enumerate(places_of(graph, kind))}
         mask = torch.zeros(len(rows), width, dtype=torch.bool)
         for name in names:
-            found = re.fullmatch(rf"(.+)\.{KINDS[kind]}(\d+)", name)
-            if found is None or found[1] not in rows or int(found[2]) >= width:
+            match = re.fullmatch(rf"(.+)\.{KINDS[kind]}(\d+)", name)
+            if match is None or match[1] not in rows or int(match[2]) >= width:
                 raise KeyError(
                     f"no neuron {name!r} of kind {kind!r}: expected names such as "
                     f"{next(iter(rows))}.{KINDS[kind]}0, with numbers below {width}."
                 )
-            mask[rows[found[1]], int(found[2])] = True
+            mask[rows[match[1]], int(match[2])] = True
         return cls(graph, kind, mask, metadata)
 
     @classmethod
@@ -109,8 +109,8 @@ class Neurons:
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the neurons that are kept, in order."""
-        places, letter = places_of(self.graph, self.kind), KINDS[self.kind]
-        return tuple(f"{places[row]}.{letter}{unit}" for row, unit in self.mask.nonzero().tolist())
+        sites, letter = places_of(self.graph, self.kind), KINDS[self.kind]
+        return tuple(f"{sites[row]}.{letter}{unit}" for row, unit in self.mask.nonzero().tolist())
 
     @property
     def n_neurons(self) -> int:
@@ -124,8 +124,8 @@ class Neurons:
     @property
     def counts(self) -> dict[str, int]:
         """How many are kept at each place that has any."""
-        kept = zip(places_of(self.graph, self.kind), self.mask.sum(1).tolist(), strict=True)
-        return {place: count for place, count in kept if count}
+        rows = zip(places_of(self.graph, self.kind), self.mask.sum(1).tolist(), strict=True)
+        return {site: count for site, count in rows if count}
 
     def __repr__(self) -> str:
         return f"Neurons({self.kind}: {self.n_neurons:,} of {self.n_neurons_full:,})"
@@ -133,8 +133,8 @@ class Neurons:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Neurons):
             return NotImplemented
-        same = (self.graph, self.kind) == (other.graph, other.kind)
-        return same and self.mask.equal(other.mask)
+        same_graph = (self.graph, self.kind) == (other.graph, other.kind)
+        return same_graph and self.mask.equal(other.mask)
 
     def __hash__(self) -> int:
         return hash((self.graph, self.kind, self.mask.numpy().tobytes()))
@@ -151,7 +151,7 @@ class Neurons:
         """Write JSON: the graph, the neurons kept by place, metadata, versions. Whole or not at
         all.
         """
-        kept = zip(places_of(self.graph, self.kind), self.mask, strict=True)
+        rows = zip(places_of(self.graph, self.kind), self.mask, strict=True)
         document = {
             "format": FORMAT,
             "kind": FILE_KIND,
@@ -159,7 +159,7 @@ class Neurons:
             "neurons": self.kind,
             "width": self.mask.shape[1],
             "n_neurons": self.n_neurons,
-            "kept": {place: row.nonzero().flatten().tolist() for place, row in kept if row.any()},
+            "kept": {site: row.nonzero().flatten().tolist() for site, row in rows if row.any()},
             "metadata": self.metadata,
             "versions": versions(),
         }
@@ -171,9 +171,9 @@ class Neurons:
         """Read what `save` wrote. Raises FileNotFoundError, and ValueError for a damaged file or
         one of another format.
         """
-        what = "file of neurons"
-        document = read_json(path, what, HINT)
-        document = of_format(document, path, what, kind=FILE_KIND, format=FORMAT, hint=HINT)
+        file_type = "file of neurons"
+        document = read_json(path, file_type, HINT)
+        of_format(document, path, file_type, kind=FILE_KIND, format=FORMAT, hint=HINT)
         with damaged(path):
             kind = of_kind(document["neurons"], str, "neurons")
             check_kind(kind)
@@ -181,15 +181,15 @@ class Neurons:
             width, listed = of_kind(document["width"], int, "width"), document["kept"].items()
             if not 0 < width <= MOST_NEURONS // max(1, len(places_of(graph, kind))):
                 raise ValueError(f"it says {width} neurons at each place")
-            names = [f"{place}.{KINDS[kind]}{unit}" for place, kept in listed for unit in kept]
+            names = [f"{site}.{KINDS[kind]}{unit}" for site, units in listed for unit in units]
             metadata = of_kind(document["metadata"], dict, "metadata")
-            found = replace(cls.from_names(graph, kind, names, width), metadata=metadata)
-        if found.n_neurons != document.get("n_neurons"):
+            neurons = replace(cls.from_names(graph, kind, names, width), metadata=metadata)
+        if neurons.n_neurons != document.get("n_neurons"):
             raise ValueError(
                 f"{path} is damaged: it says {document.get('n_neurons')!s:.100} neurons and lists "
-                f"{found.n_neurons}."
+                f"{neurons.n_neurons}."
             )
-        return found
+        return neurons
 
 
 # ------------------------------------------------------------------------------------------ checks

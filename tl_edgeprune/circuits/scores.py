@@ -151,9 +151,9 @@ class EdgeScores:
         """Read what `save` wrote. Raises FileNotFoundError, and ValueError for a damaged file or
         one of another format.
         """
-        what, again = "file of scores", f"{AGAIN}, or score the edges anew"
-        tensors, document = read_tensors(path, "tl_edgeprune", what, HINT)
-        document = of_format(document, path, what, kind=KIND, format=FORMAT, hint=HINT, again=again)
+        file_type, advice = "file of scores", f"{AGAIN}, or score the edges again"
+        tensors, document = read_tensors(path, "tl_edgeprune", file_type, HINT)
+        of_format(document, path, file_type, kind=KIND, format=FORMAT, hint=HINT, again=advice)
         with damaged(path):
             graph = EdgeGraph.from_dict(document["graph"])
             metadata = of_kind(document["metadata"], dict, "metadata")
@@ -200,6 +200,6 @@ def _from_the_logits(graph: EdgeGraph, scores: list[float], k: int) -> list[int]
         for destination in fed_by[source * spans + at % spans]:
             if destination not in reached:
                 reached.add(destination)
-                for other in incoming[destination]:
-                    heapq.heappush(heap, (-scores[other], other))
+                for next_edge in incoming[destination]:
+                    heapq.heappush(heap, (-scores[next_edge], next_edge))
     return chosen

@@ -69,27 +69,27 @@ def ensure(folder: Path, recipe: dict[str, str], build: Build) -> Path:
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(folder.name + ".lock")):
-        found = damage(folder, recipe) if folder.is_dir() else None
-        if folder.is_dir() and found is None:  # another process built it while we waited
+        problem = damage(folder, recipe) if folder.is_dir() else None
+        if folder.is_dir() and problem is None:  # another process built it while we waited
             return folder
-        if found is not None:
-            message = f"cached model {folder} is damaged: {found}. It is built anew."
+        if problem is not None:
+            message = f"cached model {folder} is damaged: {problem}. It is built anew."
             warnings.warn(message, stacklevel=2)
         _build_beside(folder, recipe, build)
     return folder
 
 
 def _build_beside(folder: Path, recipe: dict[str, str], build: Build) -> None:
-    for left in folder.parent.glob(f"{folder.name}.*/"):  # by a build that was killed
-        shutil.rmtree(left)
-    beside = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+    for leftover in folder.parent.glob(f"{folder.name}.*/"):  # by a build that was killed
+        shutil.rmtree(leftover)
+    temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     try:
-        build(beside)
-        digests = {file.name: sha256(file) for file in sorted(beside.iterdir())}
+        build(temporary)
+        digests = {file.name: sha256(file) for file in sorted(temporary.iterdir())}
         manifest = json.dumps({"recipe": recipe, "files": digests}, indent=2)
-        (beside / MANIFEST).write_text(manifest, encoding="utf-8")
+        (temporary / MANIFEST).write_text(manifest, encoding="utf-8")
         if folder.exists():
             shutil.rmtree(folder)
-        beside.rename(folder)
+        temporary.rename(folder)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)

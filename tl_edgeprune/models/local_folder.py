@@ -41,10 +41,10 @@ def load_folder(folder: str | Path, device: torch.device | str, dtype: torch.dty
         local_files_only=True,
     )
     module.requires_grad_(False)
-    kept = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
-    tokenizer = (
-        transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True) if kept else None
-    )
+    has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+    tokenizer = None
+    if has_tokenizer:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     model = build_bridge_from_module(
         module.eval(),
         architecture=type(module).__name__,

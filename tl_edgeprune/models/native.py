@@ -33,9 +33,9 @@ def _bridge(
     name: str, settings: dict[str, Any], state: State, device: torch.device, dtype: torch.dtype
 ) -> TransformerBridge:
     """A TransformerBridge around TransformerLens' own small transformer."""
-    own = {"architecture": "TransformerLensNative", "init_weights": False}
+    native = {"architecture": "TransformerLensNative", "init_weights": False}
     model = TransformerBridge.boot_native(
-        settings | own, model_name=name, device=device, dtype=dtype
+        settings | native, model_name=name, device=device, dtype=dtype
     )
     expected = {key: tensor.shape for key, tensor in model.state_dict().items()}
     model.load_state_dict(_native_state(state, expected))
@@ -51,9 +51,9 @@ def _hooked(
         **settings, model_name=name, device=str(device), dtype=dtype, init_weights=False
     )
     model = HookedTransformer(config)
-    known = model.state_dict()
-    zeros = {key: torch.zeros_like(known[key]) for key in known if ".b_" in key}
-    model.load_state_dict(known | zeros | state)
+    initial = model.state_dict()
+    zeros = {key: torch.zeros_like(initial[key]) for key in initial if ".b_" in key}
+    model.load_state_dict(initial | zeros | state)
     return model
 
 

@@ -30,12 +30,12 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _no_bars() -> Iterator[None]:
-    shown = transformers_logging.is_progress_bar_enabled()
+    were_enabled = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
+        if were_enabled:
             transformers_logging.enable_progress_bar()
 
 

@@ -144,38 +144,38 @@ def _tracr() -> tuple[ModuleType, ModuleType]:
     return compiling, rasp
 
 
-def _sizes(made: Any, max_seq_len: int, n_outputs: int) -> dict[str, int]:
-    shape = made.model_config
+def _sizes(compiled: Any, max_seq_len: int, n_outputs: int) -> dict[str, int]:
+    shape = compiled.model_config
     return {
         "n_layers": shape.num_layers,
         "n_heads": shape.num_heads,
-        "d_model": len(made.residual_labels),
+        "d_model": len(compiled.residual_labels),
         "d_head": shape.key_size,
         "d_mlp": shape.mlp_hidden_size,
         "n_ctx": max_seq_len + 1,
-        "d_vocab": len(made.input_encoder.encoding_map),
+        "d_vocab": len(compiled.input_encoder.encoding_map),
         "d_vocab_out": n_outputs,
     }
 
 
-def _weights(made: Any, outputs: list[int]) -> dict[str, np.ndarray]:
+def _weights(compiled: Any, outputs: list[int]) -> dict[str, np.ndarray]:
     """Tracr's parameters under TransformerLens' names, without the biases (all zero).
 
     outputs: rows of the residual stream that hold the program's output.
     """
-    params = {name: {k: np.asarray(v) for k, v in p.items()} for name, p in made.params.items()}
-    n_heads, d_head = made.model_config.num_heads, made.model_config.key_size
-    d_model = len(made.residual_labels)
+    params = {name: {k: np.asarray(v) for k, v in p.items()} for name, p in compiled.params.items()}
+    n_heads, d_head = compiled.model_config.num_heads, compiled.model_config.key_size
+    d_model = len(compiled.residual_labels)
     state = {
         "embed.W_E": params["token_embed"]["embeddings"],
         "pos_embed.W_pos": params["pos_embed"]["embeddings"],
         "unembed.W_U": np.eye(d_model, dtype=np.float32)[:, outputs],
     }
-    for layer in range(made.model_config.num_layers):
+    for layer in range(compiled.model_config.num_layers):
         source, target = f"transformer/layer_{layer}", f"blocks.{layer}"
-        for theirs, ours in (("query", "Q"), ("key", "K"), ("value", "V")):
-            heads = params[f"{source}/attn/{theirs}"]["w"].reshape(d_model, n_heads, d_head)
-            state[f"{target}.attn.W_{ours}"] = heads.transpose(1, 0, 2)  # [head, d_model, d_head]
+        for parameter, letter in (("query", "Q"), ("key", "K"), ("value", "V")):
+            heads = params[f"{source}/attn/{parameter}"]["w"].reshape(d_model, n_heads, d_head)
+            state[f"{target}.attn.W_{letter}"] = heads.transpose(1, 0, 2)  # [head, d_model, d_head]
         output = params[f"{source}/attn/linear"]["w"]
         state[f"{target}.attn.W_O"] = output.reshape(n_heads, d_head, d_model)
         state[f"{target}.mlp.W_in"] = params[f"{source}/mlp/linear_1"]["w"]

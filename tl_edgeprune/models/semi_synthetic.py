@@ -89,8 +89,8 @@ def train_semi_synthetic(
         progress=progress,
     )
     with quiet():
-        own = training.sizes(causal, d_model)
-        model = build(causal.name, own, state, cls, device, dtype or torch.float32).eval()
+        sizes = training.sizes(causal, d_model)
+        model = build(causal.name, sizes, state, cls, device, dtype or torch.float32).eval()
     return Trained(model, training.accuracies(state, causal))
 
 

@@ -53,8 +53,8 @@ def _lookup() -> CausalModel:
         return torch.cat([torch.stack([keys, values], 2).flatten(1), query], 1)
 
     def look_up(query: Tensor, keys: Tensor, tokens: Tensor) -> Tensor:
-        place = (keys == query[:, -1:]).long().argmax(1, keepdim=True)
-        return tokens[:, 1 : 2 * KEYS : 2].gather(1, place)[:, 0]
+        index = (keys == query[:, -1:]).long().argmax(1, keepdim=True)
+        return tokens[:, 1 : 2 * KEYS : 2].gather(1, index)[:, 0]
 
     return CausalModel(
         "siit-lookup",
@@ -74,12 +74,12 @@ def _branch() -> CausalModel:
 
     def draw(n: int, generator: torch.Generator) -> Tensor:
         tokens = torch.randint(DIGITS, (n, 4), generator=generator)
-        same = torch.rand(n, generator=generator) < 0.5
-        tokens[:, 3] = torch.where(same, tokens[:, 1], tokens[:, 3])
+        repeats_tag = torch.rand(n, generator=generator) < 0.5
+        tokens[:, 3] = torch.where(repeats_tag, tokens[:, 1], tokens[:, 3])
         return tokens
 
-    def choose(same: Tensor, tokens: Tensor) -> Tensor:
-        return torch.where(same, tokens[:, 0], tokens[:, 2])
+    def choose(repeats_tag: Tensor, tokens: Tensor) -> Tensor:
+        return torch.where(repeats_tag, tokens[:, 0], tokens[:, 2])
 
     return CausalModel(
         "siit-branch",

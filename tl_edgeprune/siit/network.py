@@ -41,8 +41,8 @@ def fresh_weights(settings: dict[str, Any], generator: torch.Generator) -> State
         state |= {f"{norm}.w": torch.ones(d), f"{norm}.b": torch.zeros(d)}
     for layer in range(settings["n_layers"]):
         block = f"blocks.{layer}"
-        for which in "QKV":
-            state[f"{block}.attn.W_{which}"] = normal(heads, d, d_head, std=d**-0.5)
+        for letter in "QKV":
+            state[f"{block}.attn.W_{letter}"] = normal(heads, d, d_head, std=d**-0.5)
         state[f"{block}.attn.W_O"] = normal(heads, d_head, d, std=(heads * d_head) ** -0.5)
         state[f"{block}.mlp.W_in"] = normal(d, d_mlp, std=d**-0.5)
         state[f"{block}.mlp.b_in"] = torch.zeros(d_mlp)
@@ -66,25 +66,25 @@ def run(
 
     Edges that are `cut` carry what their source says in `other`, a run of its own.
     """
-    said = [state["embed.W_E"][tokens] + state["pos_embed.W_pos"][: tokens.shape[1]]]
+    outputs = [state["embed.W_E"][tokens] + state["pos_embed.W_pos"][: tokens.shape[1]]]
 
-    def read(place: int) -> Float[Tensor, "destination batch pos d_model"]:
-        block = graph.reads[place]
-        stream = torch.stack(said).sum(0)
+    def read(read_index: int) -> Float[Tensor, "destination batch pos d_model"]:
+        block = graph.reads[read_index]
+        stream = torch.stack(outputs).sum(0)
         if cut is None or other is None:
             return stream.expand(block.n_destinations, *stream.shape)
-        swap = other[: len(said)] - torch.stack(said)
+        swap = other[: len(outputs)] - torch.stack(outputs)
         rows = cut[:, block.edges].view(-1, block.n_destinations, block.n_sources).to(swap.dtype)
         return stream + einsum(rows, swap, "b dst src, src b p d -> dst b p d")
 
     for layer in range(graph.n_layers):
         inputs = _norm(state, f"blocks.{layer}.ln1", read(2 * layer))
-        said += _heads(state, f"blocks.{layer}.attn", *inputs.chunk(3))
+        outputs += _heads(state, f"blocks.{layer}.attn", *inputs.chunk(3))
         hidden = _norm(state, f"blocks.{layer}.ln2", read(2 * layer + 1)[0])
         mlp = {k: state[f"blocks.{layer}.mlp.{k}"] for k in ("W_in", "b_in", "W_out", "b_out")}
-        said.append(gelu(hidden @ mlp["W_in"] + mlp["b_in"]) @ mlp["W_out"] + mlp["b_out"])
+        outputs.append(gelu(hidden @ mlp["W_in"] + mlp["b_in"]) @ mlp["W_out"] + mlp["b_out"])
     final = _norm(state, "ln_final", read(2 * graph.n_layers)[0, :, -1])
-    return final @ state["unembed.W_U"], torch.stack(said)
+    return final @ state["unembed.W_U"], torch.stack(outputs)
 
 
 def _norm(state: State, name: str, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
@@ -100,8 +100,8 @@ def _heads(
 ) -> list[Float[Tensor, "batch pos d_model"]]:
     """What each head of a layer adds to the stream, each of its inputs its own."""
     q, k, v = (
-        einsum(x, state[f"{attention}.W_{which}"], "h b p d, h d e -> h b p e")
-        for which, x in zip("QKV", (for_q, for_k, for_v), strict=True)
+        einsum(x, state[f"{attention}.W_{letter}"], "h b p d, h d e -> h b p e")
+        for letter, x in zip("QKV", (for_q, for_k, for_v), strict=True)
     )
     scores = einsum(q, k, "h b q e, h b k e -> h b q k") / math.sqrt(q.shape[-1])
     ahead = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)

@@ -58,12 +58,12 @@ class Draws:
     def interventions(self, n: int) -> Interventions:
         """Swaps and cuts for n pairs, as the module says."""
         n_reads, n_edges = len(self.causal.edges), self.causal.graph.n_edges
-        one = torch.randint(n_reads, (n,), generator=self.generator)
+        read_indices = torch.randint(n_reads, (n,), generator=self.generator)
         kinds = torch.stack(
             [
                 torch.zeros(n, n_reads, dtype=torch.bool),
-                torch.eye(n_reads, dtype=torch.bool)[one],
-                self.from_same[one],
+                torch.eye(n_reads, dtype=torch.bool)[read_indices],
+                self.from_same[read_indices],
                 torch.rand(n, n_reads, generator=self.generator) < 0.5,
             ]
         )
@@ -132,18 +132,18 @@ def train(
 
 
 def _loss(state: State, draws: Draws, n: int) -> Tensor:
-    clean, other = draws.prompts(n), draws.prompts(n)
-    logits, wanted = _answers(state, draws.causal, clean, other, draws.interventions(n))
-    return cross_entropy(logits, wanted)
+    clean, corrupted = draws.prompts(n), draws.prompts(n)
+    logits, expected = _answers(state, draws.causal, clean, corrupted, draws.interventions(n))
+    return cross_entropy(logits, expected)
 
 
 def _answers(
-    state: State, causal: CausalModel, clean: Tensor, other: Tensor, made: Interventions
+    state: State, causal: CausalModel, clean: Tensor, other: Tensor, interventions: Interventions
 ) -> tuple[Tensor, Tensor]:
     """The transformer's logits under interventions, and the causal model's token."""
-    _, said = run(state, causal.graph, other)
-    logits, _ = run(state, causal.graph, clean, made.cut, said)
-    return logits, causal.interchange(clean, other, made.swapped)
+    _, other_outputs = run(state, causal.graph, other)
+    logits, _ = run(state, causal.graph, clean, interventions.cut, other_outputs)
+    return logits, causal.interchange(clean, other, interventions.swapped)
 
 
 def accuracies(state: State, causal: CausalModel, n: int = 4096, seed: int = 1) -> dict[str, float]:
@@ -153,22 +153,22 @@ def accuracies(state: State, causal: CausalModel, n: int = 4096, seed: int = 1) 
     cut. both: both at once.
     """
     draws = Draws(causal, seed)
-    clean, other, made = draws.prompts(n), draws.prompts(n), draws.interventions(n)
-    nothing = torch.zeros_like(made.swapped)
-    outside = made.cut.clone()
-    outside[:, draws.circuit] = False
-    inside = made.cut & ~outside
+    clean, corrupted, interventions = draws.prompts(n), draws.prompts(n), draws.interventions(n)
+    nothing = torch.zeros_like(interventions.swapped)
+    cut_outside = interventions.cut.clone()
+    cut_outside[:, draws.circuit] = False
+    cut_inside = interventions.cut & ~cut_outside
     kinds = {
-        "task": Interventions(nothing, torch.zeros_like(made.cut)),
-        "interchange": Interventions(made.swapped, inside),
-        "strict": Interventions(nothing, outside),
-        "both": made,
+        "task": Interventions(nothing, torch.zeros_like(interventions.cut)),
+        "interchange": Interventions(interventions.swapped, cut_inside),
+        "strict": Interventions(nothing, cut_outside),
+        "both": interventions,
     }
     shares = {}
     with torch.no_grad():
-        for kind, some in kinds.items():
-            logits, wanted = _answers(state, causal, clean, other, some)
-            right = (logits.argmax(-1) == wanted).double()
-            acted = slice(None) if kind == "task" else some.cut.any(1)
-            shares[kind] = right[acted].mean().item()
+        for kind, of_kind in kinds.items():
+            logits, expected = _answers(state, causal, clean, corrupted, of_kind)
+            correct = (logits.argmax(-1) == expected).double()
+            acted = slice(None) if kind == "task" else of_kind.cut.any(1)
+            shares[kind] = correct[acted].mean().item()
     return shares

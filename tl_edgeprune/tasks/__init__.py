@@ -106,9 +106,9 @@ def stream(
     `load` does, and for a task that makes no stream.
     """
     if name not in STREAMS:
-        known = ", ".join(sorted(STREAMS))
+        names = ", ".join(sorted(STREAMS))
         raise ValueError(
-            f"tasks.stream({name!r}): no such stream; there are {known}."
+            f"tasks.stream({name!r}): no such stream; there are {names}."
             f"{did_you_mean(name, STREAMS)}"
         )
     if n < 1:

@@ -49,5 +49,5 @@ def _mass(
     if tokens is None:
         return probabilities.new_zeros(len(probabilities))
     tokens = tokens.to(probabilities.device)
-    found = probabilities.gather(1, tokens.clamp(min=0))
-    return found.masked_fill(tokens == NO_TOKEN, 0).sum(1)
+    token_probabilities = probabilities.gather(1, tokens.clamp(min=0))
+    return token_probabilities.masked_fill(tokens == NO_TOKEN, 0).sum(1)

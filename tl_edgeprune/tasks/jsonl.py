@@ -100,21 +100,21 @@ def read_pairs(
     """
     tokenizer, prepend_bos = tokenizer_of(model), resolve_prepend_bos(model, prepend_bos)
     pairs, splits = [], set()
-    for place, entry in entries:
+    for location, entry in entries:
         try:
             record = parse(entry)
             splits.add(record.get("split"))
             if split is None or record.get("split") in (None, split):
                 pairs.append(encode_pair(record, tokenizer, prepend_bos))
         except ValueError as error:
-            raise ValueError(f"{source}, {place}: {error}") from error
+            raise ValueError(f"{source}, {location}: {error}") from error
     if not splits:
         raise ValueError(
             f'{source} is empty: expected prompt pairs, each a record of "clean" and "corrupted".'
         )
     if not pairs:
-        found = ", ".join(sorted(map(str, splits))) or "none"
-        raise ValueError(f"{source}: no prompt pairs for split={split!r}; splits found: {found}.")
+        names = ", ".join(sorted(map(str, splits))) or "none"
+        raise ValueError(f"{source}: no prompt pairs for split={split!r}; splits found: {names}.")
     return pairs, prepend_bos
 
 
@@ -220,28 +220,30 @@ def _sets(
     return {name: [token for token, its in owner.items() if its == name] for name in SET_FIELDS}
 
 
-def _spans(given: Any, length: int) -> dict[str, tuple[int, int]]:
+def _spans(spans: Any, length: int) -> dict[str, tuple[int, int]]:
     """A record's "spans", {name: (start, end)} in tokens; ValueError for impossible ones."""
-    if given is None:
+    if spans is None:
         return {}
-    if not isinstance(given, dict) or not given:
-        raise ValueError(f'"spans" is {given!r}, expected {{"name": [start, end], …}} in tokens.')
-    check_span_names(tuple(given))
-    taken: dict[int, str] = {}
-    for name, ends in given.items():
-        whole = isinstance(ends, list) and len(ends) == 2 and all(type(end) is int for end in ends)
-        if not whole or not 0 <= ends[0] < ends[1] <= length:
+    if not isinstance(spans, dict) or not spans:
+        raise ValueError(f'"spans" is {spans!r}, expected {{"name": [start, end], …}} in tokens.')
+    check_span_names(tuple(spans))
+    name_of_token: dict[int, str] = {}
+    for name, ends in spans.items():
+        is_pair = (
+            isinstance(ends, list) and len(ends) == 2 and all(type(end) is int for end in ends)
+        )
+        if not is_pair or not 0 <= ends[0] < ends[1] <= length:
             raise ValueError(
                 f'"spans" has {name!r}: {ends!r}, expected [start, end] with 0 <= start < end <= '
                 f"{length}, the prompt's tokens."
             )
-        twice = [at for at in range(*ends) if taken.setdefault(at, name) != name]
-        if twice:
+        overlapping = [at for at in range(*ends) if name_of_token.setdefault(at, name) != name]
+        if overlapping:
             raise ValueError(
-                f'"spans": token {twice[0]} is in {taken[twice[0]]!r} and in {name!r}; each token '
-                "belongs to one span."
+                f'"spans": token {overlapping[0]} is in {name_of_token[overlapping[0]]!r} and in '
+                f"{name!r}; each token belongs to one span."
             )
-    return {name: (start, end) for name, (start, end) in given.items()}
+    return {name: (start, end) for name, (start, end) in spans.items()}
 
 
 def _check_marked(answer: list[int], text: str | None, sets: dict[str, list[int]]) -> None:
@@ -263,8 +265,8 @@ def cut(text: str) -> Text:
     """
     if OPEN not in text and CLOSE not in text:
         return Text(text.rstrip(" "), None)
-    prompt, _, rest = text.partition(OPEN)
-    answer = rest.partition(CLOSE)[0]
+    prompt, _, after_opening = text.partition(OPEN)
+    answer = after_opening.partition(CLOSE)[0]
     balanced = text.count(OPEN) == text.count(CLOSE) == 1 and CLOSE not in prompt
     if not balanced:
         raise ValueError(

@@ -64,16 +64,16 @@ def stream_jsonl(
     opened = _stamp(path)
     index = _index(path, split, chunk_size)
 
-    def read(places: range) -> Task:
+    def read(indices: range) -> Task:
         if _stamp(path) != opened:
             raise ValueError(f"{path} has changed since it was opened: open the stream again.")
-        chunk, before = divmod(places.start, chunk_size)
+        chunk, first_in_chunk = divmod(indices.start, chunk_size)
         mark = index.marks[chunk]
         with path.open("rb") as file:
             file.seek(mark.byte)
             pairs = []
             records = _records(path, file, split, mark)
-            for number, record in islice(records, before, before + len(places)):
+            for number, record in islice(records, first_in_chunk, first_in_chunk + len(indices)):
                 with _at(path, number):
                     pairs.append(encode_pair(record, tokenizer, prepend_bos))
         return task_of(path.stem, pairs, prepend_bos, str(path))
@@ -101,8 +101,8 @@ def _index(path: Path, split: str | None, chunk_size: int) -> Index:
                     marks.append(mark)
                 n_pairs += 1
     if not n_pairs:
-        found = ", ".join(sorted(map(str, splits))) or "none"
-        raise ValueError(f"{path}: no prompt pairs for split={split!r}; splits found: {found}.")
+        names = ", ".join(sorted(map(str, splits))) or "none"
+        raise ValueError(f"{path}: no prompt pairs for split={split!r}; splits found: {names}.")
     return Index(marks, n_pairs, digest.hexdigest()[:16])
 
 

@@ -24,19 +24,19 @@ class Order:
     size: int
     seed: int
 
-    def __getitem__(self, place: int) -> int:
-        if not 0 <= place < self.size:
-            raise IndexError(f"place {place} of an order of {self.size}.")
-        number = self._mixed(place)
+    def __getitem__(self, index: int) -> int:
+        if not 0 <= index < self.size:
+            raise IndexError(f"place {index} of an order of {self.size}.")
+        number = self._mixed(index)
         while number >= self.size:
             number = self._mixed(number)
         return number
 
     def _mixed(self, number: int) -> int:
         bits = max(1, ((self.size - 1).bit_length() + 1) // 2)
-        left, right = number >> bits, number & ((1 << bits) - 1)
-        for turn in range(ROUNDS):
-            text = f"{self.seed} {turn} {right}".encode()
+        high, low = number >> bits, number & ((1 << bits) - 1)
+        for round_ in range(ROUNDS):
+            text = f"{self.seed} {round_} {low}".encode()
             key = int.from_bytes(blake2b(text, digest_size=8).digest(), "big")
-            left, right = right, (left ^ key) & ((1 << bits) - 1)
-        return left << bits | right
+            high, low = low, (high ^ key) & ((1 << bits) - 1)
+        return high << bits | low

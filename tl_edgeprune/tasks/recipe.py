@@ -79,13 +79,13 @@ def register_recipe(name: str) -> Callable[[RecipeMaker], RecipeMaker]:
     def add(recipe: RecipeMaker) -> RecipeMaker:
         @functools.wraps(recipe)
         def load(model: Any, n: int, seed: int, prepend_bos: Any, **options: Any) -> Task:
-            made = recipe(tokenizer_of(model), **options)
-            return build(name, made, model, n, seed, prepend_bos)
+            recipe_of_model = recipe(tokenizer_of(model), **options)
+            return build(name, recipe_of_model, model, n, seed, prepend_bos)
 
         @functools.wraps(recipe)
         def stream(model: Any, n: int, seed: int, prepend_bos: Any, **options: Any) -> TaskStream:
-            made = recipe(tokenizer_of(model), **options)
-            return build_stream(name, made, model, n, seed, prepend_bos)
+            recipe_of_model = recipe(tokenizer_of(model), **options)
+            return build_stream(name, recipe_of_model, model, n, seed, prepend_bos)
 
         register(name)(load)
         register_stream(name)(stream)
@@ -121,11 +121,11 @@ def build_stream(
     tokenizer, prepend_bos = tokenizer_of(model), resolve_prepend_bos(model, prepend_bos)
     numbers = Order(recipe.count, seed)
 
-    def example(place: int) -> Example:
-        return recipe.make(numbers[place], random.Random(f"{seed} {place}"))
+    def example(index: int) -> Example:
+        return recipe.make(numbers[index], random.Random(f"{seed} {index}"))
 
-    def read(places: range) -> Task:
-        return task_of(name, [example(place) for place in places], tokenizer, prepend_bos)
+    def read(indices: range) -> Task:
+        return task_of(name, [example(index) for index in indices], tokenizer, prepend_bos)
 
     about = (name, n, seed, prepend_bos, recipe.count, len(tokenizer), example(0), example(n - 1))
     return TaskStream(name, n, read, identity=repr(about), prepend_bos=prepend_bos)
@@ -152,10 +152,10 @@ def encode_example(
 ) -> tuple[dict[str, Tensor], dict[str, tuple[int, int]]]:
     """An example's token ids, by a Task's fields, and where its parts are among them."""
     shared, answer, distractor = _told_apart(tokenizer, example)
-    clean, parts = encode_parts(tokenizer, example.clean, prepend_bos, example.parts)
+    clean, spans = encode_parts(tokenizer, example.clean, prepend_bos, example.parts)
     clean += shared
-    if parts:
-        parts = {"END": (len(clean) - 1, len(clean))} | parts
+    if spans:
+        spans = {"END": (len(clean) - 1, len(clean))} | spans
     fields = {
         "clean": clean,
         "corrupted": encode(tokenizer, example.corrupted, prepend_bos) + shared,
@@ -166,7 +166,7 @@ def encode_example(
         "wrong": example.wrong,
     }
     tensors = {field: torch.tensor(tokens, dtype=torch.long) for field, tokens in fields.items()}
-    return tensors, parts
+    return tensors, spans
 
 
 def mixed_radix(number: int, sizes: Sequence[int]) -> list[int]:
@@ -188,15 +188,15 @@ def _told_apart(
         answer_in_context(tokenizer, example.clean, text)
         for text in (example.answer, example.distractor)
     )
-    same = 0
-    while same < min(len(answer), len(distractor)) and answer[same] == distractor[same]:
-        same += 1
-    if same == min(len(answer), len(distractor)):
+    n_shared = 0
+    while n_shared < min(len(answer), len(distractor)) and answer[n_shared] == distractor[n_shared]:
+        n_shared += 1
+    if n_shared == min(len(answer), len(distractor)):
         raise ValueError(
             f"answer {example.answer!r} and distractor {example.distractor!r} have no token that "
             f"tells them apart: they are {answer} and {distractor}."
         )
-    return answer[:same], [answer[same]], [distractor[same]]
+    return answer[:n_shared], [answer[n_shared]], [distractor[n_shared]]
 
 
 def _check_possible(call: str, n: int, recipe: Recipe) -> None:

@@ -41,8 +41,8 @@ def _adding(table: dict[str, Made], kind: str, name: str) -> Callable[[Made], Ma
 def check_options(call: str, builder: Callable[..., Any], options: Mapping[str, Any]) -> None:
     """Raise ValueError for an option that the builder has not (its keyword-only parameters)."""
     parameters = inspect.signature(builder).parameters.values()
-    known = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
-    unknown = ", ".join(option for option in options if option not in known)
+    option_names = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    unknown = ", ".join(option for option in options if option not in option_names)
     if unknown:
-        has = f"its options are {', '.join(known)}" if known else "it has none"
+        has = f"its options are {', '.join(option_names)}" if option_names else "it has none"
         raise ValueError(f"{call}: no option {unknown}; {has}.")

@@ -22,12 +22,12 @@ AT_ONCE = 64
 def load(name: str, model: nn.Module, n: int, seed: int, prepend_bos: bool | None) -> Task:
     """n pairs for a shipped model. Raises ValueError for a model of other sizes, or with BOS."""
     causal = EXAMPLES[name]
-    wanted = {"d_vocab": causal.n_tokens, "n_layers": causal.graph.n_layers}
-    for size, expected in wanted.items():
-        found = getattr(getattr(model, "cfg", None), size, None)
-        if found != expected:
+    expected_sizes = {"d_vocab": causal.n_tokens, "n_layers": causal.graph.n_layers}
+    for size, expected in expected_sizes.items():
+        size_of_model = getattr(getattr(model, "cfg", None), size, None)
+        if size_of_model != expected:
             raise ValueError(
-                f"tasks.load({name!r}): the model has {size}={found}, the task is for "
+                f"tasks.load({name!r}): the model has {size}={size_of_model}, the task is for "
                 f"{size}={expected}: use models.load({name!r})."
             )
     if prepend_bos:
@@ -38,20 +38,21 @@ def load(name: str, model: nn.Module, n: int, seed: int, prepend_bos: bool | Non
 def pairs(causal: CausalModel, n: int, seed: int = 0) -> Task:
     """n random pairs of a causal model's prompts; the same for the same seed."""
     generator = torch.Generator().manual_seed(seed)
-    found: list[tuple[torch.Tensor, ...]] = []
-    while len(found) < n:
-        clean, other = causal.draw(AT_ONCE, generator), causal.draw(AT_ONCE, generator)
-        answers, others = causal.answers(clean), causal.answers(other)
-        kept = (answers != others).nonzero().flatten()
-        found += zip(clean[kept], other[kept], answers[kept], others[kept], strict=True)
-    prompts, corrupted, right, distractors = zip(*found[:n], strict=True)
+    rows: list[tuple[torch.Tensor, ...]] = []
+    while len(rows) < n:
+        clean, swapped = causal.draw(AT_ONCE, generator), causal.draw(AT_ONCE, generator)
+        answers, distractors = causal.answers(clean), causal.answers(swapped)
+        differ = answers != distractors
+        fields = (clean, swapped, answers, distractors)
+        rows += zip(*(field[differ] for field in fields), strict=True)
+    prompts, corrupted, right, wrong = zip(*rows[:n], strict=True)
     return Task(
         causal.name,
         clean=prompts,
         corrupted=corrupted,
         positions=[torch.tensor([len(prompt) - 1]) for prompt in prompts],
         answers=[answer[None] for answer in right],
-        distractors=[other[None] for other in distractors],
+        distractors=[answer[None] for answer in wrong],
     )
 
 

@@ -29,7 +29,7 @@ def single_tokens(
         ValueError: fewer of them than `needed`, told as `what`, with the words that are split.
     """
     tokens = pieces(tokenizer, words, prompt)
-    single = {word: found[0] for word, found in tokens.items() if len(found) == 1}
+    single = {word: ids[0] for word, ids in tokens.items() if len(ids) == 1}
     if len(single) < needed:
         split = ", ".join(word for word in words if word not in single)
         raise ValueError(
@@ -44,7 +44,7 @@ def pieces(
 ) -> dict[str, list[int]]:
     """Each word's tokens after a prompt and a space; without words that have an unknown token."""
     tokens = answers_in_context(tokenizer, prompt, (f" {word}" for word in words))
-    return {answer[1:]: found for answer, found in tokens.items()}
+    return {answer[1:]: ids for answer, ids in tokens.items()}
 
 
 def by_length(
@@ -52,8 +52,8 @@ def by_length(
 ) -> dict[int, list[str]]:
     """Words by how many tokens they have after a prompt and a space, in their given order."""
     groups = defaultdict(list)
-    for word, found in pieces(tokenizer, words, prompt).items():
-        groups[len(found)].append(word)
+    for word, ids in pieces(tokenizer, words, prompt).items():
+        groups[len(ids)].append(word)
     return dict(groups)
 
 

@@ -34,8 +34,8 @@ def solved(model: nn.Module, task: Task, *, batch_size: int = 16) -> Bool[Tensor
         for batch in task.batches(batch_size):
             batch = batch.to(device)
             logits = model(batch.clean)
-            places = batch.positions[..., None].expand(-1, -1, logits.shape[-1])
-            right[batch.indices.cpu()] = is_right(logits.gather(1, places), batch).cpu()
+            read_indices = batch.positions[..., None].expand(-1, -1, logits.shape[-1])
+            right[batch.indices.cpu()] = is_right(logits.gather(1, read_indices), batch).cpu()
     return right
 
 
@@ -45,13 +45,13 @@ def keep_solved(model: nn.Module, task: Task, *, batch_size: int = 16) -> Task:
     Raises:
         ValueError: none is left; or as `solved` does.
     """
-    kept = solved(model, task, batch_size=batch_size).nonzero()[:, 0].tolist()
-    if not kept:
+    solved_pairs = solved(model, task, batch_size=batch_size).nonzero()[:, 0].tolist()
+    if not solved_pairs:
         raise ValueError(
             f"the model does none of the {len(task)} prompts of task {task.name!r} right: there is "
             "no circuit for it to find. Use another task or model."
         )
-    return task.subset(kept)
+    return task.subset(solved_pairs)
 
 
 def is_right(logits: Float[Tensor, "batch read vocab"], batch: Batch) -> Bool[Tensor, " batch"]:
@@ -60,11 +60,11 @@ def is_right(logits: Float[Tensor, "batch read vocab"], batch: Batch) -> Bool[Te
         return prob_diff(logits, batch) > 0
     answer = logits.gather(-1, batch.answers[..., None])  # [batch, read, 1]
     rivals = _rivals(batch)
-    named = rivals != NO_TOKEN
-    highest = logits.gather(-1, rivals.clamp(min=0)).masked_fill(~named, -torch.inf)
+    is_token = rivals != NO_TOKEN
+    highest = logits.gather(-1, rivals.clamp(min=0)).masked_fill(~is_token, -torch.inf)
     beats_rivals = (answer > highest).all(-1)
     is_top = logits.argmax(-1) == batch.answers
-    return torch.where(named.any(-1), beats_rivals, is_top).all(-1)
+    return torch.where(is_token.any(-1), beats_rivals, is_top).all(-1)
 
 
 def _rivals(batch: Batch) -> Tensor:

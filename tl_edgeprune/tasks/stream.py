@@ -85,8 +85,8 @@ class TaskStream:
 
     def batches(self, size: int, shuffle: bool = False, seed: int = 0) -> Iterator[Batch]:
         """Every pair once, in batches of at most `size` pairs of one shape (as Task.batches)."""
-        for part in self.parts(size, shuffle, seed):
-            yield from part()
+        for start_chunk in self.parts(size, shuffle, seed):
+            yield from start_chunk()
 
     def parts(
         self, size: int, shuffle: bool = False, seed: int = 0

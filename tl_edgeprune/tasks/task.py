@@ -11,6 +11,7 @@ import random
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -98,10 +99,10 @@ class Task:
         """
         fields |= {"clean": clean, "corrupted": corrupted, "positions": positions}
         lengths = zip(map(len, clean), map(len, corrupted), strict=True)
-        kept = [pair for pair, (ours, theirs) in enumerate(lengths) if ours == theirs]
+        aligned = [pair for pair, (a, b) in enumerate(lengths) if a == b]
         for field in (*PAIR_FIELDS, *SET_FIELDS, *OPTIONAL_FIELDS):
             if len(fields.get(field, ())):
-                fields[field] = tuple(fields[field][pair] for pair in kept)
+                fields[field] = tuple(fields[field][pair] for pair in aligned)
         return cls(name, **fields)
 
     def __len__(self) -> int:
@@ -114,8 +115,8 @@ class Task:
         "logit-diff" where every pair has one answer and one distractor, else "prob-diff" where
         every pair has right and wrong tokens, else the task's own objective.
         """
-        told_apart = zip(self.answers, self.distractors, strict=True)
-        if all(len(answer) == len(other) == 1 for answer, other in told_apart):
+        answer_pairs = zip(self.answers, self.distractors, strict=True)
+        if all(len(answer) == len(distractor) == 1 for answer, distractor in answer_pairs):
             return "logit-diff"
         sets = zip(self.right, self.wrong, strict=True)
         has_sets = all(len(right) > 0 and len(wrong) > 0 for right, wrong in sets)
@@ -155,10 +156,10 @@ class Task:
         Raises:
             ValueError: one side would be empty.
         """
-        wanted = round(share * len(self))
+        n_first = round(share * len(self))
         first: list[int] = []
         for same_prompt in _shuffled(self._pairs_by_prompt(), seed):
-            if len(first) + len(same_prompt) <= wanted:
+            if len(first) + len(same_prompt) <= n_first:
                 first += same_prompt
         second = sorted(set(range(len(self))) - set(first))
         if not first or not second:
@@ -252,8 +253,8 @@ def _check_pair(task: Task, pair: int) -> None:
             "Edge masks mix the two runs position by position, so both must have the same length: "
             "change the prompt, or drop the pair with Task.aligned()."
         )
-    inside = len(positions) and positions.min() >= 0 and positions.max() < len(clean)
-    if not inside or (positions.diff() <= 0).any():
+    in_range = len(positions) and positions.min() >= 0 and positions.max() < len(clean)
+    if not in_range or (positions.diff() <= 0).any():
         raise ValueError(
             f"prompt pair {pair}: read positions {positions.tolist()}, expected one or more rising "
             f"positions from 0 to {len(clean) - 1} (the prompt has {len(clean)} tokens)."
@@ -315,24 +316,24 @@ def lay_out_spans(
     Of tokens that two names claim, the first name has them; REST has those that none claims. No
     fields where no prompt has any names. Raises ValueError where only some have.
     """
-    without = [pair for pair, parts in enumerate(marked) if not parts]
+    without = [pair for pair, spans_of_pair in enumerate(marked) if not spans_of_pair]
     if len(without) == len(marked):
         return {}
     if without:
         raise ValueError(
             f"prompt pair {without[0]} has no spans, and others have: give each pair its own."
         )
-    names = [name for name in dict.fromkeys(n for parts in marked for n in parts) if name != REST]
-    place = {name: number for number, name in enumerate([*names, REST])}
+    names = [name for name in dict.fromkeys(chain.from_iterable(marked)) if name != REST]
+    span_index = {name: number for number, name in enumerate([*names, REST])}
     spans = []
-    for parts, length in zip(marked, lengths, strict=True):
-        row = torch.full((length,), place[REST])
-        for name, (start, end) in reversed([*parts.items()]):
-            row[start:end] = place[name]
+    for spans_of_pair, length in zip(marked, lengths, strict=True):
+        row = torch.full((length,), span_index[REST])
+        for name, (start, end) in reversed([*spans_of_pair.items()]):
+            row[start:end] = span_index[name]
         spans.append(row)
-    return {"span_names": tuple(place), "spans": spans}
+    return {"span_names": tuple(span_index), "spans": spans}
 
 
 def _short(tokens: list[int]) -> str:
-    shown = ", ".join(map(str, tokens[:8]))
-    return f"[{shown}{', …' if len(tokens) > 8 else ''}]"
+    first_tokens = ", ".join(map(str, tokens[:8]))
+    return f"[{first_tokens}{', …' if len(tokens) > 8 else ''}]"

@@ -23,14 +23,14 @@ class Part(NamedTuple):
 
 def filled(template: str, **values: str) -> tuple[str, dict[str, list[Part]]]:
     """template.format(**values), and where each field's value stands, each time that it does."""
-    text, places = "", defaultdict(list)
-    for before, field, _, _ in string.Formatter().parse(template):
-        text += before
+    text, spans = "", defaultdict(list)
+    for literal, field, _, _ in string.Formatter().parse(template):
+        text += literal
         if field is not None:
             start = len(text)
             text += values[field]
-            places[field].append(Part(field, start, len(text)))
-    return text, places
+            spans[field].append(Part(field, start, len(text)))
+    return text, spans
 
 
 def tokenizer_of(model: nn.Module) -> PreTrainedTokenizerBase:
@@ -79,12 +79,12 @@ def encode_parts(
     No parts where the tokenizer does not tell where its tokens come from (those in Python).
     """
     encoded = tokenizer(text, add_special_tokens=False)
-    ids, found = encoded["input_ids"], {}
+    ids, token_spans = encoded["input_ids"], {}
     for part in parts if encoded.is_fast else ():
         tokens = [encoded.char_to_token(at) for at in range(part.start, part.end)]
-        inside = [token + prepend_bos for token in tokens if token is not None]
-        found[part.name] = (min(inside), max(inside) + 1)
-    return _with_bos(tokenizer, ids, prepend_bos), found
+        token_indices = [token + prepend_bos for token in tokens if token is not None]
+        token_spans[part.name] = (min(token_indices), max(token_indices) + 1)
+    return _with_bos(tokenizer, ids, prepend_bos), token_spans
 
 
 def _with_bos(tokenizer: PreTrainedTokenizerBase, ids: list[int], prepend_bos: bool) -> list[int]:
@@ -104,13 +104,13 @@ def answers_in_context(
     """
     answers = [*answers]
     texts = [prompt, *(prompt + answer for answer in answers)]
-    before, *wholes = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    prompt_ids, *ids_of_texts = tokenizer(texts, add_special_tokens=False)["input_ids"]
     return {
-        answer: whole[len(before) :]
-        for answer, whole in zip(answers, wholes, strict=True)
-        if whole[: len(before)] == before
-        and len(whole) > len(before)
-        and tokenizer.unk_token_id not in whole[len(before) :]
+        answer: ids[len(prompt_ids) :]
+        for answer, ids in zip(answers, ids_of_texts, strict=True)
+        if ids[: len(prompt_ids)] == prompt_ids
+        and len(ids) > len(prompt_ids)
+        and tokenizer.unk_token_id not in ids[len(prompt_ids) :]
     }
 
 
@@ -121,13 +121,13 @@ def answer_in_context(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: s
         ValueError: the prompt's tokens are not the beginning of those of prompt + answer (the
             tokenizer merges over the border), or the answer adds none.
     """
-    before = encode(tokenizer, prompt, prepend_bos=False)
-    whole = encode(tokenizer, prompt + answer, prepend_bos=False)
-    if whole[: len(before)] != before or len(whole) == len(before):
-        pieces = [tokenizer.decode([token]) for token in whole[max(0, len(before) - 1) :]]
+    prompt_ids = encode(tokenizer, prompt, prepend_bos=False)
+    ids = encode(tokenizer, prompt + answer, prepend_bos=False)
+    if ids[: len(prompt_ids)] != prompt_ids or len(ids) == len(prompt_ids):
+        pieces = [tokenizer.decode([token]) for token in ids[max(0, len(prompt_ids) - 1) :]]
         raise ValueError(
             f"answer {answer!r} does not tokenise as prompt + answer: after {prompt[-40:]!r} the "
             f"tokens go on as {pieces}. Move the border between prompt and answer to where a token "
             "ends (a space mostly belongs to the answer)."
         )
-    return whole[len(before) :]
+    return ids[len(prompt_ids) :]

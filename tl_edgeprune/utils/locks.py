@@ -42,12 +42,12 @@ def _locked(lock: Path, busy: str, other: str) -> Iterator[None]:
     lock = lock.parent.resolve() / lock.name
     if lock.is_symlink() or (lock.exists() and not lock.is_file()):
         raise FileExistsError(f"{lock} is no file of this program's: remove it.")
-    one = FileLock(lock, timeout=0, is_singleton=True)
+    file_lock = FileLock(lock, timeout=0, is_singleton=True)
     try:
-        one.acquire()
+        file_lock.acquire()
     except Timeout:
         raise BlockingIOError(f"{busy}: wait for it to end, or give another {other}.") from None
     try:
         yield
     finally:
-        one.release()
+        file_lock.release()

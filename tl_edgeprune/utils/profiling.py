@@ -45,10 +45,10 @@ class LiveBytes(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        given = {s._cdata for s in _storages((args, kwargs))}
+        input_storages = {s._cdata for s in _storages((args, kwargs))}
         result = function(*args, **(kwargs or {}))
         for storage in _storages(result):
-            if storage._cdata not in given:
+            if storage._cdata not in input_storages:
                 self._sizes[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
         self.peak = max(self.peak, self.now)
         return result

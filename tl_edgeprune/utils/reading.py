@@ -25,8 +25,8 @@ WRONG = (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowEr
 def check_file(path: AnyPath, what: str) -> None:
     """Raise FileNotFoundError unless there is a regular file, which does not block its reader."""
     if not Path(path).is_file():
-        there = ": what is there is no regular file" if Path(path).exists() else ""
-        raise FileNotFoundError(f"no {what} at {path}{there}.")
+        hint = ": what is there is no regular file" if Path(path).exists() else ""
+        raise FileNotFoundError(f"no {what} at {path}{hint}.")
 
 
 def read_text(path: AnyPath, what: str, most: int = MOST_BYTES) -> str:
@@ -46,10 +46,10 @@ def read_json(path: AnyPath, what: str, hint: str = "") -> Any:
     try:
         return parse_json(read_text(path, what))
     except ValueError as error:
-        said = str(error)
-    if not said.startswith(str(path)):
-        said = f"{path} is no {what}, or a damaged one: {said}."
-    raise ValueError(f"{said} {hint}".rstrip())
+        message = str(error)
+    if not message.startswith(str(path)):
+        message = f"{path} is no {what}, or a damaged one: {message}."
+    raise ValueError(f"{message} {hint}".rstrip())
 
 
 def parse_json(text: str) -> Any:
@@ -79,9 +79,9 @@ def of_format(
     """
     if not isinstance(document, dict) or document.get("kind") != kind:
         raise ValueError(f"{path} is no {what}. {hint}")
-    found = document.get("format")
-    if found != format:
-        raise ValueError(f"{path} has format {found!r:.100}, this version reads {format}{again}.")
+    written = document.get("format")
+    if written != format:
+        raise ValueError(f"{path} has format {written!r:.100}, this version reads {format}{again}.")
     return document
 
 
@@ -114,5 +114,5 @@ def _inside(value: Any) -> Any:
 
 def first_line(error: BaseException) -> str:
     """An error's first line, without its last stop."""
-    said = str(error).partition("\n")[0] or type(error).__name__
-    return said if len(said) < 1000 else f"{said[:1000]} …"
+    line = str(error).partition("\n")[0] or type(error).__name__
+    return line if len(line) < 1000 else f"{line[:1000]} …"

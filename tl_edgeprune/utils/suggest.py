@@ -8,5 +8,5 @@ from difflib import get_close_matches
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A question with the nearest, to follow an error that lists them all; "" if none is near."""
-    near = get_close_matches(str(name), [*known], 1)
-    return f" Did you mean {near[0]}?" if near else ""
+    matches = get_close_matches(str(name), [*known], 1)
+    return f" Did you mean {matches[0]}?" if matches else ""

@@ -23,8 +23,8 @@ def read_tensors(
             document = parse_json((file.metadata() or {}).get(key, "null"))
             return {name: file.get_tensor(name) for name in file.keys()}, document  # noqa: SIM118
     except (SafetensorError, RuntimeError, *WRONG) as error:
-        said = f"{path} is no {what}, or a damaged one ({first_line(error)}). {hint}"
-        raise ValueError(said.rstrip()) from None
+        message = f"{path} is no {what}, or a damaged one ({first_line(error)}). {hint}"
+        raise ValueError(message.rstrip()) from None
 
 
 def floats(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:

@@ -9,10 +9,10 @@ __version__ = version("tl_edgeprune")
 
 def versions() -> dict[str, str]:
     """Versions of the libraries that a result depends on."""
-    found = {"tl_edgeprune": __version__}
+    library_versions = {"tl_edgeprune": __version__}
     for name in ("transformer-lens", "transformers", "torch"):
         try:
-            found[name] = version(name)
+            library_versions[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "unknown"
-    return found
+            library_versions[name] = "unknown"
+    return library_versions

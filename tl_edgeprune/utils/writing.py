@@ -23,8 +23,8 @@ def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
             temporary.write_bytes(content)
             os.replace(temporary, path)
     except OSError as error:
-        said = f"could not be written ({error.strerror or error}), and is as it was before"
-        raise OSError(error.errno, said, str(path)) from error
+        message = f"could not be written ({error.strerror or error}), and is as it was before"
+        raise OSError(error.errno, message, str(path)) from error
 
 
 def clear_leftovers(folder: Path, name: str | None = None) -> None:

@@ -40,10 +40,10 @@ def to_dot(circuit: Circuit) -> str:
             f"  {quoted(edge.source)} -> {quoted(edge.destination)} "
             f"[color={quoted(KIND_COLORS[edge.kind])}, tooltip={quoted(edge.name)}{style}];"
         )
-    for first, *others in layout.links:
+    for first, *linked in layout.links:
         lines += [
             f"  {quoted(first)} -> {quoted(name)} [style=dotted, arrowhead=none, constraint=false];"
-            for name in others
+            for name in linked
         ]
     return "\n".join([*lines, "}", ""])
 

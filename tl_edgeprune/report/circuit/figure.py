@@ -76,8 +76,9 @@ def draw_circuit(
     width = max(layout.width, 330.0, _legend_width(strokes))
     with saved_figure(path, width / _POINTS_PER_INCH, height / _POINTS_PER_INCH, dpi) as figure:
         axes = figure.add_axes((0, 0, 1, 1))
-        spare = (width - layout.width) / 2
-        axes.set(xlim=(-spare, layout.width + spare), ylim=(layout.height + _LEGEND_HEIGHT, -head))
+        side_margin = (width - layout.width) / 2
+        axes.set(xlim=(-side_margin, layout.width + side_margin))
+        axes.set(ylim=(layout.height + _LEGEND_HEIGHT, -head))
         axes.axis("off")
         _draw_layers(axes, layout)
         _draw_edges(axes, layout, strokes)
@@ -125,8 +126,8 @@ def _by_side(circuit: Circuit, other: Circuit, names: Sequence[str]) -> list[_St
         (other - circuit, "b", _DASHED, f"only in {second}"),
     ]
     return [
-        _Stroke(frozenset(part.edges), SIDE_COLORS[side], dashes, label=f"{label} ({len(part):,})")
-        for part, side, dashes, label in sides
+        _Stroke(frozenset(c.edges), SIDE_COLORS[side], dashes, label=f"{label} ({len(c):,})")
+        for c, side, dashes, label in sides
     ]
 
 
@@ -136,9 +137,9 @@ def _draw_layers(axes: Axes, layout: Layout) -> None:
             axes.axhspan(top, bottom, color=FAINT, alpha=0.4, linewidth=0, zorder=0)
         axes.text(LAYER_LABEL_X, (top + bottom) / 2, str(layer), ha="right", va="center",
                   color=MUTED, fontsize=FONT_SIZE)  # fmt: skip
-    for span, (left, right) in layout.spans.items():
-        axes.plot([left, left], [8, layout.height - 8], color=FAINT, linewidth=1, zorder=0.5)
-        axes.text((left + right) / 2, layout.height - SPAN_ROOM, span, ha="center", va="center",
+    for span, (x0, x1) in layout.spans.items():
+        axes.plot([x0, x0], [8, layout.height - 8], color=FAINT, linewidth=1, zorder=0.5)
+        axes.text((x0 + x1) / 2, layout.height - SPAN_ROOM, span, ha="center", va="center",
                   color=MUTED, fontsize=FONT_SIZE + 1, parse_math=False)  # fmt: skip
     for group in layout.links:
         xs = [layout.places[name].x for name in group]
@@ -182,7 +183,7 @@ def _draw_ports(axes: Axes, layout: Layout, neutral: bool) -> None:
 
 def _draw_nodes(axes: Axes, layout: Layout) -> None:
     degrees = Counter(name for e in layout.edges for name in (e.source, e.destination))
-    most = max([_HUB_FROM, *degrees.values()])
+    max_degree = max([_HUB_FROM, *degrees.values()])
     for node in layout.nodes:
         x, y = layout.places[node.name]
         dark = node.kind in ("input", "logits")
@@ -192,7 +193,7 @@ def _draw_nodes(axes: Axes, layout: Layout) -> None:
             layout.node_width,
             NODE_HEIGHT,
             boxstyle=f"round,pad=0,rounding_size={corner}",
-            facecolor=INK if dark else _node_color(node.kind, degrees[node.name] / most),
+            facecolor=INK if dark else _node_color(node.kind, degrees[node.name] / max_degree),
             edgecolor=INK if dark else MUTED,
             linewidth=0.9,
             zorder=3,
@@ -217,12 +218,12 @@ def _legend_width(strokes: Sequence[_Stroke]) -> float:
 
 
 def _draw_legend(axes: Axes, strokes: Sequence[_Stroke]) -> None:
-    named = {stroke.label: stroke for stroke in strokes if stroke.label}
+    labelled = {stroke.label: stroke for stroke in strokes if stroke.label}
     handles = [
         Line2D([], [], color=s.color, linewidth=2.2, linestyle=s.dashes, marker=s.marker,
                markersize=5.5)
-        for s in named.values()
+        for s in labelled.values()
     ]  # fmt: skip
     if handles:
-        axes.legend(handles, list(named), loc="lower center", ncols=len(named), fontsize=10.5,
+        axes.legend(handles, list(labelled), loc="lower center", ncols=len(labelled), fontsize=10.5,
                     handlelength=1.8, columnspacing=1.3, borderaxespad=0.6)  # fmt: skip

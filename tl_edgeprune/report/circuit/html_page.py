@@ -91,14 +91,16 @@ def write_html(
 
 def html_of(page: Page) -> str:
     """The page as the text of one file."""
-    parts = {
+    contents = {
         "TITLE": html.escape(page.title),
         "STYLE": _file("style.css"),
         "DATA": json_for_html(page),
         "SCRIPT": "\n".join(_file(f"{name}.js") for name in SCRIPTS),
     }
     return re.sub(
-        "@@(TITLE|STYLE|DATA|SCRIPT)@@", lambda match: parts[match[1]], _file("template.html")
+        "@@(TITLE|STYLE|DATA|SCRIPT)@@",
+        lambda match: contents[match[1]],
+        _file("template.html"),
     )
 
 

@@ -18,14 +18,14 @@ _SKIPPED = {  # told elsewhere, or beside another figure
 
 def title_of(circuit: Circuit, sized: bool = True) -> str:
     """What a circuit's pictures are called: its task, its model, and its size."""
-    known = [str(circuit.metadata[k]) for k in ("task", "model") if k in circuit.metadata]
-    name = " in ".join(known) or "Circuit"
+    names = [str(circuit.metadata[k]) for k in ("task", "model") if k in circuit.metadata]
+    name = " in ".join(names) or "Circuit"
     return f"{name}: {circuit.n_edges:,} edges" if sized else name
 
 
 def pair_names(circuits: Sequence[Circuit]) -> tuple[str, ...]:
     """What two circuits on one picture are called: their methods, where those tell them apart."""
-    methods = tuple(str(each.metadata.get("method", "")) for each in circuits)
+    methods = tuple(str(circuit.metadata.get("method", "")) for circuit in circuits)
     return methods if all(methods) and len(set(methods)) == len(methods) else ("A", "B")
 
 

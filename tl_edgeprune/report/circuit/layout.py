@@ -138,7 +138,7 @@ def _row_pitch(nodes: Sequence[Node]) -> float:
 def _layer_rows(nodes: Sequence[Node], pitch: float) -> dict[int, float]:
     """The y of each layer's heads; layers without a node take no room."""
     layers = sorted({node.layer for node in nodes if node.layer >= 0}, reverse=True)
-    return {layer: _TOP + (place + 1.25) * pitch for place, layer in enumerate(layers)}
+    return {layer: _TOP + (row + 1.25) * pitch for row, layer in enumerate(layers)}
 
 
 def _down(node: Node, layers: dict[int, float], pitch: float) -> float:
@@ -161,14 +161,14 @@ def _across(
     used = sorted(set(slot.values())) or [0.0]
     free = _ASPECT * height / (len(used) + 2) - node_width
     pitch = node_width + min(34.0, max(14.0, free))
-    left = LABEL_GUTTER + MARGIN + node_width / 2
-    columns = {place: left + i * pitch for i, place in enumerate(used)}
-    right = left + (len(used) - 1) * pitch
-    middle = (left + right) / 2
+    first_x = LABEL_GUTTER + MARGIN + node_width / 2
+    columns = {place: first_x + i * pitch for i, place in enumerate(used)}
+    last_x = first_x + (len(used) - 1) * pitch
+    middle = (first_x + last_x) / 2
 
     def place(node: Node) -> float:
         if node.kind == "mlp":
-            return right + 1.7 * node_width
+            return last_x + 1.7 * node_width
         return columns[slot[node.name]] if node.name in slot else middle + _end(node, node_width)
 
     return {node.name: place(node) for node in nodes}
@@ -186,39 +186,39 @@ def _across_spans(
 
     In a span, a row's heads close up from the left; its MLPs have the column right of the longest.
     """
-    pitch, left = node_width + 14, LABEL_GUTTER + MARGIN
+    pitch, left_x = node_width + 14, LABEL_GUTTER + MARGIN
     across: dict[str, float] = {}
     bands: dict[str, Band] = {}
     for span in spans:
-        own = [node for node in nodes if node.span == span]
+        in_span = [node for node in nodes if node.span == span]
         rows: dict[int, list[Node]] = {}
-        for node in own:
+        for node in in_span:
             if node.kind in ("head", "kv"):
                 rows.setdefault(node.layer, []).append(node)
         columns = max([1, *map(len, rows.values())])
-        has_mlp = any(node.kind == "mlp" for node in own)
-        ends = 2 if any(node.label == "pos" for node in own) else 1
+        has_mlp = any(node.kind == "mlp" for node in in_span)
+        ends = 2 if any(node.label == "pos" for node in in_span) else 1
         wide = max(columns + has_mlp, ends) * pitch + (0.45 * node_width if has_mlp else 0.0)
         wide = max(wide, 0.62 * FONT_SIZE * len(span)) + 14
-        first = left + 14 + node_width / 2
+        first = left_x + 14 + node_width / 2
         for row in rows.values():
             row.sort(key=lambda node: _slot(node, heads_per_group))
             across |= {node.name: first + place * pitch for place, node in enumerate(row)}
-        for node in own:
+        for node in in_span:
             if node.kind == "mlp":
                 across[node.name] = first + columns * pitch
             elif node.kind in ("input", "logits"):
                 across[node.name] = first + (columns - 1) * pitch / 2 + _end(node, node_width)
-        bands[span] = (left, left + wide)
-        left += wide
+        bands[span] = (left_x, left_x + wide)
+        left_x += wide
     return across, bands
 
 
 def _columns(places: dict[str, Point]) -> dict[float, list[float]]:
     """The y of every node, by its x."""
     columns: dict[float, list[float]] = {}
-    for place in places.values():
-        columns.setdefault(place.x, []).append(place.y)
+    for point in places.values():
+        columns.setdefault(point.x, []).append(point.y)
     return columns
 
 
@@ -286,11 +286,11 @@ class _Obstacles:
 
     def _hidden_by(self, edge: Edge, curves: np.ndarray) -> np.ndarray:
         """Behind how many nodes other than its own each of these curves of an edge passes."""
-        others = [name not in (edge.source, edge.destination) for name in self._names]
+        foreign = [name not in (edge.source, edge.destination) for name in self._names]
         along = _points(curves)  # [curve, place, 2]
-        off = np.abs(along[:, :, None] - self._centres[others])  # [curve, place, node, 2]
-        outside = (along[..., 0] < LABEL_GUTTER).any(1)  # worse than behind any node
-        return (off < self._half).all(-1).any(1).sum(1) + outside * len(self._names)
+        off = np.abs(along[:, :, None] - self._centres[foreign])  # [curve, place, node, 2]
+        in_gutter = (along[..., 0] < LABEL_GUTTER).any(1)  # worse than behind any node
+        return (off < self._half).all(-1).any(1).sum(1) + in_gutter * len(self._names)
 
 
 def _points(curves: np.ndarray) -> np.ndarray:

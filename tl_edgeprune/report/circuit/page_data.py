@@ -190,7 +190,7 @@ def _names(names: Sequence[str] | None, circuits: Sequence[Circuit], mode: str) 
         return list(names)
     if mode == "overlay":
         return list(pair_names(circuits))
-    return [f"{each.n_edges:,} edges" for each in circuits]
+    return [f"{circuit.n_edges:,} edges" for circuit in circuits]
 
 
 def _figures(measures: Any, circuits: Sequence[Circuit]) -> list[Lines]:
@@ -201,19 +201,20 @@ def _figures(measures: Any, circuits: Sequence[Circuit]) -> list[Lines]:
                 f"{len(measures)} measures for {len(circuits)} circuits: give one of each, the "
                 "circuit's own first."
             )
-        given = list(measures)
+        given_measures = list(measures)
     else:
-        given = [measures, *[None] * (len(circuits) - 1)]
-    told = [each.metadata.get("held_out") for each in circuits]
-    known = [figures if isinstance(figures, Mapping) else {} for figures in told]
-    return [measure_lines(k if g is None else g) for g, k in zip(given, known, strict=True)]
+        given_measures = [measures, *[None] * (len(circuits) - 1)]
+    held_out = [each.metadata.get("held_out") for each in circuits]
+    defaults = [figures if isinstance(figures, Mapping) else {} for figures in held_out]
+    pairs = zip(given_measures, defaults, strict=True)
+    return [measure_lines(default if g is None else g) for g, default in pairs]
 
 
 def _settings(circuit: Circuit) -> dict[str, Any]:
     """A circuit's metadata, less the figures, its settings last."""
-    own = {k: v for k, v in circuit.metadata.items() if k not in ("held_out", "settings")}
+    origin = {k: v for k, v in circuit.metadata.items() if k not in ("held_out", "settings")}
     settings = circuit.metadata.get("settings")
-    return own | (dict(settings) if isinstance(settings, Mapping) else {})
+    return origin | (dict(settings) if isinstance(settings, Mapping) else {})
 
 
 def _weights(
@@ -226,12 +227,12 @@ def _weights(
                 f"the scores are of another graph than the circuit: {scores.graph}, the circuit's "
                 f"is {circuit.graph}. Give the scores of the run that found it."
             )
-        shown, ranked = scores.tensor.detach().cpu(), scores.ranking()
+        values, ranked = scores.tensor.detach().cpu(), scores.ranking()
     else:
         check_scores(scores, circuit.graph)
-        shown = ranked = scores.detach().cpu()
-    kept = circuit.mask
-    return list(zip(shown[kept].tolist(), ranked[kept].tolist(), strict=True))
+        values = ranked = scores.detach().cpu()
+    mask = circuit.mask
+    return list(zip(values[mask].tolist(), ranked[mask].tolist(), strict=True))
 
 
 def _facts(explanation: Any) -> dict[str, dict[str, float | int | str]]:
@@ -245,7 +246,7 @@ def _facts(explanation: Any) -> dict[str, dict[str, float | int | str]]:
 
 
 def _drawing(layout: Layout) -> PageDrawing:
-    place = {node.name: i for i, node in enumerate(layout.nodes)}
+    node_index = {node.name: i for i, node in enumerate(layout.nodes)}
     return PageDrawing(
         size=_rounded((layout.width, layout.height)),
         node_size=(round(layout.node_width, 1), NODE_HEIGHT),
@@ -255,7 +256,7 @@ def _drawing(layout: Layout) -> PageDrawing:
         span_room=SPAN_ROOM if layout.spans else 0.0,
         layers=[(n, *_rounded(band)) for n, band in layout.layers.items()],
         spans=[(name, *_rounded(band)) for name, band in layout.spans.items()],
-        links=[[place[name] for name in group] for group in layout.links],
+        links=[[node_index[name] for name in group] for group in layout.links],
     )
 
 
@@ -266,19 +267,19 @@ def _edges(
     weights: list[tuple[float, float]] | None,
     facts: Mapping[str, dict[str, float | int | str]],
 ) -> list[PageEdge]:
-    place = {node.name: i for i, node in enumerate(layout.nodes)}
-    has = [set(each.edges) for each in circuits]
-    living = [set(each.edges) for each in alive]
+    node_index = {node.name: i for i, node in enumerate(layout.nodes)}
+    has = [set(circuit.edges) for circuit in circuits]
+    living = [set(circuit.edges) for circuit in alive]
     order = list(range(len(layout.edges)))
     if weights is not None:
         order.sort(key=lambda i: -weights[i][1])
-    rank = {i: place for place, i in enumerate(order)}
-    holders = [tuple(n for n, own in enumerate(has) if e.name in own) for e in layout.edges]
+    rank = {i: position for position, i in enumerate(order)}
+    holders = [tuple(n for n, edges in enumerate(has) if e.name in edges) for e in layout.edges]
     return [
         PageEdge(
             name=edge.name,
-            source=place[edge.source],
-            destination=place[edge.destination],
+            source=node_index[edge.source],
+            destination=node_index[edge.destination],
             kind=edge.kind,
             curve=tuple(round(c, 1) for point in layout.curves[i] for c in point),
             dead=tuple(n for n in holders[i] if edge.name not in living[n]),

@@ -59,8 +59,8 @@ def plot_comparison(
 def _check(table: Any, measure: str) -> None:
     if measure not in NAMES:
         raise ValueError(f"measure={measure!r}: expected one of {', '.join(NAMES)}.")
-    wanted = ("method", "n_edges", "faithfulness", "exact_match", "seconds", measure)
-    missing = [name for name in wanted if name not in table]
+    expected = ("method", "n_edges", "faithfulness", "exact_match", "seconds", measure)
+    missing = [name for name in expected if name not in table]
     if missing:
         raise ValueError(f"the table has no column {', '.join(missing)}: pass Comparison.table.")
     if not len(table):
@@ -77,10 +77,10 @@ def _plot(axes: Axes, table: Any, x: str, y: str) -> None:
         return
     distance = y in NAMES
     floor = _floor(table[y]) if distance else -math.inf
-    for place, (method, rows) in enumerate(table.groupby("method", sort=False)):
+    for index, (method, rows) in enumerate(table.groupby("method", sort=False)):
         rows = rows.sort_values("n_edges")
         values = [max(value, floor) for value in rows[y].tolist()]
-        style = series_style(place)
+        style = series_style(index)
         _name_thresholds(axes, rows, x, values, style["color"])
         if x == "n_edges":
             axes.plot(rows[x].tolist(), values, label=str(method), **style)

@@ -40,12 +40,12 @@ def plot_faithfulness(
     with saved_figure(path, 6.4, 4.4, dpi) as figure:
         axes = figure.subplots()
         sizes: list[float] = []
-        for place, (name, curve) in enumerate(curves.items()):
+        for index, (name, curve) in enumerate(curves.items()):
             points = [(n, f) for n, f in zip(curve.n_edges, curve.faithfulness, strict=True) if n]
             sizes += [float(n) for n, _ in points]
             label = f"{name} (∫f {curve.cpr:.2f}, ∫|1 − f| {curve.cmd:.2f})"
             xs, ys = [n for n, _ in points], [f for _, f in points]
-            axes.plot(xs, ys, label=label, **series_style(place))
+            axes.plot(xs, ys, label=label, **series_style(index))
         axes.axhline(1, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
         log_axis(axes, "x", sizes)
         axes.set_xlabel("Edges kept, dead ones left out")

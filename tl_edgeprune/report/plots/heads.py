@@ -44,10 +44,10 @@ def plot_heads(
     height = max(2.6, 1.3 + 0.2 * graph.n_layers)
     with saved_figure(path, width, height, dpi) as figure:
         figure.set_layout_engine("constrained", h_pad=0.08, w_pad=0.08)
-        left, right = figure.subplots(1, 2, sharey=True)
-        _heat_map(figure, left, graph, out_of, f"Out of a head or MLP ({unit})")
-        _heat_map(figure, right, graph, into, f"Into it ({unit})")
-        left.set_ylabel("Layer")
+        left_axes, right_axes = figure.subplots(1, 2, sharey=True)
+        _heat_map(figure, left_axes, graph, out_of, f"Out of a head or MLP ({unit})")
+        _heat_map(figure, right_axes, graph, into, f"Into it ({unit})")
+        left_axes.set_ylabel("Layer")
         if title:
             figure.suptitle(title, x=0.02, ha="left", fontsize=13, fontweight="bold")
 
@@ -60,11 +60,11 @@ def flows(
     out_of = torch.zeros(graph.n_sources, dtype=weights.dtype).index_add(0, source, weights)
     arriving = torch.zeros(len(graph.destinations), dtype=weights.dtype)
     arriving.index_add_(0, destination, weights)
-    place = {name: index for index, name in enumerate(graph.sources)}
+    source_index = {name: index for index, name in enumerate(graph.sources)}
     into = torch.zeros(graph.n_sources, dtype=weights.dtype)
     for index, name in enumerate(graph.destinations):
         for owner in graph.owner(name):
-            into[place[owner]] += arriving[index]
+            into[source_index[owner]] += arriving[index]
     shape = (graph.n_layers, graph.sources_per_layer)
     return out_of[graph.n_inputs :].view(shape), into[graph.n_inputs :].view(shape)
 

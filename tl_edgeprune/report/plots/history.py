@@ -62,13 +62,13 @@ def _plot_loss(axes: Axes, curves: Curves) -> None:
 
 def _plot_edges(axes: Axes, curves: Curves) -> None:
     steps, edges, target, jumps = curves.steps, curves.edges, curves.target, curves.jumps
-    kept: dict[str, Any] = _DOTS | {"markersize": 7} if jumps else {"linewidth": 2}
-    budget: dict[str, Any] = (
+    edge_style: dict[str, Any] = _DOTS | {"markersize": 7} if jumps else {"linewidth": 2}
+    budget_style: dict[str, Any] = (
         _DOTS | {"markersize": 2} if jumps else {"linewidth": 1.3, "linestyle": (0, (4, 3))}
     )
-    axes.plot(steps, edges, color=EDGES_COLOR, label="kept (expected)", **kept)
+    axes.plot(steps, edges, color=EDGES_COLOR, label="kept (expected)", **edge_style)
     if any(map(math.isfinite, target)):
-        axes.plot(steps, target, color=INK, label="budget", **budget)
+        axes.plot(steps, target, color=INK, label="budget", **budget_style)
     _scale(axes, edges + target)
     axes.set_ylabel("Edges")
     axes.set_xlabel("Step")
@@ -96,8 +96,8 @@ def _scale(axes: Axes, values: Sequence[float]) -> None:
     finite = [value for value in values if math.isfinite(value)]
     if finite and min(finite) > 0 and max(finite) / min(finite) >= _LOG_FROM:
         axes.set_yscale("log")
-        few = max(finite) / min(finite) < 1000
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,)))
+        narrow = max(finite) / min(finite) < 1000
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if narrow else (1,)))
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.yaxis.grid(True, which="minor", alpha=0.5)
     else:

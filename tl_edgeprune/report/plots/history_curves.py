@@ -33,11 +33,11 @@ def curves_of(history: Sequence[Mapping[str, Any]]) -> Curves:
     """
     if not history:
         raise ValueError("the history is empty: expected at least one step, as in result.history.")
-    for place, step in enumerate(history):
+    for index, step in enumerate(history):
         missing = [key for key in ("step", "loss", "edges") if step.get(key) is None]
         if missing:
             raise ValueError(
-                f"history[{place}] has {sorted(step)}, and no {' or '.join(missing)}: pass the "
+                f"history[{index}] has {sorted(step)}, and no {' or '.join(missing)}: pass the "
                 "result.history of EdgePruner.fit."
             )
     steps, loss, edges, target = (
@@ -51,9 +51,9 @@ def thinned(curves: Curves, most: int) -> dict[str, Any]:
     """The curves as JSON: at most about so many steps, the last among them; None for NaN."""
     n = len(curves.steps)
     stride = max(1, math.ceil(n / most))
-    kept = sorted({*range(0, n, stride), n - 1})
+    steps = sorted({*range(0, n, stride), n - 1})
     return {"jumps": curves.jumps} | {
-        name: [float(f"{values[i]:.6g}") if math.isfinite(values[i]) else None for i in kept]
+        name: [float(f"{values[i]:.6g}") if math.isfinite(values[i]) else None for i in steps]
         for name, values in vars(curves).items()
     }
 

@@ -35,9 +35,9 @@ def plot_stability(
     side = min(5.2, max(3.2, 0.42 * n + 1.2))
     with saved_figure(path, 3.8 + side + 0.5, side, dpi) as figure:
         figure.set_layout_engine("constrained", h_pad=0.08, w_pad=0.08)
-        left, right = figure.subplots(1, 2, width_ratios=[3.8, side])
-        _draw_counts(left, found)
-        _draw_agreement(figure, right, found)
+        left_axes, right_axes = figure.subplots(1, 2, width_ratios=[3.8, side])
+        _draw_counts(left_axes, found)
+        _draw_agreement(figure, right_axes, found)
         if title:
             figure.suptitle(title, x=0.02, ha="left", fontsize=13, fontweight="bold")
 
@@ -65,9 +65,9 @@ def _draw_agreement(figure: Figure, axes: Axes, found: Stability) -> None:
                 color = "white" if value > 0.55 else INK
                 axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=9, color=color)
     names = [_run_name(*run) for run in found.runs]
-    shown = names if n <= 20 else [""] * n
-    axes.set_xticks(range(n), shown, rotation=90 if max(map(len, shown)) > 3 else 0, fontsize=9)
-    axes.set_yticks(range(n), shown, fontsize=9)
+    labels = names if n <= 20 else [""] * n
+    axes.set_xticks(range(n), labels, rotation=90 if max(map(len, labels)) > 3 else 0, fontsize=9)
+    axes.set_yticks(range(n), labels, fontsize=9)
     axes.grid(False)
     axes.set_title(f"Jaccard index, mean {found.jaccard:.2f}", fontsize=10.5, loc="left")
     figure.colorbar(picture, ax=axes, fraction=0.05, pad=0.03).outline.set_visible(False)

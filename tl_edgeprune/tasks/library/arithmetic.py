@@ -56,19 +56,19 @@ def arithmetic(
         )
     numbers = range(10 ** (digits - 1), 10**digits)
     written = same_length(tokenizer, [str(n) for n in numbers], 3, "arithmetic's numbers")
-    wanted = tuple(SIGNS) if operation == "both" else (operation,)
-    sums = {name: _sums(name, [int(n) for n in written], numbers) for name in wanted}
-    every = [calculation for some in sums.values() for calculation in some]
-    sizes = len(SENTENCES), len(every)
+    operations = tuple(SIGNS) if operation == "both" else (operation,)
+    sums = {name: _sums(name, [int(n) for n in written], numbers) for name in operations}
+    calculations = [calculation for of_operation in sums.values() for calculation in of_operation]
+    sizes = len(SENTENCES), len(calculations)
 
     def make(number: int, generator: random.Random) -> Example:
-        place, chosen = mixed_radix(number, sizes)
-        clean, sentence = every[chosen], SENTENCES[place]
+        template, index = mixed_radix(number, sizes)
+        clean, sentence = calculations[index], SENTENCES[template]
         corrupted = clean
         while str(corrupted.result)[0] == str(clean.result)[0]:
             corrupted = generator.choice(sums[clean.operation])
         return Example(
-            f"{clean.operation}-{place}",
+            f"{clean.operation}-{template}",
             clean.text(sentence),
             corrupted.text(sentence),
             answer=f" {clean.result}",
@@ -81,8 +81,8 @@ def arithmetic(
 def _sums(operation: str, numbers: list[int], results: range) -> list[Sum]:
     """All with a result of as many digits; ValueError where all results begin with one digit."""
     sign = 1 if operation == "plus" else -1
-    every = (Sum(operation, a, b, a + sign * b) for a in numbers for b in numbers)
-    found = [calculation for calculation in every if calculation.result in results]
-    if len({str(calculation.result)[0] for calculation in found}) < 2:
+    candidates = (Sum(operation, a, b, a + sign * b) for a in numbers for b in numbers)
+    calculations = [calculation for calculation in candidates if calculation.result in results]
+    if len({str(calculation.result)[0] for calculation in calculations}) < 2:
         raise ValueError(f"arithmetic: too few numbers of one length for {operation!r}: {numbers}.")
-    return found
+    return calculations

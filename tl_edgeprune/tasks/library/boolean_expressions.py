@@ -42,7 +42,7 @@ class Expression(NamedTuple):
 
     @property
     def value(self) -> bool:
-        values = [part.value for part in self.parts]
+        values = [operand.value for operand in self.parts]
         if self.operator == "not":
             return not values[0]
         if self.operator in ("and", "or"):
@@ -51,13 +51,13 @@ class Expression(NamedTuple):
 
     @property
     def n_operators(self) -> int:
-        return bool(self.parts) + sum(part.n_operators for part in self.parts)
+        return bool(self.parts) + sum(operand.n_operators for operand in self.parts)
 
     def __str__(self) -> str:
-        parts = [f"({part})" if part.parts else str(part) for part in self.parts]
+        operands = [f"({operand})" if operand.parts else str(operand) for operand in self.parts]
         if self.operator == "not":
-            return f"not {parts[0]}"
-        return f" {self.operator} ".join(parts) if parts else self.operator
+            return f"not {operands[0]}"
+        return f" {self.operator} ".join(operands) if operands else self.operator
 
 
 LITERALS = (Expression("True"), Expression("False"))
@@ -84,10 +84,10 @@ def boolean_expressions(
     def make(number: int, generator: random.Random) -> Example:
         clean = expression(number, depth)
         corrupted = opposite(clean, generator)
-        before = _shots(clean, corrupted, depth, shots, generator) if form == "few-shot" else ""
+        preamble = _shots(clean, corrupted, depth, shots, generator) if form == "few-shot" else ""
         sentence = SHOT if form == "few-shot" else INSTRUCTION
         clean_text, corrupted_text = (
-            before + sentence.format(expression=e) for e in (clean, corrupted)
+            preamble + sentence.format(expression=e) for e in (clean, corrupted)
         )
         return Example(
             f"{form}-{clean.n_operators}",
@@ -112,12 +112,12 @@ def expression(number: int, depth: int) -> Expression:
     """The expression of a number below `count(depth)`; each has one number."""
     if depth == 0:
         return LITERALS[number]
-    way, number = divmod(number, count(depth - 1))
+    connective, number = divmod(number, count(depth - 1))
     deep = expression(number, depth - 1)
-    if way == 0:
+    if connective == 0:
         return Expression("not", (deep,))
-    side, which = divmod(way - 1, 2)
-    operator = ("and", "or")[which]
+    side, operator_index = divmod(connective - 1, 2)
+    operator = ("and", "or")[operator_index]
     if side < _flat(depth - 1):
         return Expression(operator, (deep, _flatter(side)))
     return Expression(operator, (_flatter(side - _flat(depth - 1)), deep))
@@ -134,7 +134,7 @@ def opposite(clean: Expression, generator: random.Random) -> Expression:
 
 def _redrawn(expression: Expression, generator: random.Random) -> Expression:
     operator = generator.choice(CHOICES.get(expression.operator, expression.operator).split())
-    return Expression(operator, tuple(_redrawn(part, generator) for part in expression.parts))
+    return Expression(operator, tuple(_redrawn(operand, generator) for operand in expression.parts))
 
 
 def _dual(expression: Expression) -> Expression:

@@ -148,15 +148,15 @@ def capitals(tokenizer: PreTrainedTokenizerBase) -> Recipe:
     sizes = len(SENTENCES), len(countries)
 
     def make(number: int, generator: random.Random) -> Example:
-        sentence, place = mixed_radix(number, sizes)
-        country = countries[place]
-        other = generator.choice(partners[country])
+        sentence, country_index = mixed_radix(number, sizes)
+        country = countries[country_index]
+        corrupted_country = generator.choice(partners[country])
         return Example(
             f"sentence-{sentence:02}",
             SENTENCES[sentence].format(country=country),
-            SENTENCES[sentence].format(country=other),
+            SENTENCES[sentence].format(country=corrupted_country),
             answer=f" {CAPITALS[country]}",
-            distractor=f" {CAPITALS[other]}",
+            distractor=f" {CAPITALS[corrupted_country]}",
         )
 
     return Recipe(math.prod(sizes), make, f"{len(countries)} countries can be exchanged for others")
@@ -166,20 +166,20 @@ def exchangeable(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[str]]:
     """Countries, with those of as many tokens whose capital differs before either one ends."""
     written = pieces(tokenizer, CAPITALS)
     cities = pieces(tokenizer, CAPITALS.values())
-    known = [c for c in CAPITALS if c in written and CAPITALS[c] in cities]
+    countries = [c for c in CAPITALS if c in written and CAPITALS[c] in cities]
     partners = {
         country: [
-            other
-            for other in known
-            if len(written[other]) == len(written[country])
+            candidate
+            for candidate in countries
+            if len(written[candidate]) == len(written[country])
             and any(
                 a != b
-                for a, b in zip(*(cities[CAPITALS[c]] for c in (country, other)), strict=False)
+                for a, b in zip(*(cities[CAPITALS[c]] for c in (country, candidate)), strict=False)
             )
         ]
-        for country in known
+        for country in countries
     }
-    found = {country: others for country, others in partners.items() if others}
-    if not found:
+    partners = {country: candidates for country, candidates in partners.items() if candidates}
+    if not partners:
         raise ValueError("capitals: this tokenizer writes no two countries in as many tokens.")
-    return found
+    return partners

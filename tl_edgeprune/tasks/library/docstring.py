@@ -49,12 +49,12 @@ def docstring(tokenizer: PreTrainedTokenizerBase) -> Recipe:
     sizes = len(FUNCTIONS), len(names), len(names) - 1
 
     def make(number: int, generator: random.Random) -> Example:
-        function, before, answer = mixed_radix(number, sizes)
-        pair = [names[before], [*names[:before], *names[before + 1 :]][answer]]
-        others = [name for name in names if name not in pair]
-        drawn = generator.sample(others, 2 * N_ARGUMENTS - 2)
-        first, after, strangers = drawn[0], drawn[1], drawn[2:]
-        arguments = [first, *pair, after]
+        function, preceding, answer = mixed_radix(number, sizes)
+        pair = [names[preceding], [*names[:preceding], *names[preceding + 1 :]][answer]]
+        unused_names = [name for name in names if name not in pair]
+        drawn = generator.sample(unused_names, 2 * N_ARGUMENTS - 2)
+        first, following, strangers = drawn[0], drawn[1], drawn[2:]
+        arguments = [first, *pair, following]
         notes = generator.sample(NOTES, DESCRIBED)
         name = list(FUNCTIONS)[function]
         return Example(
@@ -62,8 +62,8 @@ def docstring(tokenizer: PreTrainedTokenizerBase) -> Recipe:
             written(name, arguments, arguments[:DESCRIBED], notes),
             written(name, strangers, arguments[:DESCRIBED], notes),
             answer=f" {pair[1]}",
-            distractor=f" {after}",
-            wrong=tuple(tokens[other] for other in arguments if other != pair[1]),
+            distractor=f" {following}",
+            wrong=tuple(tokens[argument] for argument in arguments if argument != pair[1]),
         )
 
     return Recipe(math.prod(sizes), make, f"{len(names)} names are one token each")

@@ -50,16 +50,16 @@ def gendered_pronoun(tokenizer: PreTrainedTokenizerBase) -> Recipe:
 
     def make(number: int, generator: random.Random) -> Example:
         sentence, adjective, noun, person = mixed_radix(number, sizes)
-        name, pronoun, others = people[person]
+        name, pronoun, replacements = people[person]
         words = {"adjective": ADJECTIVES[adjective], "noun": NOUNS[noun]}
-        (clean, found), (corrupted, _) = (
+        (clean, clean_spans), (corrupted, _) = (
             filled(SENTENCES[sentence], name=who, **words)
-            for who in (name, generator.choice(others))
+            for who in (name, generator.choice(replacements))
         )
-        other = "he" if pronoun == "she" else "she"
-        parts = (found["name"][0], found["adjective"][0], found["noun"][0])
+        distractor = "he" if pronoun == "she" else "she"
+        spans = (clean_spans["name"][0], clean_spans["adjective"][0], clean_spans["noun"][0])
         return Example(
-            f"{pronoun}-{sentence}", clean, corrupted, f" {pronoun}", f" {other}", parts=parts
+            f"{pronoun}-{sentence}", clean, corrupted, f" {pronoun}", f" {distractor}", parts=spans
         )
 
     return Recipe(math.prod(sizes), make, f"{len(people)} names can be exchanged for others")
@@ -68,16 +68,16 @@ def gendered_pronoun(tokenizer: PreTrainedTokenizerBase) -> Recipe:
 def pairs_of_names(tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str, list[str]]]:
     """Names with their pronoun and the names of the other gender that have as many tokens."""
     girls, boys = (by_length(tokenizer, PRONOUNS[pronoun]) for pronoun in ("she", "he"))
-    found = [
-        (name, pronoun, others[n_tokens])
-        for pronoun, own, others in (("she", girls, boys), ("he", boys, girls))
-        for n_tokens, names in own.items()
-        if n_tokens in others
+    people = [
+        (name, pronoun, other_gender[n_tokens])
+        for pronoun, same_gender, other_gender in (("she", girls, boys), ("he", boys, girls))
+        for n_tokens, names in same_gender.items()
+        if n_tokens in other_gender
         for name in names
     ]
-    if not found:
+    if not people:
         raise ValueError(
             "gendered-pronoun needs a girl's and a boy's name of as many tokens, and this "
             "tokenizer has none."
         )
-    return found
+    return people

@@ -54,7 +54,7 @@ class Years(NamedTuple):
 @register_recipe("greater-than")
 def greater_than(tokenizer: PreTrainedTokenizerBase) -> Recipe:
     """Raises ValueError for a tokenizer that writes years in other pieces."""
-    centuries = [found for c in CENTURIES if (found := read_century(tokenizer, c)) is not None]
+    centuries = [*filter(None, (read_century(tokenizer, century) for century in CENTURIES))]
     if not centuries:
         written = [tokenizer.decode([token]) for token in encode(tokenizer, "in 1742", False)]
         raise ValueError(
@@ -68,13 +68,13 @@ def greater_than(tokenizer: PreTrainedTokenizerBase) -> Recipe:
         sentence, event, start = mixed_radix(number, sizes)
         century, year = years[start]
         words = {"event": EVENTS[event], "century": str(century.century)}
-        (clean, found), (corrupted, _) = (
+        (clean, clean_spans), (corrupted, _) = (
             filled(SENTENCES[sentence], **words, year=begun) for begun in (year, FIRST)
         )
-        parts = (found[field][0]._replace(name=SPANS[field]) for field in SPANS)
+        spans = (clean_spans[field][0]._replace(name=SPANS[field]) for field in SPANS)
         right, wrong = century.right[year], century.wrong[year]
         return Example(
-            f"sentence-{sentence}", clean, corrupted, right=right, wrong=wrong, parts=(*parts,)
+            f"sentence-{sentence}", clean, corrupted, right=right, wrong=wrong, parts=(*spans,)
         )
 
     return Recipe(math.prod(sizes), make, f"{len(years)} years are written in the same pieces")
@@ -85,7 +85,7 @@ def read_century(tokenizer: PreTrainedTokenizerBase, century: int) -> Years | No
     years = [f"{number:02}" for number in range(100)]
     pieces = answers_in_context(tokenizer, f"It ended in {century}", years)
     n_pieces = len(pieces.get(FIRST, ()))
-    first = {year: found[0] for year, found in pieces.items() if len(found) == n_pieces}
+    first = {year: tokens[0] for year, tokens in pieces.items() if len(tokens) == n_pieces}
     if n_pieces == 1 and len(set(first.values())) == len(first):
         return _by_year(century, first)
     decades = {year[0]: token for year, token in first.items()}

@@ -16,7 +16,7 @@ import math
 import random
 from collections import defaultdict
 from collections.abc import Mapping
-from itertools import permutations
+from itertools import chain, permutations
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -82,20 +82,20 @@ def hypernymy(
     kinds = single_tokens(tokenizer, [*KINDS], 2, "hypernymy's kinds", "apples, pears and other")
     groups = by_lengths(tokenizer, tuple(kinds))
     prompts = exchangeable(groups)
-    things = list(prompts)
-    shown = _shown(groups, shots) if form == "few-shot" else {}
+    clean_pairs = list(prompts)
+    shot_pairs = _shown(groups, shots) if form == "few-shot" else {}
     sentences = SENTENCES if form == "sentence" else (QUERY,)
-    sizes = len(sentences), len(things)
+    sizes = len(sentences), len(clean_pairs)
 
     def make(number: int, generator: random.Random) -> Example:
-        sentence, place = mixed_radix(number, sizes)
-        clean = things[place]
+        sentence, pair_index = mixed_radix(number, sizes)
+        clean = clean_pairs[pair_index]
         corrupted = generator.choice(prompts[clean])
-        before = INSTRUCTION if form == "instruction" else ""
+        preamble = INSTRUCTION if form == "instruction" else ""
         if form == "few-shot":
-            before = _shots(shown, {clean.kind, corrupted.kind}, shots, generator)
+            preamble = _shots(shot_pairs, {clean.kind, corrupted.kind}, shots, generator)
         clean_text, corrupted_text = (
-            before + sentences[sentence].format(a=two.a, b=two.b) for two in (clean, corrupted)
+            preamble + sentences[sentence].format(a=two.a, b=two.b) for two in (clean, corrupted)
         )
         return Example(
             clean.kind,
@@ -106,7 +106,7 @@ def hypernymy(
             wrong=tuple(token for kind, token in kinds.items() if kind != clean.kind),
         )
 
-    return Recipe(math.prod(sizes), make, f"{len(things)} pairs of things can be exchanged")
+    return Recipe(math.prod(sizes), make, f"{len(clean_pairs)} pairs of things can be exchanged")
 
 
 def _shown(groups: Mapping[tuple[int, int], ByKind], shots: int) -> ByKind:
@@ -123,11 +123,11 @@ def _shown(groups: Mapping[tuple[int, int], ByKind], shots: int) -> ByKind:
     return best
 
 
-def _shots(shown: ByKind, asked: set[str], shots: int, generator: random.Random) -> str:
+def _shots(shot_pairs: ByKind, queried: set[str], shots: int, generator: random.Random) -> str:
     """Solved queries, of kinds that are not asked about."""
-    kinds = generator.sample([kind for kind in shown if kind not in asked], shots)
-    things = [generator.choice(shown[kind]) for kind in kinds]
-    return "".join(f"{QUERY.format(a=two.a, b=two.b)} {two.kind}\n" for two in things)
+    kinds = generator.sample([kind for kind in shot_pairs if kind not in queried], shots)
+    pairs = [generator.choice(shot_pairs[kind]) for kind in kinds]
+    return "".join(f"{QUERY.format(a=two.a, b=two.b)} {two.kind}\n" for two in pairs)
 
 
 def by_lengths(
@@ -138,18 +138,19 @@ def by_lengths(
     groups: dict[tuple[int, int], ByKind] = defaultdict(dict)
     for kind in kinds:
         for a, b in permutations([word for word in KINDS[kind].split() if word in written], 2):
-            same = groups[len(written[a]), len(written[b])]
-            same.setdefault(kind, []).append(Things(kind, a, b))
+            pairs_by_kind = groups[len(written[a]), len(written[b])]
+            pairs_by_kind.setdefault(kind, []).append(Things(kind, a, b))
     return groups
 
 
 def exchangeable(groups: Mapping[tuple[int, int], ByKind]) -> dict[Things, list[Things]]:
     """Ordered pairs of things, with those of another kind and as many tokens, thing by thing."""
-    found: dict[Things, list[Things]] = {}
-    for same in groups.values():
-        for kind, some in same.items():
-            others = [two for its_kind, these in same.items() if its_kind != kind for two in these]
-            found |= dict.fromkeys(some, others) if others else {}
-    if not found:
+    partners: dict[Things, list[Things]] = {}
+    for pairs_by_kind in groups.values():
+        for kind, pairs in pairs_by_kind.items():
+            other_kinds = [pairs_by_kind[k] for k in pairs_by_kind if k != kind]
+            other_pairs = [*chain.from_iterable(other_kinds)]
+            partners |= dict.fromkeys(pairs, other_pairs) if other_pairs else {}
+    if not partners:
         raise ValueError("hypernymy: this tokenizer writes no two kinds' things in equal lengths.")
-    return found
+    return partners

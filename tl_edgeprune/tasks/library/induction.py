@@ -47,13 +47,13 @@ def induction(tokenizer: PreTrainedTokenizerBase, *, length: int = 6) -> Recipe:
         repeated = REPEATED[turn]
         pair = [words[last], [*words[:last], *words[last + 1 :]][answer]]
         drawn = generator.sample([word for word in words if word not in pair], 2 * length - 2)
-        rest, strangers = drawn[: length - 2], drawn[length - 2 :]
-        first = [*rest[: repeated - 1], *pair, *rest[repeated - 1 :]]
-        again = " ".join(first[:repeated])
+        other_words, strangers = drawn[: length - 2], drawn[length - 2 :]
+        first = [*other_words[: repeated - 1], *pair, *other_words[repeated - 1 :]]
+        repetition = " ".join(first[:repeated])
         return Example(
             f"repeated-{repeated}",
-            f"Words: {' '.join(first)} {again}",
-            f"Words: {' '.join(strangers)} {again}",
+            f"Words: {' '.join(first)} {repetition}",
+            f"Words: {' '.join(strangers)} {repetition}",
             answer=f" {pair[1]}",
             distractor=f" {generator.choice(first[repeated + 1 :])}",
             wrong=tuple(tokens[word] for word in first if word != pair[1]),

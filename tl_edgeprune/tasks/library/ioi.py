@@ -78,11 +78,11 @@ class Choice(NamedTuple):
     def text(self, names: tuple[str, str, str]) -> tuple[str, tuple[Part, ...]]:
         """The prompt with these names, and where the spans of the clean one are."""
         slots = dict(zip("012", names, strict=True))
-        text, found = filled(self.template.sentence, **slots, place=self.place, object=self.object)
-        spans = [part for slot in slots for part in found[slot]]
+        text, fields = filled(self.template.sentence, **slots, place=self.place, object=self.object)
+        spans = [span for slot in slots for span in fields[slot]]
         if self.template.order == "BABA":
             spans[:2] = reversed(spans[:2])
-        io, s1, s2 = (part._replace(name=n) for part, n in zip(spans, SPANS, strict=True))
+        io, s1, s2 = (span._replace(name=n) for span, n in zip(spans, SPANS, strict=True))
         return text, (io, s1, Part("S1+1", s1.end + 1, s1.end + 2), s2)
 
     def names(self) -> tuple[str, str, str]:
@@ -118,10 +118,10 @@ def recipe(tokenizer: PreTrainedTokenizerBase, templates: tuple[Template, ...]) 
     sizes = len(templates), len(names), len(names) - 1, len(PLACES), len(OBJECTS)
 
     def make(number: int, generator: random.Random) -> Example:
-        template, answer, subject, place, gift = mixed_radix(number, sizes)
-        others = names[:answer] + names[answer + 1 :]
-        people = (names[answer], others[subject])
-        choice = Choice(templates[template], *people, PLACES[place], OBJECTS[gift])
+        template, answer, subject, place_index, gift = mixed_radix(number, sizes)
+        other_names = names[:answer] + names[answer + 1 :]
+        people = (names[answer], other_names[subject])
+        choice = Choice(templates[template], *people, PLACES[place_index], OBJECTS[gift])
         strangers = [name for name in names if name not in people]
         first, second, third = generator.sample(strangers, 3)
         clean, parts = choice.text(choice.names())

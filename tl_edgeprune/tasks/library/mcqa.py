@@ -47,20 +47,21 @@ def mcqa(tokenizer: PreTrainedTokenizerBase, *, choices: int = 4) -> Recipe:
     sizes = choices, len(SENTENCES), len(THINGS), len(COLOURS)
 
     def make(number: int, generator: random.Random) -> Example:
-        place, sentence, thing, colour = mixed_radix(number, sizes)
-        others = [*COLOURS[:colour], *COLOURS[colour + 1 :]]
-        listed = generator.sample(others, choices - 1)
-        listed.insert(place, COLOURS[colour])
+        position, sentence, thing_index, colour_index = mixed_radix(number, sizes)
+        other_colours = [*COLOURS[:colour_index], *COLOURS[colour_index + 1 :]]
+        listed = generator.sample(other_colours, choices - 1)
+        listed.insert(position, COLOURS[colour_index])
         shift = generator.randrange(1, choices)
         moved = [listed[(i - shift) % choices] for i in range(choices)]
-        question = SENTENCES[sentence].format(thing=THINGS[thing], colour=COLOURS[colour])
-        answer, other = letters[place], letters[(place + shift) % choices]
+        thing, colour = THINGS[thing_index], COLOURS[colour_index]
+        question = SENTENCES[sentence].format(thing=thing, colour=colour)
+        answer, distractor = letters[position], letters[(position + shift) % choices]
         return Example(
             f"sentence-{sentence}",
             written(question, listed),
             written(question, moved),
             answer=f" {answer}",
-            distractor=f" {other}",
+            distractor=f" {distractor}",
             wrong=tuple(token for letter, token in tokens.items() if letter != answer),
         )
 

@@ -35,12 +35,13 @@ def subject_verb_agreement(tokenizer: PreTrainedTokenizerBase) -> Recipe:
     sizes = len(subjects), 2, len(NOUNS) - 1, 2, len(PREPOSITIONS)
 
     def make(number: int, generator: random.Random) -> Example:
-        subject, its_number, other, other_number, preposition = mixed_radix(number, sizes)
+        subject, its_number, attractor, other_number, preposition = mixed_radix(number, sizes)
         noun = subjects[subject]
-        others = [other for other in NOUNS if other != noun]
-        rest = f"{PREPOSITIONS[preposition]} the {inflected(others[other], other_number)}"
+        other_nouns = [word for word in NOUNS if word != noun]
+        other_noun = inflected(other_nouns[attractor], other_number)
+        phrase = f"{PREPOSITIONS[preposition]} the {other_noun}"
         clean, corrupted = (
-            f"Look: the {inflected(noun, n)} {rest}" for n in (its_number, 1 - its_number)
+            f"Look: the {inflected(noun, n)} {phrase}" for n in (its_number, 1 - its_number)
         )
         return Example(
             f"{NUMBERS[its_number]}-{NUMBERS[other_number]}",
@@ -62,9 +63,9 @@ def verb_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tu
     """Singular and plural verbs that are one token each, in pairs."""
     tokens = pieces(tokenizer, [verb for pair in VERBS for verb in pair], "Look: the keys")
     pairs = [
-        (tokens[one][0], tokens[many][0])
-        for one, many in VERBS
-        if len(tokens.get(one, ())) == len(tokens.get(many, ())) == 1
+        (tokens[singular_verb][0], tokens[plural_verb][0])
+        for singular_verb, plural_verb in VERBS
+        if len(tokens.get(singular_verb, ())) == len(tokens.get(plural_verb, ())) == 1
     ]
     if not pairs:
         raise ValueError(
@@ -79,10 +80,10 @@ def exchangeable(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The nouns that have as many tokens in both numbers."""
     written = pieces(tokenizer, [inflected(noun, n) for noun in NOUNS for n in (0, 1)])
     nouns = [noun for noun in NOUNS if {noun, f"{noun}s"} <= written.keys()]
-    found = [noun for noun in nouns if len(written[noun]) == len(written[f"{noun}s"])]
-    if not found:
+    exchangeable_nouns = [noun for noun in nouns if len(written[noun]) == len(written[f"{noun}s"])]
+    if not exchangeable_nouns:
         raise ValueError(
             "subject-verb-agreement needs nouns of as many tokens in the singular as in the "
             "plural, and this tokenizer has none."
         )
-    return found
+    return exchangeable_nouns

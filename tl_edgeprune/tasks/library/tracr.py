@@ -79,12 +79,12 @@ def build(config: dict[str, Any], n: int, seed: int, prepend_bos: bool | None) -
 
 def _prompts(config: dict[str, Any], generator: random.Random) -> list[list[Prompt]]:
     """The prompts of each length, all of them or `MOST`, shuffled."""
-    tokens, found = config["tokens"], []
+    tokens, prompts_by_length = config["tokens"], []
     for length in range(1, config["model"]["n_ctx"]):
         total = len(tokens) ** length
         numbers = generator.sample(range(total), min(total, MOST))
-        found.append([(config["bos"], *_written(n, tokens, length)) for n in numbers])
-    return found
+        prompts_by_length.append([(config["bos"], *_written(n, tokens, length)) for n in numbers])
+    return prompts_by_length
 
 
 def _written(number: int, tokens: list[int], length: int) -> Prompt:
@@ -99,18 +99,18 @@ def _written(number: int, tokens: list[int], length: int) -> Prompt:
 def _pairs(by_length: list[list[Prompt]]) -> Iterator[tuple[Prompt, Prompt]]:
     """Endless pairs: lengths take turns, and each round shifts the corrupted prompt by one."""
     for round_ in itertools.count(1):
-        for place in range(max(map(len, by_length))):
+        for index in range(max(map(len, by_length))):
             for prompts in by_length:
-                if place < len(prompts):
+                if index < len(prompts):
                     shift = 1 + (round_ - 1) % (len(prompts) - 1)  # never the prompt itself
-                    yield prompts[place], prompts[(place + shift) % len(prompts)]
+                    yield prompts[index], prompts[(index + shift) % len(prompts)]
 
 
 def _check_model(name: str, model: nn.Module, config: dict[str, Any]) -> None:
     for size in ("d_vocab", "d_vocab_out", "n_ctx"):
-        found = getattr(getattr(model, "cfg", None), size, None)
-        if found != config["model"][size]:
+        size_of_model = getattr(getattr(model, "cfg", None), size, None)
+        if size_of_model != config["model"][size]:
             raise ValueError(
-                f"tasks.load({name!r}): the model has {size}={found}, the task is for "
+                f"tasks.load({name!r}): the model has {size}={size_of_model}, the task is for "
                 f"{size}={config['model'][size]}: use models.load({name!r})."
             )
