@@ -22,7 +22,7 @@ FOLDED = ("same", "all", "any")
 
 
 class Table(NamedTuple):
-    """EAP-IG's view of a graph: every source by every destination, real edges or not."""
+    """Scores and kept edges in EAP-IG's layout: every source by every destination."""
 
     scores: Float[Tensor, "source destination"]
     kept: Bool[Tensor, "source destination"]
@@ -104,7 +104,7 @@ def fold_scores(
             raise ValueError(
                 f"the file has different scores for the {copies.shape[1]} copies of "
                 f"{graph.sources[source]}->{destination}, which is one edge in {graph}. Say how to "
-                "put them together: shared='sum' (what attribution would give for removing all of "
+                "combine them: shared='sum' (what attribution would give for removing all of "
                 "them) or shared='mean'."
             )
         if shared == "same":
@@ -128,7 +128,7 @@ def fold_mask(
                 f"and not for others, but it is one edge in {graph}, so such a circuit cannot be "
                 "run here. Leave such edges out (shared='all'), keep them whole (shared='any'), or "
                 "read the file's scores, EdgeScores.from_mib(path, graph, shared='sum'), and "
-                "choose the edges anew."
+                "choose the edges again."
             )
         mask[edges] = copies.any(1) if shared == "any" else copies.all(1)
     return mask

@@ -14,6 +14,6 @@ def refuse_spans(graph: EdgeGraph | None, what: str) -> None:
     """
     if graph is not None and graph.spans:
         raise ValueError(
-            f"{what} takes a graph whose edges are the same at every position, and this one has a "
-            f"mask per span ({', '.join(graph.spans[:8])}): use one without, graph.at(())."
+            f"{what} takes edges that are the same at every position, and this graph has a mask "
+            f"per span ({', '.join(graph.spans[:8])}): use one without, graph.at(())."
         )

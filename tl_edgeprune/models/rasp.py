@@ -94,12 +94,12 @@ def compile_program(
     if isinstance(program, rasp.TokensType | rasp.IndicesType):
         raise ValueError(
             f"models.from_tracr: {program.label} is in the embedding already and needs no layer, "
-            "so there is no circuit to look for."
+            "so there is no circuit to find."
         )
     if len(tokens) < 2 or max_seq_len < 1:
         raise ValueError(
             f"models.from_tracr: {len(tokens)} different tokens and max_seq_len={max_seq_len}; "
-            "expected two tokens or more (a prompt needs another one to be corrupted with) and "
+            "expected at least two tokens (corrupting a prompt needs another one) and "
             "max_seq_len of 1 or more."
         )
     made = compiler.compile_rasp_to_model(
@@ -132,13 +132,13 @@ def compile_program(
 
 
 def _tracr() -> tuple[ModuleType, ModuleType]:
-    """Tracr's compiler and its language, or ImportError that says how to get them."""
+    """Tracr's compiler and language. Raises ImportError, with instructions, if missing."""
     try:
         from tracr.compiler import compiling
         from tracr.rasp import rasp
     except ImportError as error:
         raise ImportError(
-            f"models.from_tracr needs Tracr, which is not here ({error}): "
+            f"models.from_tracr needs Tracr, which cannot be imported ({error}): "
             'pip install "tl_edgeprune[tracr]" (tracr-pypi, JAX and dm-haiku).'
         ) from error
     return compiling, rasp

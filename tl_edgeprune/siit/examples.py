@@ -1,11 +1,12 @@
 """The causal models of the shipped semi-synthetic transformers.
 
-`siit-sum` (2 layers): prompts a b c =; says the larger of (a + b) mod 4 and c.
-`siit-lookup` (2 layers): prompts of three keys, each with a value, and a key: says its value.
-`siit-branch` (3 layers): prompts t s u s'; if s' is s, the value is t's, else u's; says it shifted
-by the tag s. Control flow: what one head says decides where another one looks.
+`siit-sum` (2 layers): prompts a b c =; the answer is the larger of (a + b) mod 4 and c.
+`siit-lookup` (2 layers): prompts of three keys, each with a value, and a key; the answer is the
+key's value.
+`siit-branch` (3 layers): prompts t s u s'; the answer is t if s' is s, else u, shifted by the tag
+s. Control flow: what one head outputs decides where another one attends.
 
-Each has four heads a layer, and most heads and MLPs belong to no variable.
+Each has four heads per layer, and most heads and MLPs belong to no variable.
 """
 
 from __future__ import annotations

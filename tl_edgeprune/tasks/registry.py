@@ -1,4 +1,4 @@
-"""Tasks by name. A task's file registers its builders here, where `load` and `stream` find them."""
+"""Tasks by name: their files register builders here for `load` and `stream`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _adding(table: dict[str, Made], kind: str, name: str) -> Callable[[Made], Ma
     def add(builder: Made) -> Made:
         if name in table:
             raise ValueError(
-                f"a {kind} called {name!r} is registered already: choose another name."
+                f"a {kind} called {name!r} is already registered: choose another name."
             )
         table[name] = builder
         return builder
@@ -39,7 +39,7 @@ def _adding(table: dict[str, Made], kind: str, name: str) -> Callable[[Made], Ma
 
 
 def check_options(call: str, builder: Callable[..., Any], options: Mapping[str, Any]) -> None:
-    """Raise ValueError for an option that the builder has not (its keyword-only parameters)."""
+    """Raise ValueError for an option that is not a keyword-only parameter of the builder."""
     parameters = inspect.signature(builder).parameters.values()
     option_names = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
     unknown = ", ".join(option for option in options if option not in option_names)

@@ -1,7 +1,7 @@
 """Prompts for semi-synthetic models (models/semi_synthetic.py), from the causal model of each.
 
-The output is read at the last position. The corrupted prompt is one whose right answer is another
-one, which is the distractor.
+The output is read at the last position. The corrupted prompt has a different correct answer, which
+is the distractor.
 """
 
 from __future__ import annotations
@@ -31,12 +31,14 @@ def load(name: str, model: nn.Module, n: int, seed: int, prepend_bos: bool | Non
                 f"{size}={expected}: use models.load({name!r})."
             )
     if prepend_bos:
-        raise ValueError(f"tasks.load({name!r}): the model knows no BOS, so prepend_bos is False.")
+        raise ValueError(
+            f"tasks.load({name!r}): the model has no BOS token, so prepend_bos must be False."
+        )
     return pairs(causal, n, seed)
 
 
 def pairs(causal: CausalModel, n: int, seed: int = 0) -> Task:
-    """n random pairs of a causal model's prompts; the same for the same seed."""
+    """n random pairs of a causal model's prompts; equal seeds give equal pairs."""
     generator = torch.Generator().manual_seed(seed)
     rows: list[tuple[torch.Tensor, ...]] = []
     while len(rows) < n:

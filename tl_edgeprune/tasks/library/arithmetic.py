@@ -2,10 +2,10 @@
 
     Solve this: 24 + 35 =   -> 59, not 81
 
-1. Both numbers and the result have two digits, or one each with `digits=1`. The corrupted prompt
-   has other numbers, whose result has another first digit: it is the distractor.
-2. The answer is the result as the tokenizer writes it: the whole number where that is one token,
-   its first digit where digits are tokens.
+1. Both numbers and the result have two digits, or one with `digits=1`. The corrupted prompt has
+   other numbers, whose result has another first digit and is the distractor.
+2. The answer is the result as the tokenizer writes it: the whole number if that is one token, its
+   first digit if digits are tokens.
 3. All numbers have the same number of tokens.
 """
 
@@ -47,7 +47,7 @@ def arithmetic(
 ) -> Recipe:
     """`operation`: "plus", "minus" or "both". `digits`: of the numbers and of the result, 1 or 2.
 
-    Raises ValueError for other options, or a tokenizer without numbers of one length.
+    Raises ValueError for other options, or a tokenizer without numbers of equal length.
     """
     if operation not in ("both", *SIGNS) or digits not in (1, 2):
         raise ValueError(
@@ -79,7 +79,7 @@ def arithmetic(
 
 
 def _sums(operation: str, numbers: list[int], results: range) -> list[Sum]:
-    """All with a result of as many digits; ValueError where all results begin with one digit."""
+    """All sums with a result in range. Raises ValueError if all results begin with one digit."""
     sign = 1 if operation == "plus" else -1
     candidates = (Sum(operation, a, b, a + sign * b) for a in numbers for b in numbers)
     calculations = [calculation for calculation in candidates if calculation.result in results]

@@ -1,8 +1,8 @@
-"""Capitals: a fact that a language model knows.
+"""Capitals: factual recall.
 
     The capital of France is the city of   -> Paris, not Rome
 
-The corrupted prompt has another country, of as many tokens, and its capital is the distractor.
+The corrupted prompt has another country with as many tokens, whose capital is the distractor.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ CAPITALS = {
 
 @register_recipe("capitals")
 def capitals(tokenizer: PreTrainedTokenizerBase) -> Recipe:
-    """Raises ValueError where no two countries can be exchanged."""
+    """Raises ValueError if no two countries can replace each other."""
     partners = exchangeable(tokenizer)
     countries = list(partners)
     sizes = len(SENTENCES), len(countries)
@@ -163,7 +163,7 @@ def capitals(tokenizer: PreTrainedTokenizerBase) -> Recipe:
 
 
 def exchangeable(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[str]]:
-    """Countries, with those of as many tokens whose capital differs before either one ends."""
+    """Countries, each with those of as many tokens whose capital differs before either ends."""
     written = pieces(tokenizer, CAPITALS)
     cities = pieces(tokenizer, CAPITALS.values())
     countries = [c for c in CAPITALS if c in written and CAPITALS[c] in cities]

@@ -7,9 +7,9 @@
         :param coat: the second size
         :param                            -> bread, not horse
 
-1. The function has four arguments, and its docstring describes them in their order: after the first
-   two, the third is the answer.
-2. The corrupted prompt has other arguments in the definition, and the same docstring.
+1. The function has four arguments, and its docstring describes them in order: after the first two,
+   the third is the answer.
+2. The corrupted prompt has other arguments in the definition and the same docstring.
 3. Only names of one token are used, and the answer must beat every other argument.
 '''
 
@@ -43,7 +43,7 @@ N_ARGUMENTS, DESCRIBED = 4, 2
 
 @register_recipe("docstring")
 def docstring(tokenizer: PreTrainedTokenizerBase) -> Recipe:
-    """Raises ValueError for a tokenizer that splits all but a few of the names."""
+    """Raises ValueError if the tokenizer splits too many of the names."""
     tokens = single_tokens(tokenizer, ARGUMENTS, 2 * N_ARGUMENTS, "docstring's arguments")
     names = list(tokens)
     sizes = len(FUNCTIONS), len(names), len(names) - 1

@@ -2,8 +2,8 @@
 
     I think that Mary is a kind teacher, isn't -> she, not he
 
-The corrupted prompt has a name of the other gender, of as many tokens. Its spans: name, adjective,
-noun, END, and the rest.
+The corrupted prompt has a name of the other gender with as many tokens. Spans: name, adjective,
+noun, END, and rest.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ NOUNS = tuple(
 
 @register_recipe("gendered-pronoun")
 def gendered_pronoun(tokenizer: PreTrainedTokenizerBase) -> Recipe:
-    """Raises ValueError where no name has one of the other gender of as many tokens."""
+    """Raises ValueError if no name of the other gender has as many tokens as any name."""
     people = pairs_of_names(tokenizer)
     sizes = len(SENTENCES), len(ADJECTIVES), len(NOUNS), len(people)
 
@@ -77,7 +77,7 @@ def pairs_of_names(tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str, l
     ]
     if not people:
         raise ValueError(
-            "gendered-pronoun needs a girl's and a boy's name of as many tokens, and this "
+            "gendered-pronoun needs a girl's and a boy's name with as many tokens, and this "
             "tokenizer has none."
         )
     return people

@@ -1,13 +1,13 @@
-"""Hypernymy: two things of a kind, and the kind's name (Hanna, Pezzelle and Belinkov 2024).
+"""Hypernymy: the name of the kind of two things (Hanna, Pezzelle and Belinkov 2024).
 
     They talked about apples, pears and other -> fruits, not birds
 
-1. The corrupted prompt has two things of another kind, each of as many tokens. Its kind is the
-   distractor; kinds do not overlap.
+1. The corrupted prompt has two things of another kind, with as many tokens each. That kind is the
+   distractor. Kinds do not overlap.
 2. Only kinds of one token are used, and the answer must beat every other kind.
-3. form="sentence" is a sentence that goes on with the kind; form="instruction" asks for it, and
-   form="few-shot" shows other kinds first, the same ones in both prompts. The last two ask about
-   the same things in the same words, for one number and seed.
+3. form="sentence" is a sentence that continues with the kind; form="instruction" asks for it;
+   form="few-shot" first shows other kinds, the same ones in both prompts. For equal numbers and
+   seeds, the last two ask about the same things in the same words.
 """
 
 from __future__ import annotations
@@ -69,10 +69,10 @@ ByKind = dict[str, list[Things]]
 def hypernymy(
     tokenizer: PreTrainedTokenizerBase, *, form: str = "sentence", shots: int = 3
 ) -> Recipe:
-    """`shots` other kinds come first in the few-shot form.
+    """Kinds of things, after `shots` solved examples of other kinds in the few-shot form.
 
-    Raises ValueError for other options, and where fewer than two kinds are one token, none can be
-    exchanged, or too few are left to be shown.
+    Raises ValueError for other options, or if fewer than two kinds are one token, no kinds can
+    replace each other, or too few remain for the examples.
     """
     if form not in FORMS or shots < 1:
         raise ValueError(
@@ -83,7 +83,7 @@ def hypernymy(
     groups = by_lengths(tokenizer, tuple(kinds))
     prompts = exchangeable(groups)
     clean_pairs = list(prompts)
-    shot_pairs = _shown(groups, shots) if form == "few-shot" else {}
+    shot_pairs = _largest_group(groups, shots) if form == "few-shot" else {}
     sentences = SENTENCES if form == "sentence" else (QUERY,)
     sizes = len(sentences), len(clean_pairs)
 
@@ -109,10 +109,10 @@ def hypernymy(
     return Recipe(math.prod(sizes), make, f"{len(clean_pairs)} pairs of things can be exchanged")
 
 
-def _shown(groups: Mapping[tuple[int, int], ByKind], shots: int) -> ByKind:
-    """Things of as many tokens each, of as many kinds as there are, to be shown.
+def _largest_group(groups: Mapping[tuple[int, int], ByKind], shots: int) -> ByKind:
+    """The largest group of things with equal numbers of tokens, to draw examples from.
 
-    Then shots add as many tokens to every prompt, and prompts of one length make large batches.
+    Equally long examples keep prompts the same length, which makes large batches.
     """
     best = max(groups.values(), key=len)
     if len(best) < shots + 2:
@@ -124,7 +124,7 @@ def _shown(groups: Mapping[tuple[int, int], ByKind], shots: int) -> ByKind:
 
 
 def _shots(shot_pairs: ByKind, queried: set[str], shots: int, generator: random.Random) -> str:
-    """Solved queries, of kinds that are not asked about."""
+    """Solved queries about kinds that are not queried."""
     kinds = generator.sample([kind for kind in shot_pairs if kind not in queried], shots)
     pairs = [generator.choice(shot_pairs[kind]) for kind in kinds]
     return "".join(f"{QUERY.format(a=two.a, b=two.b)} {two.kind}\n" for two in pairs)
@@ -144,7 +144,7 @@ def by_lengths(
 
 
 def exchangeable(groups: Mapping[tuple[int, int], ByKind]) -> dict[Things, list[Things]]:
-    """Ordered pairs of things, with those of another kind and as many tokens, thing by thing."""
+    """Ordered pairs of things, each with the pairs of other kinds that are as long, one by one."""
     partners: dict[Things, list[Things]] = {}
     for pairs_by_kind in groups.values():
         for kind, pairs in pairs_by_kind.items():

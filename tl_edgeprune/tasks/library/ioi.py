@@ -2,13 +2,13 @@
 
     Then, Mary and John went to the store. John gave a drink to        -> Mary, not John
 
-1. A prompt is a sentence, an order of the first two names (ABBA or BABA: A is the answer, B
-   comes again), two names, a place and an object. All combinations are numbered, and n numbers
-   are drawn without repetition: so clean prompts differ, and what can be made is known.
-2. The corrupted prompt has three other names, all different, in the three name slots, as in ACDC
-   and Edge Pruning: nothing in it says who the answer is.
+1. A prompt has a sentence, an order of the first two names (ABBA or BABA: A is the answer, B is
+   repeated), two names, a place and an object. All combinations are numbered, and n numbers are
+   drawn without repetition. So clean prompts differ, and their number is known.
+2. The corrupted prompt has three other, different names in the three name slots, as in ACDC and
+   Edge Pruning: nothing in it determines the answer.
 3. Only names that are one token in context are used, so both prompts have the same length.
-4. Its spans are those of Wang et al.: IO, S1, S1+1 (the token after S1), S2, END, and the rest.
+4. Spans are those of Wang et al.: IO, S1, S1+1 (the token after S1), S2, END, and rest.
 
 `ioi` mixes all sentences and both orders; `ioi-t1` has one sentence in one order.
 """
@@ -54,7 +54,7 @@ NAMES = tuple(
     "Victoria William".split()
 )
 ORDERS = ("ABBA", "BABA")
-SPANS = ("IO", "S1", "S2")  # the answer's name, and the other's first and second mention
+SPANS = ("IO", "S1", "S2")  # the answer's name, and both mentions of the subject
 NAMES_NEEDED = 5  # two clean, three corrupted
 
 
@@ -67,7 +67,7 @@ class Template(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """One clean prompt: everything that is chosen in it."""
+    """The choices that define one clean prompt."""
 
     template: Template
     answer: str
@@ -76,7 +76,7 @@ class Choice(NamedTuple):
     object: str
 
     def text(self, names: tuple[str, str, str]) -> tuple[str, tuple[Part, ...]]:
-        """The prompt with these names, and where the spans of the clean one are."""
+        """The prompt with these names, and the spans of the clean prompt."""
         slots = dict(zip("012", names, strict=True))
         text, fields = filled(self.template.sentence, **slots, place=self.place, object=self.object)
         spans = [span for slot in slots for span in fields[slot]]
@@ -112,7 +112,7 @@ def recipe(tokenizer: PreTrainedTokenizerBase, templates: tuple[Template, ...]) 
     """IOI over the given templates.
 
     Raises:
-        ValueError: the tokenizer splits all but a few names.
+        ValueError: the tokenizer splits too many of the names.
     """
     names = single_token_names(tokenizer)
     sizes = len(templates), len(names), len(names) - 1, len(PLACES), len(OBJECTS)

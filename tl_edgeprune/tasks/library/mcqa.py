@@ -7,7 +7,7 @@
     D. white
     Answer:                -> B, not D
 
-The corrupted prompt has the same choices, moved on by a random number of places, so that another
+The corrupted prompt has the same choices, rotated by a random number of lines, so that another
 letter is right: it is the distractor. The answer must beat every other letter.
 """
 
@@ -36,9 +36,9 @@ COLOURS = tuple("red green blue black white yellow brown grey pink purple orange
 
 @register_recipe("mcqa")
 def mcqa(tokenizer: PreTrainedTokenizerBase, *, choices: int = 4) -> Recipe:
-    """Questions with so many choices.
+    """Questions with `choices` choices.
 
-    Raises ValueError for fewer than 2 or more than there are colours, or where a letter is split.
+    Raises ValueError for fewer than 2 choices or more than colours, or if a letter is split.
     """
     if not 2 <= choices <= len(COLOURS):
         raise ValueError(f"mcqa: choices={choices}, expected 2 to {len(COLOURS)}.")

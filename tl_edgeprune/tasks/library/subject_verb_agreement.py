@@ -1,11 +1,11 @@
-"""Subject-verb agreement: the verb follows the subject's number, whatever noun stands between.
+"""Subject-verb agreement: the verb has the subject's number, whatever noun is in between.
 
     Look: the keys near the door   -> are, were, have, not is, was, has
 
-1. A prompt is a subject, a preposition and another noun; both nouns in either number. Several
+1. A prompt is a subject, a preposition and another noun; each noun is singular or plural. Several
    verbs are right, so the answers are sets of tokens.
-2. The corrupted prompt has the same subject in the other number. Only nouns that have as many
-   tokens in both numbers are subjects.
+2. The corrupted prompt has the same subject in the other number. Subjects are nouns with as many
+   tokens in the singular as in the plural.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NUMBERS = ("singular", "plural")
 
 @register_recipe("subject-verb-agreement")
 def subject_verb_agreement(tokenizer: PreTrainedTokenizerBase) -> Recipe:
-    """Raises ValueError for a tokenizer without a verb or a subject to use."""
+    """Raises ValueError if the tokenizer has no suitable verb or subject."""
     verbs, subjects = verb_tokens(tokenizer), exchangeable(tokenizer)
     sizes = len(subjects), 2, len(NOUNS) - 1, 2, len(PREPOSITIONS)
 
@@ -77,7 +77,7 @@ def verb_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tu
 
 
 def exchangeable(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The nouns that have as many tokens in both numbers."""
+    """The nouns with as many tokens in the singular as in the plural."""
     written = pieces(tokenizer, [inflected(noun, n) for noun in NOUNS for n in (0, 1)])
     nouns = [noun for noun in NOUNS if {noun, f"{noun}s"} <= written.keys()]
     exchangeable_nouns = [noun for noun in nouns if len(written[noun]) == len(written[f"{noun}s"])]
