@@ -80,15 +80,8 @@ def load(
         ValueError: unknown name or option; `n` below 1 or above the number of possible pairs; a
             model without the tokenizer or the vocabulary that the task needs.
     """
-    if name not in BUILDERS:
-        raise ValueError(
-            f"tasks.load({name!r}): no such task; there are {', '.join(list())}."
-            f"{did_you_mean(name, BUILDERS)}"
-        )
-    if n < 1:
-        raise ValueError(f"tasks.load({name!r}, n={n}): a task needs at least one pair.")
-    check_options(f"tasks.load({name!r})", BUILDERS[name], options)
-    return BUILDERS[name](model, n, seed, prepend_bos, **options)
+    builder = _checked_builder("load", "task", BUILDERS, name, n, options)
+    return builder(model, n, seed, prepend_bos, **options)
 
 
 def stream(
@@ -107,13 +100,20 @@ def stream(
     Raises:
         ValueError: as `load` does, or a task that has no stream.
     """
-    if name not in STREAMS:
-        names = ", ".join(sorted(STREAMS))
+    builder = _checked_builder("stream", "stream", STREAMS, name, n, options)
+    return builder(model, n, seed, prepend_bos, **options)
+
+
+def _checked_builder(
+    function: str, kind: str, builders: dict[str, Any], name: str, n: int, options: dict[str, Any]
+) -> Any:
+    """The builder of this name, for a call of tasks.`function` with valid arguments."""
+    if name not in builders:
         raise ValueError(
-            f"tasks.stream({name!r}): no such stream; there are {names}."
-            f"{did_you_mean(name, STREAMS)}"
+            f"tasks.{function}({name!r}): no such {kind}; there are "
+            f"{', '.join(sorted(builders))}.{did_you_mean(name, builders)}"
         )
     if n < 1:
-        raise ValueError(f"tasks.stream({name!r}, n={n}): a stream needs at least one pair.")
-    check_options(f"tasks.stream({name!r})", STREAMS[name], options)
-    return STREAMS[name](model, n, seed, prepend_bos, **options)
+        raise ValueError(f"tasks.{function}({name!r}, n={n}): a {kind} needs at least one pair.")
+    check_options(f"tasks.{function}({name!r})", builders[name], options)
+    return builders[name]

@@ -38,6 +38,17 @@ def _adding(table: dict[str, Made], kind: str, name: str) -> Callable[[Made], Ma
     return add
 
 
+def check_model_sizes(name: str, model: Any, sizes: Mapping[str, int]) -> None:
+    """Raise ValueError unless the model's cfg has the sizes that a shipped model's task needs."""
+    for size, expected in sizes.items():
+        actual = getattr(getattr(model, "cfg", None), size, None)
+        if actual != expected:
+            raise ValueError(
+                f"tasks.load({name!r}): the model has {size}={actual}, the task is for "
+                f"{size}={expected}: use models.load({name!r})."
+            )
+
+
 def check_options(call: str, builder: Callable[..., Any], options: Mapping[str, Any]) -> None:
     """Raise ValueError for an option that is not a keyword-only parameter of the builder."""
     parameters = inspect.signature(builder).parameters.values()

@@ -13,7 +13,7 @@ from torch import nn
 
 from tl_edgeprune.siit.causal import CausalModel
 from tl_edgeprune.siit.examples import EXAMPLES
-from tl_edgeprune.tasks.registry import register
+from tl_edgeprune.tasks.registry import check_model_sizes, register
 from tl_edgeprune.tasks.task import Task
 
 AT_ONCE = 64
@@ -22,14 +22,8 @@ AT_ONCE = 64
 def load(name: str, model: nn.Module, n: int, seed: int, prepend_bos: bool | None) -> Task:
     """n pairs for a shipped model. Raises ValueError for a model of other sizes, or with BOS."""
     causal = EXAMPLES[name]
-    expected_sizes = {"d_vocab": causal.n_tokens, "n_layers": causal.graph.n_layers}
-    for size, expected in expected_sizes.items():
-        size_of_model = getattr(getattr(model, "cfg", None), size, None)
-        if size_of_model != expected:
-            raise ValueError(
-                f"tasks.load({name!r}): the model has {size}={size_of_model}, the task is for "
-                f"{size}={expected}: use models.load({name!r})."
-            )
+    sizes = {"d_vocab": causal.n_tokens, "n_layers": causal.graph.n_layers}
+    check_model_sizes(name, model, sizes)
     if prepend_bos:
         raise ValueError(
             f"tasks.load({name!r}): the model has no BOS token, so prepend_bos must be False."

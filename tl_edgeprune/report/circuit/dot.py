@@ -1,7 +1,7 @@
 """A circuit as text for Graphviz: `dot -Tsvg circuit.dot > circuit.svg`.
 
-Layers are ranks, from the input below to the logits above. Dotted lines without arrows join a
-group's key-value node to the heads that read from it.
+Layers are ranks, from the input at the bottom to the logits at the top. Dotted lines without arrows
+join a group's key-value node to its heads.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def to_dot(circuit: Circuit) -> str:
 
 
 def quoted(text: str) -> str:
-    """A string of the DOT language that means this text: its backslashes are no escapes."""
+    """A DOT string literal of this text; its backslashes are not escapes."""
     escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
     return f'"{escaped}"'
 

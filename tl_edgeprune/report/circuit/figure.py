@@ -1,4 +1,4 @@
-"""A circuit as a static picture, in the layout of the page."""
+"""A circuit as a static picture, with the layout of the page."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _POINTS_PER_INCH = 72.0
 _LEGEND_HEIGHT = 34.0
 _DOTTED, _DASHED = (0, (1.2, 2)), (0, (5, 2.2))
 _HUB_SHADE = 0.3  # how much darker the most connected node is ...
-_HUB_FROM = 30  # ... in a circuit where it has at least so many edges
+_HUB_FROM = 30  # ... if it has at least this many edges
 
 
 def draw_circuit(
@@ -49,15 +49,15 @@ def draw_circuit(
 ) -> None:
     """Draw the circuit to `path` (.png, .svg or .pdf): input below, logits above.
 
-    Edges are coloured by what they enter (query, key, value, MLP, logits), and end in a mark that
-    tells the same; dead ones are dotted. Of two circuits, colour tells the edges of both and of
-    either alone. The picture grows with the circuit: a unit of the layout is a point, 1/72 inch.
+    Edges are coloured by what they enter (query, key, value, MLP, logits), and end in a marker that
+    shows the same; dead edges are dotted. For two circuits, colour shows which edges are in both or
+    only in one. The picture grows with the circuit: a unit of the layout is a point, 1/72 inch.
 
     Args:
-        circuit: any Circuit; one of more than some thousand edges is better read as `write_html`.
+        circuit: any Circuit; with more than a few thousand edges, `write_html` is easier to read.
         path: the file, replaced as a whole.
-        other: a second circuit of the same graph, laid over the first.
-        names: of the two; by default their methods.
+        other: a second circuit of the same graph, overlaid on the first.
+        names: of the two circuits; by default their methods.
         title: a line above the drawing.
         dpi: resolution of a .png.
 
@@ -71,14 +71,14 @@ def draw_circuit(
         if other is None
         else _by_side(circuit, other, names or pair_names((circuit, other)))
     )
-    head = 26.0 if title else 0.0
-    height = layout.height + _LEGEND_HEIGHT + head
+    title_height = 26.0 if title else 0.0
+    height = layout.height + _LEGEND_HEIGHT + title_height
     width = max(layout.width, 330.0, _legend_width(strokes))
     with saved_figure(path, width / _POINTS_PER_INCH, height / _POINTS_PER_INCH, dpi) as figure:
         axes = figure.add_axes((0, 0, 1, 1))
         side_margin = (width - layout.width) / 2
         axes.set(xlim=(-side_margin, layout.width + side_margin))
-        axes.set(ylim=(layout.height + _LEGEND_HEIGHT, -head))
+        axes.set(ylim=(layout.height + _LEGEND_HEIGHT, -title_height))
         axes.axis("off")
         _draw_layers(axes, layout)
         _draw_edges(axes, layout, strokes)
@@ -90,13 +90,13 @@ def draw_circuit(
 
 
 def edge_opacity(n_edges: int) -> float:
-    """The more edges, the fainter each: dense parts then show as darker, not as a solid block."""
+    """The more edges, the fainter each, so that dense parts are darker but not solid."""
     return min(0.9, max(0.16, 12.0 / max(n_edges, 1) ** 0.5))
 
 
 @dataclass(frozen=True)
 class _Stroke:
-    """How some of the edges are drawn, and what the legend calls them."""
+    """How a group of edges is drawn, and its label in the legend."""
 
     edges: frozenset[str]
     color: str
@@ -171,7 +171,7 @@ def _path(curve: Curve) -> Path:
 
 
 def _draw_ports(axes: Axes, layout: Layout, neutral: bool) -> None:
-    """A mark where edges enter a node, by what they enter."""
+    """A marker where edges enter a node, by what they enter."""
     for kind in KINDS:
         ends = {curve[3] for e, curve in zip(layout.edges, layout.curves, strict=True)
                 if e.kind == kind}  # fmt: skip
@@ -213,7 +213,7 @@ def _node_color(kind: str, share: float) -> tuple[float, float, float]:
 
 
 def _legend_width(strokes: Sequence[_Stroke]) -> float:
-    """Points that the legend takes, rather too many than too few."""
+    """An upper estimate of the legend's width in points."""
     return math.fsum(46 + 6.2 * len(label) for label in {s.label for s in strokes if s.label})
 
 

@@ -1,4 +1,4 @@
-"""Where in the model a circuit, or a method's scores, lie: layers by heads, as heat maps."""
+"""Where in the model a circuit, or a method's scores, are: heat maps of layers by heads."""
 
 from __future__ import annotations
 
@@ -26,9 +26,14 @@ def plot_heads(
 ) -> None:
     """Draw two heat maps, layers by heads with the MLP as the last column, and write them.
 
-    Left, what leaves each head and MLP; right, what enters. Of a Circuit, its edges are counted; of
-    EdgeScores, the magnitudes of the scores are added up. A key or a value that heads share counts
-    for each of them.
+    Left: edges out of each head and MLP; right: edges into it. For a Circuit, edges are counted;
+    for EdgeScores, the magnitudes of scores are summed. A shared key or value counts for each head.
+
+    Args:
+        found: what to draw.
+        path: the file (.png, .svg or .pdf), replaced as a whole.
+        title: a line above the maps.
+        dpi: dots per inch, for a .png.
 
     Raises:
         ValueError: the path has another ending than .png, .svg or .pdf.

@@ -1,4 +1,4 @@
-"""How often repeated runs find an edge, and how far any two of them agree."""
+"""How often repeated runs find an edge, and how much each two of them agree."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tl_edgeprune.evaluation.stability import Stability
 from tl_edgeprune.report.figures import saved_figure
 from tl_edgeprune.report.palette import BLUE, INK
 
-_NUMBERED = 10  # runs whose agreements are written into the map
+_NUMBERED = 10  # with at most this many runs, the map has numbers
 
 
 def plot_stability(
@@ -25,8 +25,14 @@ def plot_stability(
 ) -> None:
     """Draw a Stability in two panels, and write it to `path` (.png, .svg or .pdf).
 
-    Left, how many edges are in the circuits of exactly 1, 2, … of the runs; right, the Jaccard
-    index (edges in both over edges in either) of every two runs.
+    Left: the number of edges in the circuits of exactly 1, 2, … of the runs. Right: the Jaccard
+    index (edges in both over edges in either) of each two runs.
+
+    Args:
+        found: what to draw.
+        path: the file, replaced as a whole.
+        title: a line above the panels.
+        dpi: dots per inch, for a .png.
 
     Raises:
         ValueError: the path has another ending.
@@ -74,5 +80,5 @@ def _draw_agreement(figure: Figure, axes: Axes, found: Stability) -> None:
 
 
 def _run_name(seed: int | None, resample: int | None) -> str:
-    parts = [] if seed is None else [f"seed {seed}"]
-    return ", ".join([*parts, *([] if resample is None else [f"resample {resample}"])])
+    seeds = [] if seed is None else [f"seed {seed}"]
+    return ", ".join([*seeds, *([] if resample is None else [f"resample {resample}"])])

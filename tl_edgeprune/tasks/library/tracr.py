@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from tl_edgeprune.models import tracr
-from tl_edgeprune.tasks.registry import register
+from tl_edgeprune.tasks.registry import check_model_sizes, register
 from tl_edgeprune.tasks.task import Task
 
 Prompt = tuple[int, ...]
@@ -39,7 +39,8 @@ def load_program(model: nn.Module, n: int, seed: int, prepend_bos: bool | None) 
 def load_shipped(name: str, model: nn.Module, n: int, seed: int, prepend_bos: bool | None) -> Task:
     """Prompts for a shipped program."""
     config = tracr.read_config(name)
-    _check_model(name, model, config)
+    sizes = {size: config["model"][size] for size in ("d_vocab", "d_vocab_out", "n_ctx")}
+    check_model_sizes(name, model, sizes)
     task = build(config, n, seed, prepend_bos)
     if name != "tracr-reverse":
         return task
@@ -104,13 +105,3 @@ def _pairs(by_length: list[list[Prompt]]) -> Iterator[tuple[Prompt, Prompt]]:
                 if index < len(prompts):
                     shift = 1 + (round_ - 1) % (len(prompts) - 1)  # never the prompt itself
                     yield prompts[index], prompts[(index + shift) % len(prompts)]
-
-
-def _check_model(name: str, model: nn.Module, config: dict[str, Any]) -> None:
-    for size in ("d_vocab", "d_vocab_out", "n_ctx"):
-        size_of_model = getattr(getattr(model, "cfg", None), size, None)
-        if size_of_model != config["model"][size]:
-            raise ValueError(
-                f"tasks.load({name!r}): the model has {size}={size_of_model}, the task is for "
-                f"{size}={config['model'][size]}: use models.load({name!r})."
-            )
