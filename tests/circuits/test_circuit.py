@@ -236,7 +236,7 @@ def test_from_edges_takes_names_in_any_order():
         ("input->mO", ["no mO", "input->m0"]),
         ("a0.h1->a1.h0<k>", ["no a1.h0<k>", "Nearest: a0.h1->a1.h0<q>"]),
         ("m1->m0", ["m0 comes before m1 writes"]),
-        ("input", ["one is written 'source->destination'"]),
+        ("input", ["an edge is written 'source->destination'"]),
         ("embed->lm_head", ["no embed and no lm_head", "Nearest: none"]),
     ],
 )

@@ -149,7 +149,7 @@ def test_parallel_blocks_mlps_do_not_read_their_own_heads() -> None:
         ("inputs->m0", "no inputs. Nearest: input->m0"),
         ("input->logit", "no logit. Nearest: input->logits"),
         ("m5->a3.h0<q>", "a3.h0<q> comes before m5 writes"),
-        ("m3", "is no edge: one is written 'source->destination', as 'input->a0.h0<q>'"),
+        ("m3", "is no edge: an edge is written 'source->destination', as 'input->a0.h0<q>'"),
         ("", "is no edge"),
     ],
 )

@@ -280,7 +280,7 @@ def test_names_are_found(show: Any) -> None:
     view.tab.keyboard.press("Enter")
     assert view.text("#detail h2 >> nth=0") == offered[1]
     view.tab.locator("#search").fill("nothing")
-    assert "No name like this" in view.text("#matches")
+    assert "No such name" in view.text("#matches")
     view.tab.keyboard.press("Escape")
     assert not view.tab.locator("#matches").is_visible()
     assert not view.tab.locator("#detail").is_visible()

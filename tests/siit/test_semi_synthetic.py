@@ -105,7 +105,7 @@ def test_training_repeats_and_refuses():
     causal = EXAMPLES["siit-lookup"]
     first, second = (training.train(causal, steps=2, batch_size=8, progress=False) for _ in "ab")
     assert all(first[key].equal(second[key]) for key in first)
-    with pytest.raises(ValueError, match="width that 4 heads share"):
+    with pytest.raises(ValueError, match="d_model divisible by 4 heads"):
         models.train_semi_synthetic(causal, d_model=30)
 
 

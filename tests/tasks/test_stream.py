@@ -72,7 +72,7 @@ def test_an_order_is_shuffled_and_goes_by_its_seed():
     assert abs(mean - 5000) < 4 * 10_000 / (12 * 1000) ** 0.5  # four standard errors
     neighbours = sum(abs(a - b) == 1 for a, b in zip(first, first[1:], strict=False))
     assert neighbours < 5  # 0.2 expected
-    with pytest.raises(IndexError, match="place 5 of an order of 5"):
+    with pytest.raises(IndexError, match="index 5 of an order of 5"):
         Order(5, 0)[5]
 
 

@@ -1,7 +1,7 @@
-"""Results, and their files: circuits, edge scores, neurons.
+"""Results and their files: circuits, edge scores, neurons.
 
-Reading order: `circuit`, `scores`, `neurons`, `metadata` (where a result comes from); then the
-formats of others: `mib` with its `mib_table`, `networkx_graph`.
+Reading order: `metadata` (where a result comes from), `circuit`, `scores`, `neurons`; then other
+projects' formats: `mib` with its `mib_table`, `networkx_graph`.
 """
 
 from tl_edgeprune.circuits.circuit import Circuit

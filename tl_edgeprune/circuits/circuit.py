@@ -1,8 +1,8 @@
-"""A circuit: a set of edges of one graph, with where it came from. JSON on disk.
+"""A circuit: a set of edges of one graph, and its origin. JSON on disk.
 
-An edge is *alive* if it lies on a path of kept edges from the input to the logits. A head's edges
-into its query, key and value all lead to the head: it is reached through any of them. In a graph
-with spans a path passes from span to span through keys and values alone.
+An edge is *alive* if it lies on a path of kept edges from the input to the logits, and *dead*
+otherwise. A head is reached through any of its query, key and value inputs. In a graph with spans,
+a path passes from span to span only through keys and values.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from tl_edgeprune.circuits.metadata import SCORED_BY, several
 from tl_edgeprune.circuits.mib import read_circuit, write_circuit
 from tl_edgeprune.circuits.networkx_graph import to_networkx
 from tl_edgeprune.graph.edge_graph import EdgeGraph
+from tl_edgeprune.graph.names import split_edge
+from tl_edgeprune.graph.reachability import alive_edges
 from tl_edgeprune.utils.lazy import late
 from tl_edgeprune.utils.reading import AGAIN, damaged, of_format, of_kind, read_json
 from tl_edgeprune.utils.versions import versions
@@ -38,12 +40,19 @@ _html_of_cell = late("tl_edgeprune.report.circuit.html_page", "html_of_cell")
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Circuit:
-    """Edges of a graph, as a mask over `graph.edges`, and what is known of their origin.
+    """Edges of a graph, as a mask over `graph.edges`, and their origin.
 
-    metadata: plain JSON values, such as model, task, seed, ablation and settings. `|`, `&` and `-`
-    keep what both circuits agree on, and the ablation and folding that either tells: where two were
-    found under different ablations the list of both, which has to be decided by ablation=… when
-    the combination is run.
+    `|`, `&` and `-` combine circuits. They keep the metadata on which both agree. Ablation and
+    folding are kept from either; if two circuits were found under different ablations, both are
+    listed, and running the combination needs an explicit ablation=….
+
+    Args:
+        graph: the edges to choose from.
+        mask: which edges are kept, bool [edge].
+        metadata: plain JSON values, such as model, task, seed, ablation and settings.
+
+    Raises:
+        ValueError: the mask has another shape or type.
     """
 
     graph: EdgeGraph
@@ -58,13 +67,11 @@ class Circuit:
             )
         object.__setattr__(self, "mask", self.mask.detach().cpu().clone())
 
-    # ---------------------------------------------------------------------------------- making
+    # ------------------------------------------------------------------------------ constructors
 
     @classmethod
     def from_edges(cls, graph: EdgeGraph, edges: Iterable[str], **metadata: Any) -> Circuit:
-        """The circuit of these edges. Raises KeyError for an unknown name, with the nearest
-        ones.
-        """
+        """The circuit of these edges. Raises KeyError, with similar names, for an unknown one."""
         mask = torch.zeros(graph.n_edges, dtype=torch.bool)
         mask[[graph.index(edge) for edge in edges]] = True
         return cls(graph, mask, metadata)
@@ -73,9 +80,16 @@ class Circuit:
     def top(
         cls, graph: EdgeGraph, scores: Float[Tensor, " edge"], n_edges: int, **metadata: Any
     ) -> Circuit:
-        """The `n_edges` edges of highest score; of equal ones, those first in the graph.
+        """The `n_edges` edges of highest score; of equal ones, the first in the graph.
 
-        Raises ValueError for a size outside the graph, and for scores of another length or NaN.
+        Args:
+            graph: the graph.
+            scores: a score per edge, in flat order.
+            n_edges: from 1 to the graph's edges.
+            metadata: of the circuit.
+
+        Raises:
+            ValueError: a size outside the graph; scores of another length, NaN or infinite.
         """
         check_budget(n_edges, graph)
         check_scores(scores, graph)
@@ -103,36 +117,21 @@ class Circuit:
 
     @property
     def nodes(self) -> tuple[str, ...]:
-        """Sources that some edge leaves, or that some edge leads to, in the graph's order."""
-        names: set[str] = set()
+        """Sources that an edge leaves, or that an edge's destination belongs to, in graph order."""
+        nodes: set[str] = set()
         for edge in self.edges:
-            source, _, destination = edge.partition("->")
-            names |= {source, *self.graph.owner(destination)}
-        return tuple(name for name in self.graph.sources if name in names)
+            source, destination = split_edge(edge)
+            nodes |= {source, *self.graph.owner(destination)}
+        return tuple(name for name in self.graph.sources if name in nodes)
 
     def without_dead_edges(self) -> Circuit:
         """The edges on some path of kept edges from the input to the logits.
 
-        Under counterfactual ablation the others do nothing. Under zero, means and constants a
-        source that nothing reaches still writes other than what removed edges carry: there, the
-        circuit without its dead edges is another one, to be evaluated by itself.
+        Under counterfactual ablation, dead edges have no effect. Under zero, mean and constant
+        ablation, a source that nothing reaches still writes something else than what removed edges
+        carry. There, the circuit without its dead edges is a different circuit: evaluate it again.
         """
-        graph, spans, flows = self.graph, self.graph.n_spans, self.graph.flows_into
-        pairs = [graph.pairs[index] for index in self.mask.nonzero().flatten().tolist()]
-        reached = set(range(graph.n_inputs * spans))
-        for source, destination in sorted(pairs):  # a source writes after all that feeds it
-            if source * spans + destination % spans in reached:
-                reached |= flows[destination]
-        useful: set[int] = set()
-        for source, destination in sorted(pairs, reverse=True):
-            if destination in graph.outputs or flows[destination] & useful:
-                useful.add(source * spans + destination % spans)
-        alive = torch.zeros_like(self.mask)
-        for index in self.mask.nonzero().flatten().tolist():
-            source, destination = graph.pairs[index]
-            leads_on = destination in graph.outputs or bool(flows[destination] & useful)
-            alive[index] = source * spans + destination % spans in reached and leads_on
-        return Circuit(graph, alive, dict(self.metadata))
+        return Circuit(self.graph, alive_edges(self.graph, self.mask), dict(self.metadata))
 
     def __repr__(self) -> str:
         task = self.metadata.get("task", "")
@@ -174,9 +173,7 @@ class Circuit:
     def _combined(self, other: Circuit, mask: Tensor) -> Circuit:
         shared = {k: v for k, v in self.metadata.items() if other.metadata.get(k) == v}
         for name in SCORED_BY:
-            values = {
-                value for circuit in (self, other) for value in several(circuit.metadata, name)
-            }
+            values = {*several(self.metadata, name), *several(other.metadata, name)}
             if values:
                 shared[name] = sorted(values) if len(values) > 1 else values.pop()
         return Circuit(self.graph, mask, shared)
@@ -189,7 +186,7 @@ class Circuit:
     # ------------------------------------------------------------------------------------ on disk
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write JSON: the graph, the edges by name, metadata, versions. Whole or not at all."""
+        """Write JSON atomically: the graph, the edges by name, metadata and versions."""
         document = {
             "format": FORMAT,
             "kind": KIND,
@@ -204,14 +201,15 @@ class Circuit:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Circuit:
-        """Read what `save` wrote. Raises FileNotFoundError, and ValueError for a damaged file or
-        one of another format.
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: no file.
+            ValueError: a damaged file, or one of another format.
         """
-        file_kind, advice = "circuit file", f"{AGAIN}, or find the circuit anew"
-        document = read_json(path, file_kind, HINT)
-        document = of_format(
-            document, path, file_kind, kind=KIND, format=FORMAT, hint=HINT, again=advice
-        )
+        file_type, advice = "circuit file", f"{AGAIN}, or find the circuit again"
+        document = read_json(path, file_type, HINT)
+        of_format(document, path, file_type, kind=KIND, format=FORMAT, hint=HINT, again=advice)
         with damaged(path):
             graph = EdgeGraph.from_dict(document["graph"])
             edges = of_kind(document["edges"], list, "edges")
@@ -227,8 +225,10 @@ class Circuit:
     # -------------------------------------------------------------------------------- pictures
 
     def report(self, path: str | os.PathLike[str], **shown: Any) -> None:
-        """Write an interactive page of HTML that opens from disk: see `report.write_html` for what
-        it can show (scores=, other=, circuits=, result=, measures=, explanation=, …).
+        """Write an interactive HTML page that opens from disk.
+
+        `report.write_html` lists what it can show: scores=, other=, circuits=, result=, measures=,
+        explanation=, ….
         """
         _write_html(self, path, **shown)
 
@@ -237,32 +237,32 @@ class Circuit:
         _draw_circuit(self, path, **shown)
 
     def to_dot(self) -> str:
-        """The circuit as text for Graphviz: see `report.dot`."""
+        """The circuit as text for Graphviz: see `report.to_dot`."""
         return _to_dot(self)
 
     def _repr_html_(self) -> str:
         return _html_of_cell(self)
 
-    # ---------------------------------------------------------------------------- others' formats
+    # ------------------------------------------------------------------------------ other formats
 
     def to_mib(self, path: str | os.PathLike[str], *, d_model: int | None = None) -> None:
-        """Write the circuit as EAP-IG and the MIB benchmark read it: see `interchange`."""
+        """Write the circuit as EAP-IG and the MIB benchmark read it: see `circuits.mib`."""
         write_circuit(path, self.graph, self.mask, self.metadata, d_model)
 
     @classmethod
     def from_mib(
         cls, path: str | os.PathLike[str], graph: EdgeGraph, *, shared: str = "same"
     ) -> Circuit:
-        """Read the circuit of a file of EAP-IG or MIB: see `interchange`."""
+        """Read the circuit in a file of EAP-IG or MIB: see `circuits.mib.read_circuit`."""
         return cls(graph, *read_circuit(path, graph, shared))
 
     def to_networkx(self) -> Any:
-        """The circuit as a networkx DiGraph: see `networks`."""
+        """The circuit as a networkx DiGraph: see `circuits.networkx_graph`."""
         return to_networkx(self.graph, self.edges)
 
 
 def check_budget(n_edges: int, graph: EdgeGraph, most: int | None = None) -> None:
-    """Raise ValueError unless 1 <= n_edges <= graph.n_edges, or `most` in another count."""
+    """Raise ValueError unless 1 <= n_edges <= graph.n_edges (or `most`, in MIB's count)."""
     most = graph.n_edges if most is None else most
     if isinstance(n_edges, bool) or int(n_edges) != n_edges or not 1 <= n_edges <= most:
         raise ValueError(
@@ -282,5 +282,5 @@ def check_scores(scores: Tensor, graph: EdgeGraph) -> None:
         raise ValueError(
             f"scores hold NaN or infinite values for {len(bad)} of {graph.n_edges} edges (first "
             f"{graph.edges[bad[0]]}: {float(scores[bad[0]])}), which cannot be ranked. Look for "
-            "NaN in the model's logits and gradients, and score the edges anew."
+            "NaN in the model's logits and gradients, and score the edges again."
         )

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-SCORED_BY = ("ablation", "folded")  # what a circuit's figures depend on
+SCORED_BY = ("ablation", "folded")  # what a circuit's measures depend on
 
 
 def several(metadata: Mapping[str, Any], name: str) -> list[Any]:
-    """A value of a circuit's metadata; those of all its parts where it was combined of several."""
+    """The metadata value as a list; a combined circuit lists the values of its parts."""
     value = metadata.get(name)
     if value is None:
         return []
@@ -17,14 +17,15 @@ def several(metadata: Mapping[str, Any], name: str) -> list[Any]:
 
 
 def ablation_of(metadata: Mapping[str, Any]) -> str:
-    """The ablation that a circuit or scores were found under; counterfactual where none is told.
+    """The ablation that a circuit or scores were found under; counterfactual if none is recorded.
 
-    Raises ValueError for a combination of circuits that were found under different ones.
+    Raises:
+        ValueError: the circuit combines circuits that were found under different ablations.
     """
     kinds = several(metadata, "ablation") or ["counterfactual"]
     if len(kinds) > 1:
         raise ValueError(
-            "the circuit was combined of ones that were found under different ablations "
-            f"({', '.join(kinds)}), whose figures do not compare: give ablation=…."
+            "the circuit combines circuits that were found under different ablations "
+            f"({', '.join(kinds)}), whose results are not comparable: give ablation=…."
         )
     return kinds[0]

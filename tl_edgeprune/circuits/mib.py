@@ -1,27 +1,28 @@
-"""Circuits and scores in EAP-IG's files, which the MIB benchmark's leaderboard takes.
+"""Circuits and scores in EAP-IG's files, which the MIB benchmark's leaderboard accepts.
 
 EAP-IG's graph has one input, an MLP in every layer, and a query, key and value input for every
-head. Its files hold a score and a place in the circuit for each edge:
+head. Its files hold each edge's score and whether it is in the circuit:
 
 - .json: {"cfg": …, "nodes": {name: {"in_graph"}}, "edges": {name: {"score", "in_graph"}}}; in older
-  files a node is a bare bool.
+  files, a node is only a bool.
 - .pt: {"cfg", "src_nodes", "dst_nodes", "edges_scores", "edges_in_graph" [source, destination],
-  "nodes_in_graph" [source]}, saved by torch; read here with weights_only=True, so tensors and plain
-  values alone.
+  "nodes_in_graph" [source]}, saved by torch; read here with weights_only=True: only tensors and
+  plain values.
 
-Where heads share keys and values, MIB counts an edge for each query head. Writing gives each head
-its group's edge, and warns how many edges a circuit then has over there; reading folds the heads'
-edges back into one, which must agree. So do the q, k and v edges where a graph has one input a head
+If heads share keys and values, MIB counts an edge for each query head. Writing gives each head its
+group's edge, and warns how many edges the circuit then has in MIB's count. Reading folds the heads'
+edges back into one, and they must agree. The same holds for the q, k and v edges if a graph has one
+input per head
 (split_qkv=False).
 
 MIB takes circuits of highest scores (for CPR) and of highest magnitudes (for CMD). Scores that rank
 edges as they are (log alphas: the lowest go first) are written shifted to above 0 where any is
 below, so that both are the ranking itself; `mib_faithfulness` predicts the figures of such a file.
 
-A budget of n edges over there can end inside a group: EAP-IG's top n of our scores is exactly n
+A budget of n edges in MIB's count can end inside a group: EAP-IG's top n of our scores is exactly n
 edges, with any of the equal ones at the border. Such a circuit cannot be run here.
-`Circuit.from_mib(shared="all")` reads it without the edges that are not whole, which is
-`scores.top(n, convention="mib")` to the edge, and `shared="any"` with them; both say how many.
+`Circuit.from_mib(shared="all")` reads it without the incomplete groups, which is exactly
+`scores.top(n, convention="mib")`; `shared="any"` keeps them whole. Both say how many.
 
 Hanna, Pezzelle and Belinkov 2024 (EAP-IG); Mueller et al. 2025, "MIB: A Mechanistic
 Interpretability Benchmark".
@@ -56,6 +57,7 @@ from tl_edgeprune.circuits.mib_table import (
     spread,
 )
 from tl_edgeprune.graph.edge_graph import EdgeGraph
+from tl_edgeprune.graph.names import parse_destination
 from tl_edgeprune.utils.reading import check_file, damaged, first_line, read_json
 from tl_edgeprune.utils.writing import write_whole
 
@@ -63,7 +65,7 @@ FILE = "file of EAP-IG's"
 SHOWN = 3  # names that an error lists
 
 
-# -------------------------------------------------------------------------------------- the surface
+# ------------------------------------------------------------------------------------------ public
 
 
 def write_scores(
@@ -76,13 +78,18 @@ def write_scores(
 ) -> None:
     """Write scores to a .json or .pt file of EAP-IG's; no edge is marked as in the circuit.
 
-    Effects (EAP and its kin) are written as they are. Scores that rank edges as they are and not by
-    magnitude (`by_magnitude` is False) are shifted to above 0 where any is below: the order of all
-    edges stays, and their magnitudes have it too.
+    Args:
+        path: the file.
+        graph: the scores' graph.
+        scores: [edge].
+        by_magnitude: effects are written as they are. If False, scores are shifted to above 0 if
+            any is below, so that their magnitudes have the same order.
+        metadata: the scores' metadata.
+        d_model: the model's width, which the file records; None: from the metadata.
 
-    d_model: of the model, which such files record; None takes it from the metadata (every method
-    notes it there). Raises ValueError for another ending, a graph that the format cannot hold
-    (split embeddings, no MLPs), an unknown d_model.
+    Raises:
+        ValueError: another ending, a graph that the format cannot hold (split embeddings, no MLPs),
+            an unknown d_model.
     """
     check_graph(graph)
     values = scores.detach().cpu()
@@ -97,8 +104,9 @@ def write_circuit(
     metadata: Mapping[str, Any],
     d_model: int | None,
 ) -> None:
-    """Write a circuit as `write_scores` does scores: its edges in the graph, with score 1, others
-    with 0. Warns where EAP-IG counts more of them, with its number.
+    """Write a circuit as `write_scores` writes scores: its edges with score 1, others with 0.
+
+    Warns if EAP-IG counts more edges.
     """
     check_graph(graph)
     table = spread(graph, mask.float())
@@ -107,7 +115,7 @@ def write_circuit(
     if n_mib_edges != n_edges:
         warnings.warn(
             f"{path}: the circuit's {n_edges:,} edges are {n_mib_edges:,} in EAP-IG's and MIB's "
-            "count, which has one for every query head where heads share an input. For a circuit "
+            "count, which has one for every query head if heads share an input. For a circuit "
             f"of at most {n_edges:,} there, take scores.top({n_edges}, "
             "convention='mib').",
             stacklevel=3,
@@ -119,12 +127,17 @@ def read_scores(
 ) -> tuple[Float[Tensor, " edge"], dict[str, Any]]:
     """The scores in a .json or .pt file of EAP-IG's, as those of `graph`, and their metadata.
 
-    shared: the score of an edge that the file has several times, for each head of a group: "same"
-    refuses different ones; "sum" adds them, which is what attribution gives for the removal of all
-    together, to first order; "mean".
+    Args:
+        path: the file.
+        graph: the graph of the model that the file was made with.
+        shared: how to combine the scores of an edge that the file has once per head: "same" refuses
+            different ones; "sum" is what attribution gives for removing all of them, to first
+            order; "mean".
 
-    Raises FileNotFoundError, and ValueError for a damaged file, one of another graph, unknown or
-    missing edges, different scores under "same".
+    Raises:
+        FileNotFoundError: no file.
+        ValueError: a damaged file, one of another graph, unknown or missing edges, different scores
+            under "same".
     """
     if shared not in SHARED:
         raise ValueError(f"shared={shared!r}: expected one of {', '.join(SHARED)}.")
@@ -134,7 +147,7 @@ def read_scores(
         source, destination = bad[0]
         name = f"{graph.sources[source]}->{destinations(graph)[destination]}"
         raise ValueError(
-            f"{path}: the score of {name} is NaN or infinite. Score the edges anew, in float32."
+            f"{path}: the score of {name} is NaN or infinite. Score the edges again, in float32."
         )
     return fold_scores(graph, table.scores, shared), origin
 
@@ -142,15 +155,18 @@ def read_scores(
 def read_circuit(
     path: str | os.PathLike[str], graph: EdgeGraph, shared: str = "same"
 ) -> tuple[Bool[Tensor, " edge"], dict[str, Any]]:
-    """The edges that are in the graph of a .json or .pt file of EAP-IG's, as a mask over `graph`,
-    and their metadata.
+    """The circuit in a .json or .pt file of EAP-IG's, as a mask over `graph`, and its metadata.
 
-    shared: an edge that the file has several times, for each head of a group, and keeps for some of
-    them alone: "same" refuses it; "all" leaves it out, "any" keeps it, and both warn how many edges
-    there are of either kind.
+    Args:
+        path: the file.
+        graph: the graph of the model that the file was made with.
+        shared: what to do with an edge that the file keeps for only some heads of a group: "same"
+            refuses it, "all" leaves it out, "any" keeps it; the last two warn how many there are.
 
-    Raises as `read_scores` does; ValueError too where heads of a group disagree on an edge under
-    "same", and for a file without any edge in the graph, which holds scores alone.
+    Raises:
+        FileNotFoundError: no file.
+        ValueError: as `read_scores`; heads of a group that disagree under "same"; a file that has
+            only scores.
     """
     if shared not in FOLDED:
         raise ValueError(f"shared={shared!r}: expected one of {', '.join(FOLDED)}.")
@@ -161,14 +177,14 @@ def read_circuit(
     if split:
         warnings.warn(
             f"{path} has {int(table.kept.sum()):,} edges in the graph, and keeps {split:,} of this "
-            f"graph's edges for some of their heads alone. shared={shared!r} "
+            f"graph's edges for only some of their heads. shared={shared!r} "
             f"{'leaves them out' if shared == 'all' else 'keeps them whole'}: the circuit has "
             f"{int((spread(graph, mask.float()) > 0).sum()):,} of the file's kind of edges.",
             stacklevel=3,
         )
     if not bool(table.kept.any()):
         raise ValueError(
-            f"{path} has no edge in the graph: it holds scores alone. Use "
+            f"{path} has no edge in the graph: it holds only scores. Use "
             "EdgeScores.from_mib(path, graph).top(k)."
         )
     return mask, origin
@@ -188,7 +204,7 @@ def _write(
     width = d_model if d_model is not None else metadata.get("d_model")
     if width is None:
         raise ValueError(
-            "EAP-IG's files record the model's width, which is not in the metadata here: give "
+            "EAP-IG's files record the model's width, which is not in this metadata: give "
             "to_mib(path, d_model=model.cfg.d_model)."
         )
     config = {
@@ -197,33 +213,35 @@ def _write(
         "parallel_attn_mlp": graph.parallel,
         "d_model": int(width),
     }
-    nodes = _nodes(graph, table.kept)
+    nodes = _nodes_in_graph(graph, table.kept)
     write = _json if suffix == ".json" else _pt
     content = write(graph, config, table, nodes)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, content)
 
 
-def _nodes(graph: EdgeGraph, kept: Bool[Tensor, "source destination"]) -> Bool[Tensor, " source"]:
-    """Sources that an edge leaves and (but for the input) an edge enters, as EAP-IG marks them."""
+def _nodes_in_graph(
+    graph: EdgeGraph, in_circuit: Bool[Tensor, "source destination"]
+) -> Bool[Tensor, " source"]:
+    """Sources that an edge leaves and, except for the input, an edge enters, as EAP-IG marks."""
     enters = torch.zeros(graph.n_sources, dtype=torch.bool)
     enters[0] = True
-    row_of = {name: index for index, name in enumerate(graph.sources)}
+    source_index = {name: index for index, name in enumerate(graph.sources)}
     for column, name in enumerate(destinations(graph)[:-1]):
-        enters[row_of[name.partition("<")[0]]] |= kept[:, column].any()
-    return enters & kept.any(1)
+        enters[source_index[parse_destination(name).node]] |= in_circuit[:, column].any()
+    return enters & in_circuit.any(1)
 
 
 def _json(graph: EdgeGraph, config: dict[str, Any], table: Table, nodes: Tensor) -> bytes:
     real = real_edges(graph)
-    scores, in_graph = table.scores[real].tolist(), table.kept[real].tolist()
+    scores, in_circuit = table.scores[real].tolist(), table.kept[real].tolist()
     marks = dict(zip(graph.sources, nodes.tolist(), strict=True)) | {"logits": True}
     document = {
         "cfg": config,
         "nodes": {name: {"in_graph": mark} for name, mark in marks.items()},
         "edges": {
             name: {"score": score, "in_graph": keep}
-            for name, score, keep in zip(edge_names(graph), scores, in_graph, strict=True)
+            for name, score, keep in zip(edge_names(graph), scores, in_circuit, strict=True)
         },
     }
     return json.dumps(document).encode()
@@ -247,7 +265,7 @@ def _pt(graph: EdgeGraph, config: dict[str, Any], table: Table, nodes: Tensor) -
 
 
 def _read(path: str | os.PathLike[str], graph: EdgeGraph) -> tuple[Table, dict[str, Any]]:
-    """A file's table, checked to be one of `graph`, and what metadata it gives."""
+    """A file's table, checked against `graph`, and the metadata that it gives."""
     check_graph(graph)
     check_file(path, "circuit")
     document = read_json(path, FILE) if _suffix(path) == ".json" else _load_pt(path)
@@ -270,22 +288,22 @@ def _suffix(path: str | os.PathLike[str]) -> str:
 
 
 def _load_pt(path: str | os.PathLike[str]) -> Any:
-    """Tensors and plain values that lie in the file as they are; no code of it is run.
+    """The tensors and plain values of an uncompressed file; no code in it is run.
 
-    Mapped, since torch otherwise reads as far as a tensor says, beyond what there is of it.
+    The file is memory-mapped: otherwise torch reads as far as a tensor claims, past its end.
     """
     try:
         with zipfile.ZipFile(path) as file:
-            members = file.infolist()
-        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
-            raise ValueError("it is packed")  # to any size
+            entries = file.infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise ValueError("it is compressed")  # and could expand to any size
         document = torch.load(os.fspath(path), map_location="cpu", weights_only=True, mmap=True)
-        sizes = {member.file_size for member in members}
+        sizes = {entry.file_size for entry in entries}
         for name, value in document.items():
             if isinstance(value, Tensor) and value.untyped_storage().nbytes() not in sizes:
                 raise ValueError(f"{name} is cut short")
         return document
-    except Exception as error:  # a damaged one makes torch raise errors of many kinds
+    except Exception as error:  # torch raises many kinds for damaged files
         raise ValueError(
             f"{path} is no .pt file of tensors and plain values, or a damaged one "
             f"({first_line(error)})."
@@ -340,62 +358,62 @@ def _flag(value: Any) -> bool:
 def _table_of_pt(path: str | os.PathLike[str], document: Any, graph: EdgeGraph) -> Table:
     shape = (graph.n_sources, len(destinations(graph)))
     for key, expected in (("src_nodes", list(graph.sources)), ("dst_nodes", destinations(graph))):
-        names = document.get(key)
-        if names is None:
+        value = document.get(key)
+        if value is None:
             raise ValueError(f"{path} is no file of EAP-IG's: it has no {key!r}.")
-        _check_names(path, key, names, expected)
-        _check_complete(path, key, names, expected)
-        if list(names) != expected:
+        _check_names(path, key, value, expected)
+        _check_complete(path, key, value, expected)
+        if list(value) != expected:
             raise ValueError(f"{path}: its {key} are not in EAP-IG's order, {expected[:SHOWN]} ….")
     tensors = []
     for key in ("edges_scores", "edges_in_graph"):
         tensor = document.get(key)
         if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape:
-            names = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise ValueError(f"{path} is damaged: {key} is {names}, expected a tensor {shape}.")
+            value = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(f"{path} is damaged: {key} is {value}, expected a tensor {shape}.")
         tensors.append(tensor)
     neurons = document.get("neurons_in_graph")
     _check_neurons(path, neurons.tolist() if isinstance(neurons, Tensor) else [])
-    real = real_edges(graph)  # EAP-IG marks cells that are no edges too, when it keeps whole nodes
+    real = real_edges(graph)  # EAP-IG also marks cells that are no edges, if it keeps whole nodes
     return Table(torch.where(real, tensors[0].float(), 0.0), tensors[1].bool() & real)
 
 
 def _check_names(
-    path: str | os.PathLike[str], what: str, found: Iterable[str], wanted: Iterable[str]
+    path: str | os.PathLike[str], what: str, names: Iterable[str], expected: Iterable[str]
 ) -> None:
-    """Raise ValueError for names that the graph has not."""
-    graph_names = set(wanted)
-    unknown = [name for name in found if name not in graph_names]
+    """Raise ValueError for names that the graph does not have."""
+    known_names = set(expected)
+    unknown = [name for name in names if name not in known_names]
     if unknown:
         raise ValueError(
-            f"{path}: {what} that this graph has not: {_some(unknown)}. Give the graph of the "
-            "model that the file was made with, EdgeGraph.from_model."
+            f"{path}: {what} that this graph does not have: {_listed(unknown)}. Give the graph of "
+            "the model that the file was made with, EdgeGraph.from_model."
         )
 
 
 def _check_complete(
-    path: str | os.PathLike[str], what: str, found: Iterable[str], wanted: Iterable[str]
+    path: str | os.PathLike[str], what: str, names: Iterable[str], expected: Iterable[str]
 ) -> None:
-    """Raise ValueError for names of the graph that are not there."""
-    file_names = set(found)
-    missing = [name for name in wanted if name not in file_names]
+    """Raise ValueError if names of the graph are missing."""
+    present = set(names)
+    missing = [name for name in expected if name not in present]
     if missing:
         raise ValueError(
-            f"{path}: {what} missing: {_some(missing)}. Every edge of the graph must be in the "
+            f"{path}: {what} missing: {_listed(missing)}. Every edge of the graph must be in the "
             "file, in the circuit or not: write it again with EAP-IG's Graph.to_json or to_pt."
         )
 
 
-def _some(names: list[str]) -> str:
-    suffix = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
-    return ", ".join(map(repr, names[:SHOWN])) + suffix
+def _listed(names: list[str]) -> str:
+    remainder = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
+    return ", ".join(map(repr, names[:SHOWN])) + remainder
 
 
 def _check_neurons(path: str | os.PathLike[str], rows: list[Any]) -> None:
     if any(0 < sum(map(bool, row)) < len(row) for row in rows):
         raise ValueError(
             f"{path} is a circuit of neurons (dimensions of a node's output). EAP-IG's evaluation "
-            "cuts no edge of a node that keeps neurons, only the node's other dimensions; here "
-            "edges have masks beside neurons, so it would be scored as another circuit. Save "
+            "removes no edge of a node that keeps neurons, only its other dimensions; here "
+            "edges have masks in addition, so this would be another circuit. Save "
             "EAP-IG's graph without neurons, or build a Circuit and Neurons of kind 'dimensions'."
         )

@@ -1,4 +1,9 @@
-"""EAP-IG's view of a graph, a table [source, destination], and what it is of ours."""
+"""EAP-IG's view of a graph, a table [source, destination], and its relation to our flat vector.
+
+A column of the table is one query, key or value input of one head, an MLP or the logits. If heads
+share an input, or a head has only one, several columns are copies of one of our destinations:
+`spread` copies our values into them, `fold_scores` and `fold_mask` combine them.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_edgeprune.graph.edge_graph import EdgeGraph
+from tl_edgeprune.graph.names import kind_of
 from tl_edgeprune.graph.spans import refuse_spans
 
 SHARED = ("same", "sum", "mean")
@@ -16,24 +22,25 @@ FOLDED = ("same", "all", "any")
 
 
 class Table(NamedTuple):
-    """EAP-IG's view of a graph: every source by every destination, real edges or not."""
+    """Scores and kept edges in EAP-IG's layout: every source by every destination."""
 
     scores: Float[Tensor, "source destination"]
     kept: Bool[Tensor, "source destination"]
 
 
 def positive_ranking(values: Float[Tensor, " edge"]) -> Float[Tensor, " edge"]:
-    """The values, shifted to above 0 where any is below, in the same order as float32.
+    """The values as float32 in the same order, shifted to above 0 if any is below.
 
-    A shift rounds, and might so make equal what was not: such a value goes up by as many of
-    float32's smallest steps as keep it above those below it (bits of positive floats are in order).
+    The shift rounds and could make different values equal. Such a value is raised by the fewest of
+    float32's smallest steps that keep it above the values below it (the bits of positive floats are
+    ordered as their values).
     """
-    levels, level_of = values.double().unique(return_inverse=True)  # rising
+    levels, level_of_edge = values.double().unique(return_inverse=True)  # rising
     if levels[0] < 0:
         levels = levels - levels[0] + ((levels[-1] - levels[0]) / len(levels) or 1.0)
     steps = torch.arange(len(levels), dtype=torch.int32)
     bits = (levels.float().view(torch.int32) - steps).cummax(0).values + steps
-    return bits.view(torch.float32)[level_of]
+    return bits.view(torch.float32)[level_of_edge]
 
 
 # ----------------------------------------------------------------------------- one graph, two views
@@ -58,36 +65,31 @@ def destinations(graph: EdgeGraph) -> list[str]:
     """Names of EAP-IG's destinations, in its order: q, k, v of a layer's heads, its MLP; logits."""
     names: list[str] = []
     for layer in range(graph.n_layers):
-        names += [f"a{layer}.h{h}<{letter}>" for letter in "qkv" for h in range(graph.n_heads)]
+        names += [f"a{layer}.h{h}<{port}>" for port in "qkv" for h in range(graph.n_heads)]
         names.append(f"m{layer}")
     return [*names, "logits"]
 
 
 def columns(graph: EdgeGraph) -> list[list[int]]:
-    """Of each of our destinations, its places among EAP-IG's: several where it is shared."""
-    column_of = {name: index for index, name in enumerate(destinations(graph))}
-    columns_of = []
+    """EAP-IG's column (several, if heads share an input) of each of our destinations."""
+    column = {name: index for index, name in enumerate(destinations(graph))}
+    columns_of_destination = []
     for name in graph.destinations:
-        node, _, kind = name.partition("<")
-        if node[0] != "a":
-            mib_names = [name]
-        else:
-            kinds = [f"<{kind}"] if kind else ["<q>", "<k>", "<v>"]
-            mib_names = [owner + end for end in kinds for owner in graph.owner(name)]
-        columns_of.append([column_of[name] for name in mib_names])
-    return columns_of
+        ports = {"attn": "qkv", "mlp": "", "logits": ""}.get(kind_of(name), kind_of(name))
+        names = [f"{owner}<{port}>" for port in ports for owner in graph.owner(name)] or [name]
+        columns_of_destination.append([column[name] for name in names])
+    return columns_of_destination
 
 
 def spread(graph: EdgeGraph, values: Float[Tensor, " edge"]) -> Float[Tensor, "source destination"]:
     """Our flat vector as EAP-IG's table; 0 where there is no edge."""
-    columns_of = columns(graph)
+    mib_columns = columns(graph)
     table = torch.zeros(graph.n_sources, len(destinations(graph)))
     for read in graph.reads:
         block = values[read.edges].view(read.n_destinations, read.n_sources)
         for row in range(read.n_destinations):
-            table[: read.n_sources, columns_of[read.first_destination + row]] = block[
-                row
-            ].unsqueeze(1)
+            indices = mib_columns[read.first_destination + row]
+            table[: read.n_sources, indices] = block[row].unsqueeze(1)
     return table
 
 
@@ -96,13 +98,13 @@ def fold_scores(
 ) -> Float[Tensor, " edge"]:
     """EAP-IG's table as our flat vector; `shared` as for `read_scores`."""
     flat = torch.zeros(graph.n_edges)
-    for edges, destination, copies in _copies(graph, table):
+    for edges, destination, copies in _copies_by_destination(graph, table):
         if shared == "same" and bool((copies != copies[:, :1]).any()):
             source = int((copies != copies[:, :1]).any(1).nonzero()[0])
             raise ValueError(
                 f"the file has different scores for the {copies.shape[1]} copies of "
                 f"{graph.sources[source]}->{destination}, which is one edge in {graph}. Say how to "
-                "put them together: shared='sum' (what attribution would give for removing all of "
+                "combine them: shared='sum' (what attribution would give for removing all of "
                 "them) or shared='mean'."
             )
         if shared == "same":
@@ -117,7 +119,7 @@ def fold_mask(
 ) -> Bool[Tensor, " edge"]:
     """EAP-IG's table of kept edges as our mask; `shared` as for `read_circuit`."""
     mask = torch.zeros(graph.n_edges, dtype=torch.bool)
-    for edges, destination, copies in _copies(graph, table):
+    for edges, destination, copies in _copies_by_destination(graph, table):
         differ = copies.any(1) & ~copies.all(1)
         if shared == "same" and bool(differ.any()):
             source = graph.sources[int(differ.nonzero()[0])]
@@ -126,20 +128,20 @@ def fold_mask(
                 f"and not for others, but it is one edge in {graph}, so such a circuit cannot be "
                 "run here. Leave such edges out (shared='all'), keep them whole (shared='any'), or "
                 "read the file's scores, EdgeScores.from_mib(path, graph, shared='sum'), and "
-                "choose the edges anew."
+                "choose the edges again."
             )
         mask[edges] = copies.any(1) if shared == "any" else copies.all(1)
     return mask
 
 
-def _copies(graph: EdgeGraph, table: Tensor) -> list[tuple[slice, str, Tensor]]:
-    """Of each destination: its flat edges, its name and its columns [source, copy]."""
-    columns_of, copies = columns(graph), []
+def _copies_by_destination(graph: EdgeGraph, table: Tensor) -> list[tuple[slice, str, Tensor]]:
+    """For each of our destinations: its flat edges, its name and its columns [source, copy]."""
+    mib_columns, copies = columns(graph), []
     for read in graph.reads:
         for row in range(read.n_destinations):
             first = read.edges.start + row * read.n_sources
             destination = read.first_destination + row
-            block = table[: read.n_sources, columns_of[destination]]
+            block = table[: read.n_sources, mib_columns[destination]]
             edges = slice(first, first + read.n_sources)
             copies.append((edges, graph.destinations[destination], block))
     return copies

@@ -1,12 +1,12 @@
-"""Neurons of a circuit: parts of what a source writes that are kept, beside the edges.
+"""Neurons of a circuit: which parts of a source's output are kept, in addition to its edges.
 
 1. kind "mlp": the hidden neurons of every MLP, [n_layers, d_mlp], named m3.n17. A removed one has
    the activation h_ref that the ablation gives it: h_ref + g (h - h_ref) is what W_out reads.
 2. kind "dimensions": the dimensions of the residual stream in which each source writes,
    [n_sources, d_model], named a0.h3.d5. A gate multiplies the source's difference there.
-3. A gate is the same for all edges of its source and at all positions; edges have masks besides.
+3. A gate is the same for all edges of its source and at all positions.
 
-An MLP's output bias is no neuron's: it goes where the MLP's edges go.
+An MLP's output bias belongs to no neuron: only the MLP's edges remove it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ FORMAT = 1
 FILE_KIND = "tl_edgeprune neurons"
 HINT = "Expected one written by Neurons.save."
 MOST_NEURONS = 2**27
-"""In a file. A Llama of 70 B parameters has 2**25.4 dimensions of sources."""
+"""Limit of a file. A Llama of 70 B parameters has 2**25.4 dimensions of sources."""
 MLP, DIMENSIONS = "mlp", "dimensions"
 KINDS = {MLP: "n", DIMENSIONS: "d"}
 """The kinds, and the letter before a unit's number in a name."""
@@ -40,10 +40,16 @@ KINDS = {MLP: "n", DIMENSIONS: "d"}
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Neurons:
-    """Neurons that are kept, of one kind, as a mask [place, unit].
+    """Kept neurons of one kind.
 
-    Places are the MLPs in order (kind "mlp", units d_mlp) or the graph's sources (kind
-    "dimensions", units d_model). metadata: plain JSON values, as a Circuit's.
+    Args:
+        graph: the model's graph.
+        kind: "mlp" or "dimensions".
+        mask: bool [place, unit]: the MLPs in order by d_mlp, or the graph's sources by d_model.
+        metadata: plain JSON values, as a Circuit's.
+
+    Raises:
+        ValueError: an unknown kind, or a mask of another shape or type.
     """
 
     graph: EdgeGraph
@@ -53,10 +59,10 @@ class Neurons:
 
     def __post_init__(self) -> None:
         check_kind(self.kind)
-        n_rows = len(places_of(self.graph, self.kind))
-        if self.mask.dim() != 2 or len(self.mask) != n_rows or self.mask.dtype != torch.bool:
+        n_sites = len(places_of(self.graph, self.kind))
+        if self.mask.dim() != 2 or len(self.mask) != n_sites or self.mask.dtype != torch.bool:
             raise ValueError(
-                f"a mask of neurons of kind {self.kind!r} is bool [{n_rows}, units] in "
+                f"a mask of neurons of kind {self.kind!r} is bool [{n_sites}, units] in "
                 f"{self.graph}, got {self.mask.dtype} {tuple(self.mask.shape)}."
             )
         object.__setattr__(self, "mask", self.mask.detach().cpu().clone())
@@ -71,7 +77,7 @@ class Neurons:
 
         Raises KeyError for an unknown name.
         """
-        rows = {name: row for row, name in enumerate(places_of(graph, kind))}
+        rows = {site: row for row, site in enumerate(places_of(graph, kind))}
         mask = torch.zeros(len(rows), width, dtype=torch.bool)
         for name in names:
             match = re.fullmatch(rf"(.+)\.{KINDS[kind]}(\d+)", name)
@@ -92,9 +98,10 @@ class Neurons:
         n_neurons: int,
         **metadata: Any,
     ) -> Neurons:
-        """The `n_neurons` of highest score; of equal ones, those first in order.
+        """The `n_neurons` neurons of highest score; of equal ones, the first.
 
-        Raises ValueError for a number that there are not, and for NaN.
+        Raises:
+            ValueError: more neurons than there are, fewer than 1, or NaN scores.
         """
         check_budget(n_neurons, scores.numel())
         if bool(scores.isnan().any()):
@@ -109,10 +116,8 @@ class Neurons:
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the neurons that are kept, in order."""
-        row_names, letter = places_of(self.graph, self.kind), KINDS[self.kind]
-        return tuple(
-            f"{row_names[row]}.{letter}{unit}" for row, unit in self.mask.nonzero().tolist()
-        )
+        sites, letter = places_of(self.graph, self.kind), KINDS[self.kind]
+        return tuple(f"{sites[row]}.{letter}{unit}" for row, unit in self.mask.nonzero().tolist())
 
     @property
     def n_neurons(self) -> int:
@@ -120,14 +125,14 @@ class Neurons:
 
     @property
     def n_neurons_full(self) -> int:
-        """How many there are to keep."""
+        """How many neurons the model has."""
         return self.mask.numel()
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many are kept at each place that has any."""
-        counts = zip(places_of(self.graph, self.kind), self.mask.sum(1).tolist(), strict=True)
-        return {name: count for name, count in counts if count}
+        """How many neurons are kept at each place that keeps any."""
+        rows = zip(places_of(self.graph, self.kind), self.mask.sum(1).tolist(), strict=True)
+        return {site: count for site, count in rows if count}
 
     def __repr__(self) -> str:
         return f"Neurons({self.kind}: {self.n_neurons:,} of {self.n_neurons_full:,})"
@@ -135,8 +140,8 @@ class Neurons:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Neurons):
             return NotImplemented
-        comparable = (self.graph, self.kind) == (other.graph, other.kind)
-        return comparable and self.mask.equal(other.mask)
+        same_graph = (self.graph, self.kind) == (other.graph, other.kind)
+        return same_graph and self.mask.equal(other.mask)
 
     def __hash__(self) -> int:
         return hash((self.graph, self.kind, self.mask.numpy().tobytes()))
@@ -150,9 +155,7 @@ class Neurons:
     # ------------------------------------------------------------------------------------ on disk
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write JSON: the graph, the neurons kept by place, metadata, versions. Whole or not at
-        all.
-        """
+        """Write JSON atomically: the graph, the kept neurons by place, metadata and versions."""
         rows = zip(places_of(self.graph, self.kind), self.mask, strict=True)
         document = {
             "format": FORMAT,
@@ -161,7 +164,7 @@ class Neurons:
             "neurons": self.kind,
             "width": self.mask.shape[1],
             "n_neurons": self.n_neurons,
-            "kept": {name: row.nonzero().flatten().tolist() for name, row in rows if row.any()},
+            "kept": {site: row.nonzero().flatten().tolist() for site, row in rows if row.any()},
             "metadata": self.metadata,
             "versions": versions(),
         }
@@ -170,12 +173,15 @@ class Neurons:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Neurons:
-        """Read what `save` wrote. Raises FileNotFoundError, and ValueError for a damaged file or
-        one of another format.
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: no file.
+            ValueError: a damaged file, or one of another format.
         """
-        file_kind = "file of neurons"
-        document = read_json(path, file_kind, HINT)
-        document = of_format(document, path, file_kind, kind=FILE_KIND, format=FORMAT, hint=HINT)
+        file_type = "file of neurons"
+        document = read_json(path, file_type, HINT)
+        of_format(document, path, file_type, kind=FILE_KIND, format=FORMAT, hint=HINT)
         with damaged(path):
             kind = of_kind(document["neurons"], str, "neurons")
             check_kind(kind)
@@ -183,7 +189,7 @@ class Neurons:
             width, listed = of_kind(document["width"], int, "width"), document["kept"].items()
             if not 0 < width <= MOST_NEURONS // max(1, len(places_of(graph, kind))):
                 raise ValueError(f"it says {width} neurons at each place")
-            names = [f"{row}.{KINDS[kind]}{unit}" for row, units in listed for unit in units]
+            names = [f"{site}.{KINDS[kind]}{unit}" for site, units in listed for unit in units]
             metadata = of_kind(document["metadata"], dict, "metadata")
             neurons = replace(cls.from_names(graph, kind, names, width), metadata=metadata)
         if neurons.n_neurons != document.get("n_neurons"):
@@ -198,7 +204,7 @@ class Neurons:
 
 
 def places_of(graph: EdgeGraph, kind: str) -> tuple[str, ...]:
-    """What has neurons of a kind: MLPs, or all sources."""
+    """Names of the nodes that have neurons of a kind: the MLPs, or all sources."""
     if kind == DIMENSIONS:
         return graph.sources
     return tuple(f"m{layer}" for layer in range(graph.n_layers)) if graph.has_mlp else ()
@@ -225,7 +231,8 @@ def check_budget(n_neurons: int, most: int) -> None:
 def kind_of(neurons: Neurons | Tensor | str | None, graph: EdgeGraph) -> str | None:
     """The kind of neurons, or of gates by their number of rows, in a run on this graph.
 
-    Raises ValueError for neurons of another graph, or where the model has none of the kind.
+    Raises:
+        ValueError: neurons of another graph, or a kind that the model does not have.
     """
     if isinstance(neurons, Neurons):
         if neurons.graph.sources != graph.sources:

@@ -1,7 +1,7 @@
-"""Scores of edges: one flat tensor, and the circuits that it gives.
+"""Scores of edges: one flat tensor, and the circuits that follow from it.
 
-A score above 0 says that removing the edge raises the loss. Attribution's scores are effects, whose
-size counts whatever the sign; log alphas and other learned rankings count as they are.
+A score above 0 says that removing the edge raises the loss. Attribution scores are effects, ranked
+by magnitude; log alphas and other learned rankings are ranked as they are.
 """
 
 from __future__ import annotations
@@ -36,11 +36,17 @@ HINT = "Expected one written by EdgeScores.save."
 
 @dataclass(frozen=True, eq=False, repr=False)
 class EdgeScores:
-    """One score per edge of a graph, in flat order, and where they came from.
+    """One score per edge of a graph, and their origin.
 
-    metadata: plain JSON values, such as method, model, task and seed. by_magnitude: whether an
-    edge's rank is the size of its score (effects: EAP and its kin) or the score itself (log
-    alphas, whose lowest are the edges to remove first).
+    Args:
+        graph: the edges.
+        tensor: their scores, in flat order [edge].
+        metadata: plain JSON values, such as method, model, task and seed.
+        by_magnitude: whether edges are ranked by the magnitude of the score (effects, as of EAP) or
+            by the score itself (log alphas, of which the lowest are removed first).
+
+    Raises:
+        ValueError: scores of another length, NaN or infinite.
     """
 
     graph: EdgeGraph
@@ -61,18 +67,18 @@ class EdgeScores:
         alive: bool = False,
         convention: str = "graph",
     ) -> Circuit:
-        """The k edges of highest score; of equal ones, those first in the graph.
+        """The k edges of highest score; of equal ones, the first in the graph.
 
         Args:
             k: edges to take, from 1 to the graph's.
-            absolute: by magnitude or by the signed score; None for what fits the scores
-                (`by_magnitude`).
-            alive: leave out, after the choice, edges on no path from the input to the logits, so
-                that fewer than k may remain.
-            convention: "mib" counts edges as MIB does (see `counts`): at most k of its edges, the
-                longest run of whole ones of ours that fits.
+            absolute: rank by magnitude or by the signed score; None: as `by_magnitude` says.
+            alive: leave out chosen edges on no path from the input to the logits; fewer than k may
+                remain.
+            convention: "mib" counts edges as MIB does (see `graph.edge_counts`) and gives at most k
+                of its edges.
 
-        Raises ValueError for a k outside the graph.
+        Raises:
+            ValueError: a k outside the graph.
         """
         ranking = self.ranking(absolute)
         if convention == "graph":
@@ -84,9 +90,14 @@ class EdgeScores:
         return circuit.without_dead_edges() if alive else circuit
 
     def threshold(self, t: float, *, absolute: bool | None = None, alive: bool = False) -> Circuit:
-        """The edges whose score is at least t; `absolute` and `alive` as for `top`.
+        """The edges whose score is at least t. Warns if that is no edge or every edge.
 
-        Warns where it keeps no edge or every edge. Raises ValueError for NaN.
+        Args:
+            t: the lowest score to keep.
+            absolute, alive: as for `top`.
+
+        Raises:
+            ValueError: t is NaN.
         """
         if math.isnan(t):
             raise ValueError("threshold(nan): expected a number, the lowest score to keep.")
@@ -103,16 +114,22 @@ class EdgeScores:
         return circuit.without_dead_edges() if alive else circuit
 
     def greedy(self, k: int, *, absolute: bool | None = None, alive: bool = False) -> Circuit:
-        """k edges built from the logits back, so that each leads to the logits.
+        """k edges chosen greedily from the logits backwards, so that each leads to the logits.
 
-        Again and again, of the edges whose destination is the logits or feeds a source that a
-        chosen edge leaves, the one of highest score (Hanna, Pezzelle and Belinkov 2024, "Have
-        Faith in Faithfulness", section 3); of equal ones, that first in the graph. `absolute` and
-        `alive` as for `top`; no edge is chosen for coming from the input, so some may be dead.
+        Each step takes the edge of highest score among those into the logits or into a node that a
+        chosen edge leaves; of equal ones, the first in the graph. Some edges may not be reached
+        from the input. Hanna, Pezzelle and Belinkov 2024, "Have Faith in Faithfulness", section 3.
+
+        Args:
+            k: edges to take, from 1 to the graph's.
+            absolute, alive: as for `top`.
+
+        Raises:
+            ValueError: a k outside the graph.
         """
         check_budget(k, self.graph)
         mask = torch.zeros(self.graph.n_edges, dtype=torch.bool)
-        mask[_from_the_logits(self.graph, self.ranking(absolute).tolist(), k)] = True
+        mask[_greedy_order(self.graph, self.ranking(absolute).tolist(), k)] = True
         circuit = Circuit(self.graph, mask, dict(self.metadata))
         return circuit.without_dead_edges() if alive else circuit
 
@@ -132,7 +149,7 @@ class EdgeScores:
     # ------------------------------------------------------------------------------------ on disk
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write safetensors with graph, metadata and versions inside. Whole or not at all."""
+        """Write safetensors with graph, metadata and versions, atomically."""
         document = {
             "format": FORMAT,
             "kind": KIND,
@@ -148,14 +165,15 @@ class EdgeScores:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> EdgeScores:
-        """Read what `save` wrote. Raises FileNotFoundError, and ValueError for a damaged file or
-        one of another format.
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: no file.
+            ValueError: a damaged file, or one of another format.
         """
-        file_kind, advice = "file of scores", f"{AGAIN}, or score the edges anew"
-        tensors, document = read_tensors(path, "tl_edgeprune", file_kind, HINT)
-        document = of_format(
-            document, path, file_kind, kind=KIND, format=FORMAT, hint=HINT, again=advice
-        )
+        file_type, advice = "file of scores", f"{AGAIN}, or score the edges again"
+        tensors, document = read_tensors(path, "tl_edgeprune", file_type, HINT)
+        of_format(document, path, file_type, kind=KIND, format=FORMAT, hint=HINT, again=advice)
         with damaged(path):
             graph = EdgeGraph.from_dict(document["graph"])
             metadata = of_kind(document["metadata"], dict, "metadata")
@@ -163,23 +181,23 @@ class EdgeScores:
             scores = floats(tensors, "scores", (graph.n_edges,))
             return cls(graph, scores, metadata, by_magnitude)
 
-    # ---------------------------------------------------------------------------- others' formats
+    # ------------------------------------------------------------------------------ other formats
 
     def to_mib(self, path: str | os.PathLike[str], *, d_model: int | None = None) -> None:
-        """Write the scores as EAP-IG and the MIB benchmark read them: see `interchange`."""
+        """Write the scores as EAP-IG and the MIB benchmark read them: see `circuits.mib`."""
         write_scores(path, self.graph, self.tensor, self.by_magnitude, self.metadata, d_model)
 
     @classmethod
     def from_mib(
         cls, path: str | os.PathLike[str], graph: EdgeGraph, *, shared: str = "same"
     ) -> EdgeScores:
-        """Read the scores of a file of EAP-IG or MIB: see `interchange`."""
+        """Read the scores in a file of EAP-IG or MIB: see `circuits.mib.read_scores`."""
         return cls(graph, *read_scores(path, graph, shared))
 
 
-def _from_the_logits(graph: EdgeGraph, scores: list[float], k: int) -> list[int]:
+def _greedy_order(graph: EdgeGraph, scores: list[float], k: int) -> list[int]:
     """Flat indices of k edges, in the order in which the greedy construction takes them."""
-    incoming = [  # of each destination: its edges lie next to each other
+    incoming = [  # the edges of each destination, which are contiguous
         range(
             read.edges.start + row * read.n_sources, read.edges.start + (row + 1) * read.n_sources
         )

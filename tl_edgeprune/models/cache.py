@@ -1,9 +1,9 @@
-"""Folders of files that are made once and checked every time they are used.
+"""Cached folders of files that are built once and verified at every use.
 
-1. A folder is built beside its final place and renamed into it, so nobody sees half of one.
+1. A folder is built under a temporary name and then renamed, so nobody sees half of one.
 2. A manifest inside records the sha256 of every file and what the files were made from.
-3. Whoever wants the folder checks the manifest first; a folder that fails is built anew.
-4. One lock per folder: of two processes that need it at once, one builds and one waits.
+3. The manifest is verified before use; a folder that fails is built again.
+4. One lock per folder: of two processes that need it, one builds and the other waits.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def sha256(path: Path) -> str:
 
 
 def damage(folder: Path, recipe: dict[str, str]) -> str | None:
-    """What is wrong with a cached folder, in words; None where it is whole.
+    """What is wrong with a cached folder, in words; None if it is intact.
 
     Args:
         folder: the cached folder.
@@ -57,23 +57,23 @@ def damage(folder: Path, recipe: dict[str, str]) -> str | None:
 
 
 def ensure(folder: Path, recipe: dict[str, str], build: Build) -> Path:
-    """The cached folder, built first where it is missing or damaged (with a warning then).
+    """The cached folder, built first if it is missing, or (with a warning) damaged.
 
     Args:
-        folder: its final place.
-        recipe: what the files are made from (source digest, format version), kept in the manifest.
-        build: writes the files into the empty folder that it is given; may raise, and then
-            nothing is left behind.
+        folder: its path.
+        recipe: what the files are made from (source digest, format version), for the manifest.
+        build: writes the files into the empty folder that it is given; if it raises, nothing is
+            left behind.
     """
     if folder.is_dir() and damage(folder, recipe) is None:
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(folder.name + ".lock")):
-        damaged = damage(folder, recipe) if folder.is_dir() else None
-        if folder.is_dir() and damaged is None:  # another process built it while we waited
+        problem = damage(folder, recipe) if folder.is_dir() else None
+        if folder.is_dir() and problem is None:  # another process built it while we waited
             return folder
-        if damaged is not None:
-            message = f"cached model {folder} is damaged: {damaged}. It is built anew."
+        if problem is not None:
+            message = f"cached model {folder} is damaged: {problem}. It is built again."
             warnings.warn(message, stacklevel=2)
         _build_beside(folder, recipe, build)
     return folder

@@ -1,4 +1,4 @@
-"""The two model classes, and where a model goes."""
+"""TransformerLens' two model classes, and the device of a new model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ CLASSES = ("bridge", "hooked")
 
 
 def placed_device(call: str, cls: str, device: str | torch.device | None) -> torch.device:
-    """Where a model goes; raises for a class that is unknown or not there, as `load` does."""
+    """The device for a new model. Raises, as `load` does, if its class is unknown or missing."""
     if cls not in CLASSES:
         raise ValueError(f"{call}(cls={cls!r}): expected one of {', '.join(CLASSES)}.")
     if cls == "hooked":

@@ -1,7 +1,7 @@
-"""A folder of safetensors, as transformers saves it: weights go straight to the device.
+"""Loads a folder of safetensors, as transformers saves it, straight to the device.
 
-The module is made without memory (on the meta device) and filled tensor by tensor in the wanted
-dtype, so that a model larger than the machine's own memory reaches a GPU that has room for it.
+The module is created on the meta device and filled tensor by tensor in the requested dtype, so that
+a model larger than the machine's main memory can still be loaded to a GPU.
 """
 
 from __future__ import annotations
@@ -13,15 +13,20 @@ import torch
 
 
 def is_model_folder(name: str) -> bool:
-    """Whether the name is a folder that holds a transformers model."""
+    """Whether the name is a folder with a transformers model."""
     return (Path(name) / "config.json").is_file()
 
 
 def load_folder(folder: str | Path, device: torch.device | str, dtype: torch.dtype) -> Any:
-    """A TransformerBridge from a folder of a configuration and safetensors.
+    """A TransformerBridge from a folder with a configuration and safetensors.
 
-    Its tokenizer is the folder's own, or none. Raises FileNotFoundError for a folder without
-    safetensors (pickled weights are not read).
+    Args:
+        folder: its tokenizer is used, if it has one.
+        device: of the weights.
+        dtype: of the weights.
+
+    Raises:
+        FileNotFoundError: no safetensors in the folder (pickled weights are not read).
     """
     import transformers
     from transformer_lens.model_bridge.sources import build_bridge_from_module
@@ -42,11 +47,9 @@ def load_folder(folder: str | Path, device: torch.device | str, dtype: torch.dty
     )
     module.requires_grad_(False)
     has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
-    tokenizer = (
-        transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        if has_tokenizer
-        else None
-    )
+    tokenizer = None
+    if has_tokenizer:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     model = build_bridge_from_module(
         module.eval(),
         architecture=type(module).__name__,

@@ -1,4 +1,4 @@
-"""Small transformers from weights in hand: TransformerLens' own, in either of its classes."""
+"""Small transformers from given weights, in either of TransformerLens' classes."""
 
 from __future__ import annotations
 
@@ -20,10 +20,14 @@ def build(
     device: torch.device,
     dtype: torch.dtype,
 ) -> nn.Module:
-    """A model of these sizes with these weights; biases that `state` has not are zero.
+    """A model of these sizes with these weights.
 
-    settings: a HookedTransformerConfig's. state: under a HookedTransformer's names. cls: "bridge"
-    or "hooked" (TransformerLens 3).
+    Args:
+        name: what the model is called.
+        settings: of a HookedTransformerConfig.
+        state: weights under a HookedTransformer's names; missing biases are zero.
+        cls: "bridge" or "hooked" (TransformerLens 3).
+        device, dtype: of the weights.
     """
     make = _hooked if cls == "hooked" else _bridge
     return make(name, settings, state, device, dtype)
@@ -33,9 +37,9 @@ def _bridge(
     name: str, settings: dict[str, Any], state: State, device: torch.device, dtype: torch.dtype
 ) -> TransformerBridge:
     """A TransformerBridge around TransformerLens' own small transformer."""
-    native_settings = {"architecture": "TransformerLensNative", "init_weights": False}
+    native = {"architecture": "TransformerLensNative", "init_weights": False}
     model = TransformerBridge.boot_native(
-        settings | native_settings, model_name=name, device=device, dtype=dtype
+        settings | native, model_name=name, device=device, dtype=dtype
     )
     expected = {key: tensor.shape for key, tensor in model.state_dict().items()}
     model.load_state_dict(_native_state(state, expected))
@@ -51,14 +55,14 @@ def _hooked(
         **settings, model_name=name, device=str(device), dtype=dtype, init_weights=False
     )
     model = HookedTransformer(config)
-    own_state = model.state_dict()
-    zeros = {key: torch.zeros_like(own_state[key]) for key in own_state if ".b_" in key}
-    model.load_state_dict(own_state | zeros | state)
+    initial = model.state_dict()
+    zeros = {key: torch.zeros_like(initial[key]) for key in initial if ".b_" in key}
+    model.load_state_dict(initial | zeros | state)
     return model
 
 
 def _native_state(state: State, expected: dict[str, torch.Size]) -> State:
-    """The same weights under the Bridge's names, as torch.nn.Linear keeps them."""
+    """The weights under the Bridge's names, in the layout of torch.nn.Linear."""
     native = {key: torch.zeros(shape) for key, shape in expected.items() if key.endswith(".bias")}
     for key, tensor in state.items():
         module, matrix = key.rsplit(".", 1)
@@ -73,7 +77,7 @@ def _native_state(state: State, expected: dict[str, torch.Size]) -> State:
 
 
 def _native_name(module: str, matrix: str) -> str:
-    """The name of blocks.0.mlp.W_in is blocks.0.mlp.in.weight."""
+    """For example, blocks.0.mlp.W_in becomes blocks.0.mlp.in.weight."""
     kind = "bias" if matrix.startswith("b") else "weight"
     if matrix in ("W_E", "W_pos", "W_U", "w", "b"):  # of embeddings and norms
         return f"{module}.{kind}"

@@ -1,4 +1,4 @@
-"""Loading without noise: progress bars, advice, prints and deprecation notes of the libraries."""
+"""Silences the libraries' progress bars, advice, prints and deprecation notes while loading."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from transformers.utils import logging as transformers_logging
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence what transformers and TransformerLens say while they load a model.
+    """Silence transformers and TransformerLens while they load a model.
 
-    This package's own warnings (a damaged cache) still come through, and so do errors.
+    This package's own warnings (a damaged cache) and errors still get through.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(_no_bars())
@@ -30,12 +30,12 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _no_bars() -> Iterator[None]:
-    bar_enabled = transformers_logging.is_progress_bar_enabled()
+    were_enabled = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
-        if bar_enabled:
+        if were_enabled:
             transformers_logging.enable_progress_bar()
 
 

@@ -94,15 +94,15 @@ def compile_program(
     if isinstance(program, rasp.TokensType | rasp.IndicesType):
         raise ValueError(
             f"models.from_tracr: {program.label} is in the embedding already and needs no layer, "
-            "so there is no circuit to look for."
+            "so there is no circuit to find."
         )
     if len(tokens) < 2 or max_seq_len < 1:
         raise ValueError(
             f"models.from_tracr: {len(tokens)} different tokens and max_seq_len={max_seq_len}; "
-            "expected two tokens or more (a prompt needs another one to be corrupted with) and "
+            "expected at least two tokens (corrupting a prompt needs another one) and "
             "max_seq_len of 1 or more."
         )
-    assembled = compiler.compile_rasp_to_model(
+    made = compiler.compile_rasp_to_model(
         program,
         vocab=set(tokens),
         max_seq_len=max_seq_len,
@@ -111,70 +111,70 @@ def compile_program(
         compiler_pad=PAD,
         mlp_exactness=mlp_exactness,
     )
-    values = list(getattr(assembled.output_encoder, "encoding_map", {}))
+    values = list(getattr(made.output_encoder, "encoding_map", {}))
     labels = [f"{program.label}:{value}" for value in values] or [program.label]
-    rows = [assembled.residual_labels.index(label) for label in labels]
-    ids = assembled.input_encoder.encoding_map
+    rows = [made.residual_labels.index(label) for label in labels]
+    ids = made.input_encoder.encoding_map
     config = {
         "name": name,
         "format": 1,
         "versions": {p: version(p) for p in ("tracr-pypi", "jax", "dm-haiku")},
-        "model": _sizes(assembled, max_seq_len, len(rows)),
+        "model": _sizes(made, max_seq_len, len(rows)),
         "causal": causal,
         "bos": ids[BOS],
         "tokens": sorted(ids[token] for token in tokens),
         "vocab": {str(token): index for token, index in ids.items()},
         "outputs": values,
-        "residual_labels": list(assembled.residual_labels),
+        "residual_labels": list(made.residual_labels),
     }
-    arrays = _weights(assembled, rows)
+    arrays = _weights(made, rows)
     return Compiled(config, {key: torch.from_numpy(array) for key, array in arrays.items()})
 
 
 def _tracr() -> tuple[ModuleType, ModuleType]:
-    """Tracr's compiler and its language, or ImportError that says how to get them."""
+    """Tracr's compiler and language. Raises ImportError, with instructions, if missing."""
     try:
         from tracr.compiler import compiling
         from tracr.rasp import rasp
     except ImportError as error:
         raise ImportError(
-            f"models.from_tracr needs Tracr, which is not here ({error}): "
+            f"models.from_tracr needs Tracr, which cannot be imported ({error}): "
             'pip install "tl_edgeprune[tracr]" (tracr-pypi, JAX and dm-haiku).'
         ) from error
     return compiling, rasp
 
 
-def _sizes(made: Any, max_seq_len: int, n_outputs: int) -> dict[str, int]:
-    shape = made.model_config
+def _sizes(compiled: Any, max_seq_len: int, n_outputs: int) -> dict[str, int]:
+    shape = compiled.model_config
     return {
         "n_layers": shape.num_layers,
         "n_heads": shape.num_heads,
-        "d_model": len(made.residual_labels),
+        "d_model": len(compiled.residual_labels),
         "d_head": shape.key_size,
         "d_mlp": shape.mlp_hidden_size,
         "n_ctx": max_seq_len + 1,
-        "d_vocab": len(made.input_encoder.encoding_map),
+        "d_vocab": len(compiled.input_encoder.encoding_map),
         "d_vocab_out": n_outputs,
     }
 
 
-def _weights(made: Any, outputs: list[int]) -> dict[str, np.ndarray]:
+def _weights(compiled: Any, outputs: list[int]) -> dict[str, np.ndarray]:
     """Tracr's parameters under TransformerLens' names, without the biases (all zero).
 
     outputs: rows of the residual stream that hold the program's output.
     """
-    params = {name: {k: np.asarray(v) for k, v in p.items()} for name, p in made.params.items()}
-    n_heads, d_head = made.model_config.num_heads, made.model_config.key_size
-    d_model = len(made.residual_labels)
+    params = {name: {k: np.asarray(v) for k, v in p.items()} for name, p in compiled.params.items()}
+    n_heads, d_head = compiled.model_config.num_heads, compiled.model_config.key_size
+    d_model = len(compiled.residual_labels)
     state = {
         "embed.W_E": params["token_embed"]["embeddings"],
         "pos_embed.W_pos": params["pos_embed"]["embeddings"],
         "unembed.W_U": np.eye(d_model, dtype=np.float32)[:, outputs],
     }
-    for layer in range(made.model_config.num_layers):
+    for layer in range(compiled.model_config.num_layers):
         source, target = f"transformer/layer_{layer}", f"blocks.{layer}"
-        for tracr_name, letter in (("query", "Q"), ("key", "K"), ("value", "V")):
-            heads = params[f"{source}/attn/{tracr_name}"]["w"].reshape(d_model, n_heads, d_head)
+        for parameter, letter in (("query", "Q"), ("key", "K"), ("value", "V")):
+            heads = params[f"{source}/attn/{parameter}"]["w"].reshape(d_model, n_heads, d_head)
             state[f"{target}.attn.W_{letter}"] = heads.transpose(1, 0, 2)  # [head, d_model, d_head]
         output = params[f"{source}/attn/linear"]["w"]
         state[f"{target}.attn.W_O"] = output.reshape(n_heads, d_head, d_model)

@@ -1,8 +1,8 @@
-"""Semi-synthetic models: real, trained weights, and a circuit that is known.
+"""Semi-synthetic models: trained weights with a known circuit.
 
 `siit-sum`, `siit-lookup`, `siit-branch`: what each computes, and by which heads and MLPs, is
-written down in siit/examples.py; scripts/train_semi_synthetic.py trained them (siit/training.py)
-and wrote how well it went beside the weights. They have layer norms, GELU MLPs, learned positions
+defined in siit/examples.py; scripts/train_semi_synthetic.py trained them (siit/training.py) and
+wrote their accuracies beside the weights. They have layer norms, GELU MLPs, learned positions
 and causal attention, and answer at the last position.
 
 InterpBench: Gupta, Arcuschin, Kwa and Garriga-Alonso 2024, arXiv 2407.14494.
@@ -29,19 +29,20 @@ WEIGHTS = Path(__file__).parent / "semi_synthetic_weights"
 
 
 def read_config(name: str) -> dict[str, Any]:
-    """What training wrote beside the weights: sizes, circuit, settings, accuracies."""
+    """The file beside the weights: sizes, circuit, settings, accuracies."""
     return json.loads((WEIGHTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def known_circuit(name: str, ablation: str) -> frozenset[str] | None:
-    """The circuit that the model was trained to have, under counterfactual ablation; else None."""
+    """The circuit that the model was trained to have; None unless ablation is counterfactual."""
     return frozenset(read_config(name)["circuit"]) if ablation == "counterfactual" else None
 
 
 class Trained(NamedTuple):
-    """A model, and on which shares of fresh pairs it says what its causal model says.
+    """A trained model, and the shares of new pairs on which it agrees with its causal model.
 
-    accuracy: "task"; "interchange", reads swapped; "strict", edges outside the circuit cut; "both".
+    accuracy: "task": without interventions; "interchange": with swapped reads; "strict": with edges
+    outside the circuit removed; "both".
     """
 
     model: nn.Module
@@ -61,23 +62,25 @@ def train_semi_synthetic(
     dtype: torch.dtype | None = None,
     progress: bool = True,
 ) -> Trained:
-    """A transformer trained so that the causal model's circuit, and no other, does its task.
+    """Train a transformer in which only the causal model's circuit does its task.
 
-    Its circuit is `causal.edges`, under counterfactual ablation. Look at `accuracy` before you
-    take that for granted: below 0.99, train longer, or make d_model larger. See siit/training.py.
+    Its circuit under counterfactual ablation is `causal.edges`. Check `accuracy` before you rely on
+    that: if it is below 0.99, train longer or increase d_model. See siit/training.py.
 
     Args:
-        steps, lr, batch_size, seed: of the training, on the CPU in float32.
-        d_model: its width, a multiple of the number of heads.
+        steps, lr, batch_size, seed: of the training, which runs on the CPU in float32.
+        d_model: the width, a multiple of the number of heads.
         cls, device, dtype: as for `models.load`.
 
-    Raises ValueError for sizes that do not fit, and as `models.load` does for the class.
+    Raises:
+        ValueError: sizes that do not fit together, or an unknown class.
+        ImportError: as of `models.load`.
     """
     device = placed_device("models.train_semi_synthetic", cls, device)
     if steps < 1 or batch_size < 1 or d_model % causal.graph.n_heads:
         raise ValueError(
             f"steps={steps}, batch_size={batch_size}, d_model={d_model}: expected 1 or more, and a "
-            f"width that {causal.graph.n_heads} heads share."
+            f"d_model divisible by {causal.graph.n_heads} heads."
         )
     state = training.train(
         causal,
@@ -95,7 +98,7 @@ def train_semi_synthetic(
 
 
 def read_state(name: str) -> plain.State:
-    """The weights as training gave them."""
+    """The trained weights of a shipped model."""
     return load_file(WEIGHTS / f"{name}.safetensors")
 
 
@@ -112,7 +115,7 @@ def build(
     device: torch.device,
     dtype: torch.dtype,
 ) -> nn.Module:
-    """A transformer from the weights that training gave."""
+    """A transformer from trained weights."""
     settings = sizes | {
         "act_fn": "gelu",
         "attention_dir": "causal",

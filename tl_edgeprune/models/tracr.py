@@ -1,17 +1,17 @@
-"""Compiled programs with known circuits: seven that come with the package, and your own.
+"""Compiled programs with known circuits: seven shipped ones, and your own.
 
-| name | at each position but BOS, the program says |
+| name | output at each position except BOS |
 |---|---|
 | `tracr-xproportion` | the share of tokens so far that are x (a number) |
 | `tracr-reverse` | the tokens in reverse order |
 | `tracr-hist` | how many tokens are the same as this one |
 | `tracr-sort` | the tokens in order |
 | `tracr-length` | how many tokens there are |
-| `tracr-pair-balance` | the share of tokens so far that are "(", less that of ")" (a number) |
+| `tracr-pair-balance` | the share of tokens so far that are "(", minus that of ")" (a number) |
 | `tracr-shuffle-dyck` | whether the parentheses are balanced |
 
 All are bidirectional, have no norms, ReLU MLPs, and read BOS and one to `n_ctx - 1` tokens. Logits
-are the program's output itself: a number, or one column for each value; at BOS it means nothing.
+are the program's output: a number, or one column per value; at BOS they are meaningless.
 rasp.py makes such models from RASP programs; scripts/compile_tracr.py writes the shipped ones.
 
 Tracr: Lindner et al. 2023, arXiv 2301.05062. The circuits: see `known_circuit`.
@@ -39,7 +39,7 @@ WEIGHTS = Path(__file__).parent / "tracr_weights"
 class Compiled(NamedTuple):
     """A compiled program.
 
-    config: what the compiler wrote of it: sizes, token ids, output values, versions, examples.
+    config: sizes, token ids, output values, versions, examples.
     state: weights under a HookedTransformer's names.
     """
 
@@ -48,12 +48,12 @@ class Compiled(NamedTuple):
 
 
 def read_config(name: str) -> dict[str, Any]:
-    """What the compiler wrote beside the weights: sizes, token ids, versions, checked examples."""
+    """The file beside the weights: sizes, token ids, versions, checked examples."""
     return json.loads((WEIGHTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def known_circuit(name: str, ablation: str) -> frozenset[str] | None:
-    """The shipped circuit, or None where there is none for that ablation."""
+    """The shipped circuit, or None if there is none for that ablation."""
     edges = read_config(name)["circuits"].get(ablation)
     return None if edges is None else frozenset(edges)
 
@@ -66,7 +66,7 @@ def shipped(name: str) -> Compiled:
 def build(compiled: Compiled, cls: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """The compiled program as a TransformerBridge ("bridge") or a HookedTransformer ("hooked").
 
-    It remembers its configuration: see `config_of`.
+    It keeps its configuration: see `config_of`.
     """
     config = compiled.config
     settings = config["model"] | {
@@ -81,5 +81,5 @@ def build(compiled: Compiled, cls: str, device: torch.device, dtype: torch.dtype
 
 
 def config_of(model: Any) -> dict[str, Any] | None:
-    """What the compiler wrote of a model made by `build`; None for any other model."""
+    """The configuration of a model made by `build`; None for any other model."""
     return getattr(model, "compiled_program", None)

@@ -1,8 +1,8 @@
-"""Pictures: a circuit as a page, a drawing and DOT text, and plots of what was measured.
+"""Pictures: a circuit as a page, a drawing and DOT text, and plots of measurements.
 
-`circuit/` has the first three, `plots/` a file for each plot; `figures` and `palette` are what they
-share; `page/` has the page's own HTML, CSS and JavaScript. Each function is imported on first use:
-a page needs no matplotlib, a drawing no TransformerLens.
+`circuit/` has the first three, `plots/` one file per plot, and `figures` and `palette` what they
+share. `page/` has the page's HTML, CSS and JavaScript. Each function is imported on first use: a
+page needs no matplotlib, a drawing no TransformerLens.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Matplotlib figures that leave the caller's pyplot and style alone."""
+"""Matplotlib figures that do not change the caller's pyplot state or style."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _STYLE = {
     "grid.linewidth": 0.8,
     "legend.frameon": False,
     "text.color": INK,
-    "text.parse_math": False,  # a dollar in a name is a dollar
+    "text.parse_math": False,  # a dollar sign in a name is not mathematics
     "xtick.color": MUTED,
     "ytick.color": MUTED,
     "xtick.labelcolor": INK,
@@ -48,9 +48,9 @@ _STYLE = {
 def saved_figure(
     path: str | os.PathLike[str], width: float, height: float, dpi: int = 200
 ) -> Iterator[Figure]:
-    """A figure of `width` by `height` inches in the package's style, written when the block ends.
+    """A figure of `width` by `height` inches in the package's style, saved when the block ends.
 
-    pyplot is never imported: no window, no current figure, no backend is touched.
+    pyplot is never imported: no window, current figure or backend changes.
 
     Raises:
         ValueError: the path does not end in one of FORMATS.

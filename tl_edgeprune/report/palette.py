@@ -1,4 +1,4 @@
-"""Colours that stay apart for the colour-blind, and the marks that tell the same without colour."""
+"""Colour-blind-safe colours, and markers that show the same without colour."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ ORANGE, SKY, BLACK, BROWN = "#e69f00", "#56b4e9", "#000000", "#8c6d31"
 SERIES = (BLUE, VERMILLION, GREEN, PINK, ORANGE, SKY, BLACK, BROWN)  # of lines in one plot
 
 INK, MUTED, FAINT = "#1b2330", "#667085", "#e3e7ee"
-KIND_COLORS = {  # a graph has either heads with one input or q, k and v: never both
+KIND_COLORS = {  # a graph has heads with either one input or q, k and v, never both
     "q": BLUE,
     "k": VERMILLION,
     "v": GREEN,
@@ -17,4 +17,4 @@ KIND_COLORS = {  # a graph has either heads with one input or q, k and v: never 
     "logits": "#3d4656",
 }
 KIND_MARKERS = {"q": "o", "k": "s", "v": "^", "attn": "o", "mlp": "D", "logits": "_"}
-SIDE_COLORS = {"shared": "#3d4656", "a": BLUE, "b": VERMILLION}  # of two circuits, one on the other
+SIDE_COLORS = {"shared": "#3d4656", "a": BLUE, "b": VERMILLION}  # of two overlaid circuits

@@ -1,11 +1,11 @@
-"""Semi-synthetic models: transformers trained so that a given circuit, and no other, does a task.
+"""Semi-synthetic models: transformers trained so that only a given circuit does a task.
 
 causal.py: the task as variables that read one another, each at its place in a transformer.
-network.py: a small transformer whose edges can be cut example by example.
-training.py: strict interchange intervention training, and how well it went.
+network.py: a small transformer whose edges can be removed example by example.
+training.py: strict interchange intervention training, and its accuracies.
 examples.py: the causal models of the shipped weights.
 
-A model of your own: write a `CausalModel`, give it to `models.train_semi_synthetic`, and take its
+For your own model: write a `CausalModel`, give it to `models.train_semi_synthetic`, and take its
 pairs from `tasks.semi_synthetic.pairs`.
 """
 

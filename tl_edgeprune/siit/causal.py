@@ -2,9 +2,9 @@
 
 1. A variable has a node (a head, an MLP, the logits) and reads other variables or the tokens. Each
    read is one edge of the transformer, so the variables together are a circuit.
-2. To *swap* a read is to give it the value that its variable has on another prompt. What the
-   model then says is what a transformer with this circuit has to say when the same edge carries
-   its source's output on the other prompt.
+2. To *swap* a read is to give it the value that its variable has on another prompt. The model's
+   answer is then what a transformer with this circuit must answer if the same edge carries its
+   source's output on the other prompt.
 
 Interchange interventions: Geiger et al. 2021, "Causal Abstractions of Neural Networks"
 (arXiv 2106.02997); here the intervention is on a single edge, as in path patching.
@@ -30,9 +30,12 @@ Values = dict[str, Tensor]
 class Variable:
     """One step of the task.
 
-    name: any. node: where it is computed, as a source is named ("a0.h1", "m0"), or "logits".
-    reads: the variables that it reads ("input": the tokens); a head says by which of its inputs,
-    "keys<k>". compute: their values, each [batch, ...], in that order -> its own.
+    Args:
+        name: any name.
+        node: where it is computed: a source ("a0.h1", "m0") or "logits".
+        reads: names of the variables that it reads ("input": the tokens); for a head with the input
+            that reads it, "keys<k>".
+        compute: from the values of the reads, each [batch, ...], in that order, to its value.
     """
 
     name: str
@@ -45,18 +48,18 @@ class Variable:
 class CausalModel:
     """Variables in the order in which they are computed, and the transformer that they lie in.
 
-    The last variable is at the logits: its value is the right token at the prompt's last position.
+    The last variable is at the logits: its value is the correct token after the prompt.
 
     Args:
         name: what the model is called.
         graph: the transformer's edges.
         n_tokens: size of its vocabulary.
-        draw: (n, generator) -> random prompts [n, pos], all of one length.
+        draw: (n, generator) -> random prompts [n, pos], all of the same length.
         variables: see `Variable`.
 
     Raises:
-        ValueError: a variable that reads one not yet computed, a name or a node used twice, an edge
-            that the graph has not, or a last variable that is not at the logits.
+        ValueError: a variable that reads a later one, a name or a node used twice, an edge that the
+            graph does not have, or a last variable that is not at the logits.
     """
 
     name: str
@@ -71,13 +74,13 @@ class CausalModel:
             for read in variable.reads:
                 if _name(read) not in nodes:
                     raise ValueError(
-                        f"variable {variable.name!r} reads {_name(read)!r}: expected a variable "
-                        f"before it, one of {', '.join(nodes)}."
+                        f"variable {variable.name!r} reads {_name(read)!r}: expected an earlier "
+                        f"variable, one of {', '.join(nodes)}."
                     )
             if variable.name in nodes or variable.node in nodes.values():
                 raise ValueError(
                     f"variable {variable.name!r} at {variable.node!r}: its name or its node is "
-                    "taken by a variable before it."
+                    "used by an earlier variable."
                 )
             nodes[variable.name] = variable.node
         if not self.variables or self.variables[-1].node != "logits":
@@ -99,7 +102,7 @@ class CausalModel:
         )
 
     def answers(self, tokens: Int[Tensor, "batch pos"]) -> Int[Tensor, " batch"]:
-        """The right token after each prompt."""
+        """The correct token after each prompt."""
         return self._values(tokens)[self.variables[-1].name]
 
     def interchange(
@@ -108,8 +111,12 @@ class CausalModel:
         other: Int[Tensor, "batch pos"],
         swapped: Bool[Tensor, "batch edge"],
     ) -> Int[Tensor, " batch"]:
-        """The token that follows where some reads (columns as in `edges`) get the value that their
-        variable has on the other prompt.
+        """The correct token if swapped reads get their variable's value on the other prompt.
+
+        Args:
+            tokens: prompts.
+            other: the prompts to swap from.
+            swapped: which reads are swapped; columns as in `edges`.
         """
         return self._values(tokens, self._values(other), swapped)[self.variables[-1].name]
 

@@ -1,11 +1,12 @@
 """The causal models of the shipped semi-synthetic transformers.
 
-`siit-sum` (2 layers): prompts a b c =; says the larger of (a + b) mod 4 and c.
-`siit-lookup` (2 layers): prompts of three keys, each with a value, and a key: says its value.
-`siit-branch` (3 layers): prompts t s u s'; if s' is s, the value is t's, else u's; says it shifted
-by the tag s. Control flow: what one head says decides where another one looks.
+`siit-sum` (2 layers): prompts a b c =; the answer is the larger of (a + b) mod 4 and c.
+`siit-lookup` (2 layers): prompts of three keys, each with a value, and a key; the answer is the
+key's value.
+`siit-branch` (3 layers): prompts t s u s'; the answer is t if s' is s, else u, shifted by the tag
+s. Control flow: what one head outputs decides where another one attends.
 
-Each has four heads a layer, and most heads and MLPs belong to no variable.
+Each has four heads per layer, and most heads and MLPs belong to no variable.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ def _lookup() -> CausalModel:
         return torch.cat([torch.stack([keys, values], 2).flatten(1), query], 1)
 
     def look_up(query: Tensor, keys: Tensor, tokens: Tensor) -> Tensor:
-        match = (keys == query[:, -1:]).long().argmax(1, keepdim=True)
-        return tokens[:, 1 : 2 * KEYS : 2].gather(1, match)[:, 0]
+        index = (keys == query[:, -1:]).long().argmax(1, keepdim=True)
+        return tokens[:, 1 : 2 * KEYS : 2].gather(1, index)[:, 0]
 
     return CausalModel(
         "siit-lookup",
@@ -74,12 +75,12 @@ def _branch() -> CausalModel:
 
     def draw(n: int, generator: torch.Generator) -> Tensor:
         tokens = torch.randint(DIGITS, (n, 4), generator=generator)
-        is_same = torch.rand(n, generator=generator) < 0.5
-        tokens[:, 3] = torch.where(is_same, tokens[:, 1], tokens[:, 3])
+        repeats_tag = torch.rand(n, generator=generator) < 0.5
+        tokens[:, 3] = torch.where(repeats_tag, tokens[:, 1], tokens[:, 3])
         return tokens
 
-    def choose(same: Tensor, tokens: Tensor) -> Tensor:
-        return torch.where(same, tokens[:, 0], tokens[:, 2])
+    def choose(repeats_tag: Tensor, tokens: Tensor) -> Tensor:
+        return torch.where(repeats_tag, tokens[:, 0], tokens[:, 2])
 
     return CausalModel(
         "siit-branch",

@@ -1,9 +1,9 @@
-"""A small transformer whose edges can be cut, example by example: what strict training trains.
+"""A small transformer whose edges can be removed example by example: what training trains.
 
 Pre-norm blocks, causal attention, learned positions, GELU MLPs; biases only in norms and MLPs.
-Weights are named and shaped as a HookedTransformer's. Every destination's input is computed as it
-is defined: the stream plus, for each edge that is cut, what its source says on another prompt less
-what it says on this one.
+Weights are named and shaped as a HookedTransformer's. Every destination's input follows the
+definition: the stream plus, for each removed edge, its source's output on another prompt minus its
+output on this one.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from tl_edgeprune.graph.edge_graph import EdgeGraph
 
 State = dict[str, Float[Tensor, "..."]]
 EPS = 1e-5
-SPREAD = 0.8  # of embeddings at the start
+SPREAD = 0.8  # standard deviation of the initial embeddings
 
 
 def fresh_weights(settings: dict[str, Any], generator: torch.Generator) -> State:
-    """Random weights for a model of these sizes (TransformerLens' names for them)."""
+    """Random weights for a model of these sizes (named as TransformerLens names them)."""
     d, heads, d_head, d_mlp = (settings[k] for k in ("d_model", "n_heads", "d_head", "d_mlp"))
     vocab, context = settings["d_vocab"], settings["n_ctx"]
 
@@ -62,29 +62,34 @@ def run(
     cut: Bool[Tensor, "batch edge"] | None = None,
     other: Float[Tensor, "source batch pos d_model"] | None = None,
 ) -> tuple[Float[Tensor, "batch vocab"], Float[Tensor, "source batch pos d_model"]]:
-    """Logits at the last position, and what each source said.
+    """Logits at the last position, and the output of each source.
 
-    Edges that are `cut` carry what their source says in `other`, a run of its own.
+    Args:
+        state: the weights.
+        graph: their graph.
+        tokens: prompts.
+        cut: edges that carry their source's output from `other`; None: no edge.
+        other: the sources' outputs in another run.
     """
-    writes = [state["embed.W_E"][tokens] + state["pos_embed.W_pos"][: tokens.shape[1]]]
+    outputs = [state["embed.W_E"][tokens] + state["pos_embed.W_pos"][: tokens.shape[1]]]
 
-    def read(place: int) -> Float[Tensor, "destination batch pos d_model"]:
-        block = graph.reads[place]
-        stream = torch.stack(writes).sum(0)
+    def read(read_index: int) -> Float[Tensor, "destination batch pos d_model"]:
+        block = graph.reads[read_index]
+        stream = torch.stack(outputs).sum(0)
         if cut is None or other is None:
             return stream.expand(block.n_destinations, *stream.shape)
-        swap = other[: len(writes)] - torch.stack(writes)
+        swap = other[: len(outputs)] - torch.stack(outputs)
         rows = cut[:, block.edges].view(-1, block.n_destinations, block.n_sources).to(swap.dtype)
         return stream + einsum(rows, swap, "b dst src, src b p d -> dst b p d")
 
     for layer in range(graph.n_layers):
         inputs = _norm(state, f"blocks.{layer}.ln1", read(2 * layer))
-        writes += _heads(state, f"blocks.{layer}.attn", *inputs.chunk(3))
+        outputs += _heads(state, f"blocks.{layer}.attn", *inputs.chunk(3))
         hidden = _norm(state, f"blocks.{layer}.ln2", read(2 * layer + 1)[0])
         mlp = {k: state[f"blocks.{layer}.mlp.{k}"] for k in ("W_in", "b_in", "W_out", "b_out")}
-        writes.append(gelu(hidden @ mlp["W_in"] + mlp["b_in"]) @ mlp["W_out"] + mlp["b_out"])
+        outputs.append(gelu(hidden @ mlp["W_in"] + mlp["b_in"]) @ mlp["W_out"] + mlp["b_out"])
     final = _norm(state, "ln_final", read(2 * graph.n_layers)[0, :, -1])
-    return final @ state["unembed.W_U"], torch.stack(writes)
+    return final @ state["unembed.W_U"], torch.stack(outputs)
 
 
 def _norm(state: State, name: str, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
@@ -98,7 +103,7 @@ def _heads(
     for_k: Float[Tensor, "head batch pos d_model"],
     for_v: Float[Tensor, "head batch pos d_model"],
 ) -> list[Float[Tensor, "batch pos d_model"]]:
-    """What each head of a layer adds to the stream, each of its inputs its own."""
+    """What each head of a layer adds to the stream, given its separate q, k and v inputs."""
     q, k, v = (
         einsum(x, state[f"{attention}.W_{letter}"], "h b p d, h d e -> h b p e")
         for letter, x in zip("QKV", (for_q, for_k, for_v), strict=True)

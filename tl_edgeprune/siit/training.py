@@ -1,18 +1,18 @@
-"""Strict interchange intervention training: a transformer with a given circuit, and no other.
+"""Strict interchange intervention training: a transformer with only a given circuit.
 
 Every step draws pairs of prompts and, pair by pair,
 
 1. reads of the causal model to swap: none, one, all reads of one variable, or any set;
 2. edges outside the circuit to cut: none, all, or any share of them.
 
-The transformer runs with all those edges carrying what their sources say on the other prompt, and
-has to say what the causal model says with the swapped reads: the cross-entropy is all that is
-minimised. Without swaps and cuts that is the task itself; swaps make every edge of the circuit
-carry its variable; cuts make every other edge carry nothing.
+The transformer runs with all those edges carrying their sources' outputs on the other prompt, and
+must answer as the causal model does with the swapped reads. The loss is the cross-entropy. Without
+swaps and cuts, this is the task itself; swaps make every edge of the circuit carry its variable;
+cuts make every other edge carry nothing.
 
 Gupta, Arcuschin, Kwa and Garriga-Alonso 2024, "InterpBench" (arXiv 2407.14494), section 3, swap and
-cut nodes; here it is edges (a node's, all at once, among them), since edges are what circuits
-are made of in this package, and so a head's queries, keys and values are told apart. Interchange
+cut nodes. Here edges are swapped and cut (among them all edges of a node at once), since circuits
+consist of edges in this package; this also separates a head's queries, keys and values. Interchange
 intervention training: Geiger et al. 2022, arXiv 2112.00826.
 """
 
@@ -56,14 +56,14 @@ class Draws:
         return self.causal.draw(n, self.generator)
 
     def interventions(self, n: int) -> Interventions:
-        """Swaps and cuts for n pairs, as the module says."""
+        """Swaps and cuts for n pairs, as the module's docstring describes."""
         n_reads, n_edges = len(self.causal.edges), self.causal.graph.n_edges
-        chosen = torch.randint(n_reads, (n,), generator=self.generator)
+        read_indices = torch.randint(n_reads, (n,), generator=self.generator)
         kinds = torch.stack(
             [
                 torch.zeros(n, n_reads, dtype=torch.bool),
-                torch.eye(n_reads, dtype=torch.bool)[chosen],
-                self.from_same[chosen],
+                torch.eye(n_reads, dtype=torch.bool)[read_indices],
+                self.from_same[read_indices],
                 torch.rand(n, n_reads, generator=self.generator) < 0.5,
             ]
         )
@@ -81,7 +81,7 @@ class Draws:
 
 
 def sizes(causal: CausalModel, d_model: int = 32) -> dict[str, int]:
-    """A transformer's sizes for a causal model, as TransformerLens calls them."""
+    """A transformer's sizes for a causal model, as a HookedTransformerConfig names them."""
     prompt = causal.draw(1, torch.Generator().manual_seed(0))
     return {
         "n_layers": causal.graph.n_layers,
@@ -108,7 +108,7 @@ def train(
 ) -> State:
     """Weights of a transformer with the causal model's circuit, under TransformerLens' names.
 
-    A step sees `batch_size` pairs; the learning rate rises for a tenth of the steps, then falls.
+    The learning rate rises for a tenth of the steps, then falls.
     """
     generator = torch.Generator().manual_seed(seed)
     state = fresh_weights(sizes(causal, d_model), generator)
@@ -132,47 +132,43 @@ def train(
 
 
 def _loss(state: State, draws: Draws, n: int) -> Tensor:
-    clean, source_prompts = draws.prompts(n), draws.prompts(n)
-    logits, targets = _answers(state, draws.causal, clean, source_prompts, draws.interventions(n))
-    return cross_entropy(logits, targets)
+    clean, corrupted = draws.prompts(n), draws.prompts(n)
+    logits, expected = _answers(state, draws.causal, clean, corrupted, draws.interventions(n))
+    return cross_entropy(logits, expected)
 
 
 def _answers(
-    state: State, causal: CausalModel, clean: Tensor, other: Tensor, made: Interventions
+    state: State, causal: CausalModel, clean: Tensor, other: Tensor, interventions: Interventions
 ) -> tuple[Tensor, Tensor]:
     """The transformer's logits under interventions, and the causal model's token."""
-    _, writes = run(state, causal.graph, other)
-    logits, _ = run(state, causal.graph, clean, made.cut, writes)
-    return logits, causal.interchange(clean, other, made.swapped)
+    _, other_outputs = run(state, causal.graph, other)
+    logits, _ = run(state, causal.graph, clean, interventions.cut, other_outputs)
+    return logits, causal.interchange(clean, other, interventions.swapped)
 
 
 def accuracies(state: State, causal: CausalModel, n: int = 4096, seed: int = 1) -> dict[str, float]:
-    """Shares of n fresh pairs on which the transformer says what the causal model says.
+    """Shares of n new pairs on which the transformer agrees with the causal model.
 
-    task: as it is. interchange: some reads swapped. strict: some or all edges outside the circuit
-    cut. both: both at once.
+    task: without interventions. interchange: some reads swapped. strict: some or all edges outside
+    the circuit cut. both: both at once.
     """
     draws = Draws(causal, seed)
-    clean, source_prompts, interventions = (
-        draws.prompts(n),
-        draws.prompts(n),
-        draws.interventions(n),
-    )
+    clean, corrupted, interventions = draws.prompts(n), draws.prompts(n), draws.interventions(n)
     nothing = torch.zeros_like(interventions.swapped)
-    outside_only = interventions.cut.clone()
-    outside_only[:, draws.circuit] = False
-    inside_only = interventions.cut & ~outside_only
+    cut_outside = interventions.cut.clone()
+    cut_outside[:, draws.circuit] = False
+    cut_inside = interventions.cut & ~cut_outside
     kinds = {
         "task": Interventions(nothing, torch.zeros_like(interventions.cut)),
-        "interchange": Interventions(interventions.swapped, inside_only),
-        "strict": Interventions(nothing, outside_only),
+        "interchange": Interventions(interventions.swapped, cut_inside),
+        "strict": Interventions(nothing, cut_outside),
         "both": interventions,
     }
     shares = {}
     with torch.no_grad():
-        for kind, interventions in kinds.items():
-            logits, targets = _answers(state, causal, clean, source_prompts, interventions)
-            right = (logits.argmax(-1) == targets).double()
-            acted = slice(None) if kind == "task" else interventions.cut.any(1)
-            shares[kind] = right[acted].mean().item()
+        for kind, of_kind in kinds.items():
+            logits, expected = _answers(state, causal, clean, corrupted, of_kind)
+            correct = (logits.argmax(-1) == expected).double()
+            acted = slice(None) if kind == "task" else of_kind.cut.any(1)
+            shares[kind] = correct[acted].mean().item()
     return shares

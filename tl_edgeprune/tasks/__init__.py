@@ -1,10 +1,10 @@
-"""Tasks: prompt pairs on which circuits are found and judged.
+"""Tasks: prompt pairs on which circuits are found and evaluated.
 
 tasks.load("ioi", model, n=256)              # built for the model's own tokenizer
-tasks.keep_solved(model, task)               # those prompts that the model does right
+tasks.keep_solved(model, task)               # the prompts that the model solves
 tasks.from_jsonl("pairs.jsonl", model)       # your own pairs, as text
 tasks.from_pandas(frame, model)              # the same from a table, or from_hf_dataset
-tasks.stream("ioi", model, n=100_000)        # made, or read, a chunk at a time
+tasks.stream("ioi", model, n=100_000)        # generated or read chunk by chunk
 tasks.stream_jsonl("pairs.jsonl", model)
 Task(name, clean, corrupted, positions)      # your own pairs, as token ids
 """
@@ -66,29 +66,22 @@ def load(
     prepend_bos: bool | None = None,
     **options: Any,
 ) -> Task:
-    """A task of `n` prompt pairs for this model, the same for the same seed.
+    """A task of `n` prompt pairs for this model; equal seeds give equal pairs.
 
     Args:
         name: one of `tasks.list()`.
         model: its tokenizer writes the prompts.
         n: how many pairs.
-        seed: what the pairs are drawn from.
-        prepend_bos: None means what the model's tokenizer does by itself.
-        options: the task's own, such as `form` of "boolean-expressions".
+        seed: of the random choice of pairs.
+        prepend_bos: None means as the model's tokenizer does by default.
+        options: of this task, such as `form` of "boolean-expressions".
 
     Raises:
-        ValueError: unknown name or option; `n` below 1 or above what the task can make; a model
-            without the tokenizer or the vocabulary that the task needs.
+        ValueError: unknown name or option; `n` below 1 or above the number of possible pairs; a
+            model without the tokenizer or the vocabulary that the task needs.
     """
-    if name not in BUILDERS:
-        raise ValueError(
-            f"tasks.load({name!r}): no such task; there are {', '.join(list())}."
-            f"{did_you_mean(name, BUILDERS)}"
-        )
-    if n < 1:
-        raise ValueError(f"tasks.load({name!r}, n={n}): a task needs at least one pair.")
-    check_options(f"tasks.load({name!r})", BUILDERS[name], options)
-    return BUILDERS[name](model, n, seed, prepend_bos, **options)
+    builder = _checked_builder("load", "task", BUILDERS, name, n, options)
+    return builder(model, n, seed, prepend_bos, **options)
 
 
 def stream(
@@ -100,18 +93,27 @@ def stream(
     prepend_bos: bool | None = None,
     **options: Any,
 ) -> TaskStream:
-    """`n` prompt pairs made a chunk at a time, the same for the same seed: for any number of them.
+    """`n` prompt pairs, generated chunk by chunk: for any number of pairs.
 
-    Takes what `load` takes; its pairs are others than those of `load`. Raises ValueError as
-    `load` does, and for a task that makes no stream.
+    Takes the arguments of `load`. Equal seeds give equal pairs, but not those of `load`.
+
+    Raises:
+        ValueError: as `load` does, or a task that has no stream.
     """
-    if name not in STREAMS:
-        names = ", ".join(sorted(STREAMS))
+    builder = _checked_builder("stream", "stream", STREAMS, name, n, options)
+    return builder(model, n, seed, prepend_bos, **options)
+
+
+def _checked_builder(
+    function: str, kind: str, builders: dict[str, Any], name: str, n: int, options: dict[str, Any]
+) -> Any:
+    """The builder of this name, for a call of tasks.`function` with valid arguments."""
+    if name not in builders:
         raise ValueError(
-            f"tasks.stream({name!r}): no such stream; there are {names}."
-            f"{did_you_mean(name, STREAMS)}"
+            f"tasks.{function}({name!r}): no such {kind}; there are "
+            f"{', '.join(sorted(builders))}.{did_you_mean(name, builders)}"
         )
     if n < 1:
-        raise ValueError(f"tasks.stream({name!r}, n={n}): a stream needs at least one pair.")
-    check_options(f"tasks.stream({name!r})", STREAMS[name], options)
-    return STREAMS[name](model, n, seed, prepend_bos, **options)
+        raise ValueError(f"tasks.{function}({name!r}, n={n}): a {kind} needs at least one pair.")
+    check_options(f"tasks.{function}({name!r})", builders[name], options)
+    return builders[name]

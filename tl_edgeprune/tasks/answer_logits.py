@@ -1,4 +1,4 @@
-"""What the logits say of a pair's answers: the logit difference and the probability difference."""
+"""Measures of a pair's answers from logits: logit difference and probability difference."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from tl_edgeprune.tasks.batch import NO_TOKEN, Batch
 
 
 def logit_diff(logits: Float[Tensor, "batch read vocab"], batch: Batch) -> Float[Tensor, " batch"]:
-    """Logit of the answer less that of the distractor, in logits."""
+    """Logit of the answer minus logit of the distractor, in logits."""
     answer = _at(logits, batch.answers)
     return (answer - _at(logits, batch.distractors)).squeeze(1)
 
 
 def prob_diff(logits: Float[Tensor, "batch read vocab"], batch: Batch) -> Float[Tensor, " batch"]:
-    """Probability of the right tokens together less that of the wrong ones, from -1 to 1.
+    """Total probability of the right tokens minus that of the wrong ones, from -1 to 1.
 
-    At the one read position. The probability difference of Hanna, Liu and Variengien 2023, "How
-    does GPT-2 compute greater-than?".
+    At the single read position. Hanna, Liu and Variengien 2023, "How does GPT-2 compute
+    greater-than?".
     """
     probabilities = _log_softmax(logits)[:, 0].exp()
     return _mass(probabilities, batch.right) - _mass(probabilities, batch.wrong)
 
 
 def _log_softmax(logits: Float[Tensor, "batch read vocab"]) -> Float[Tensor, "batch read vocab"]:
-    """In float32 at least: half precision has too few digits for it.
+    """Log probabilities, in float32 at least: half precision is too coarse.
 
-    Raises ValueError where there is one output only, whose probability is always 1.
+    Raises ValueError for a single output, whose probability is always 1.
     """
     if logits.shape[-1] == 1:
         raise ValueError(
-            "the model's output is one number, which has no probabilities: use objective='mse' (a "
-            "task's own: Task(…, objective='mse'))."
+            "the model's output is one number, which has no probabilities: use objective='mse' "
+            "(for a task: Task(…, objective='mse'))."
         )
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
@@ -45,9 +45,9 @@ def _at(values: Float[Tensor, "batch read vocab"], tokens: Int[Tensor, "batch re
 def _mass(
     probabilities: Float[Tensor, "batch vocab"], tokens: Int[Tensor, "batch token"] | None
 ) -> Float[Tensor, " batch"]:
-    """The sum over each row's tokens, but for NO_TOKEN."""
+    """The sum over each row's tokens, without NO_TOKEN."""
     if tokens is None:
         return probabilities.new_zeros(len(probabilities))
     tokens = tokens.to(probabilities.device)
-    gathered = probabilities.gather(1, tokens.clamp(min=0))
-    return gathered.masked_fill(tokens == NO_TOKEN, 0).sum(1)
+    token_probabilities = probabilities.gather(1, tokens.clamp(min=0))
+    return token_probabilities.masked_fill(tokens == NO_TOKEN, 0).sum(1)

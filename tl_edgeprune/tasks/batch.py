@@ -1,4 +1,4 @@
-"""Pairs of one shape, as tensors."""
+"""Prompt pairs of the same shape, as tensors."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ NO_TOKEN = -1
 
 @dataclass(frozen=True)
 class Batch:
-    """Pairs of one length with one number of read positions.
+    """Prompt pairs of the same length and number of read positions.
 
-    `indices` are the pairs' places in the task. `answers` and `distractors` have no columns where
-    the task has none. `right` and `wrong` are sets of tokens, filled up with NO_TOKEN (-1); None
-    where no pair of the batch has any. `spans`: each position's place in the task's `span_names`;
-    None where the task has none.
+    `indices` are the pairs' indices in the task. `answers` and `distractors` have no columns if the
+    task has none. `right` and `wrong` are sets of tokens, padded with NO_TOKEN (-1); None if no
+    pair of the batch has any. `spans`: each position's index in the task's `span_names`; None if
+    the task has none.
     """
 
     clean: Int[Tensor, "batch pos"]
@@ -37,10 +37,10 @@ class Batch:
         return len(self.indices)
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same on another device, without waiting for a GPU to take it."""
-        on_the_way = torch.device(device).type != "cpu"
+        """The batch on another device, without waiting for the copy to a GPU."""
+        non_blocking = torch.device(device).type != "cpu"
         tensors: dict[str, Any] = {
-            name: None if tensor is None else tensor.to(device, non_blocking=on_the_way)
+            name: None if tensor is None else tensor.to(device, non_blocking=non_blocking)
             for name, tensor in vars(self).items()
         }
         return Batch(**tensors)

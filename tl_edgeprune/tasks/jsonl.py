@@ -1,22 +1,22 @@
-"""Prompt pairs of your own: one JSON object a line, the format of the Edge Pruning code.
+"""Your own prompt pairs: one JSON object per line, the format of the Edge Pruning code.
 
     {"clean": "Mary met John. John thanked<predict> Mary</predict>",
      "corrupted": "Anna met Paul. Luke thanked<predict> Eva</predict>", "split": "train"}
 
-1. What stands between the tags is the answer. Its k tokens give k read positions, each the one from
-   which that token is predicted, with the answer's earlier tokens before it (teacher forcing).
-   A space before the opening tag is counted to the answer, and what follows the closing tag is
-   left out: no causal model sees it from there.
-2. The corrupted text may mark an answer too: it gives the distractors where it has as many tokens.
-   Without tags the corrupted text is what precedes the answer, and the clean answer follows it.
+1. The text between the tags is the answer. Its k tokens give k read positions: each is the position
+   that predicts the token, with the answer's earlier tokens before it (teacher forcing). A space
+   before the opening tag belongs to the answer. What follows the closing tag is dropped: a causal
+   model does not see it from there.
+2. The corrupted text may also mark an answer: its tokens are the distractors if there are as many.
+   Without tags, the corrupted text is what precedes the answer, and the clean answer follows it.
 3. Both texts must have the same number of tokens before the answer.
-4. Where many answers are right, "right" and "wrong" list them, each as it follows the prompt and of
+4. If several answers are right, "right" and "wrong" list them, each as it follows the prompt and of
    one token: {"clean": "The war lasted from 1742 to 17", …, "right": ["43"], "wrong": ["01", "02"]}
-   Such a line needs no tags (both texts then end where the answer begins), and may have them.
-5. Named parts of the prompt, for edges with a mask in each: {…, "spans": {"name": [1, 3]}}, from a
-   token up to but without another, counted as the model gets them (BOS too). If one line has them,
-   all must. What is in no part is the span "rest".
-6. A line with "split" belongs to that split; a line without serves every split.
+   Such a line needs no tags (both texts then end where the answer begins), but may have them.
+5. Named spans of the prompt, for edges with a mask per span: {…, "spans": {"name": [1, 3]}}, from a
+   first token up to, but not including, a last one, counted as the model receives them (with BOS).
+   If one line has spans, all must. Tokens in no named span form the span "rest".
+6. A line with "split" belongs to that split; a line without belongs to every split.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ OPEN, CLOSE = "<predict>", "</predict>"
 
 
 class Text(NamedTuple):
-    """A text cut at its answer; the answer is None where no tags mark one."""
+    """A text cut at its answer; the answer is None if no tags mark one."""
 
     prompt: str
     answer: str | None
@@ -58,19 +58,19 @@ class Encoded(NamedTuple):
 def from_jsonl(
     path: str | Path, model: nn.Module, *, prepend_bos: bool | None = None, split: str | None = None
 ) -> Task:
-    """A task from a file of prompt pairs (the format is told at the head of this module).
+    """A task from a file of prompt pairs (the module's docstring describes the format).
 
     Args:
         path: the file, UTF-8; empty lines are skipped.
         model: its tokenizer reads the texts.
-        prepend_bos: None means what the model's tokenizer does by itself.
+        prepend_bos: None means as the model's tokenizer does by default.
         split: only the lines of this split and those without one; None takes all lines.
 
     Raises:
         ValueError: with the file and the line: no JSON object, a missing key, no answer or more
-            than one, an answer that merges with the prompt or that the corrupted text marks too,
-            texts of two lengths, sets of right and wrong texts that are not of one token each,
-            repeat or overlap, or spans outside the prompt or over one another.
+            than one, an answer that merges with the prompt or is also the corrupted text's, texts
+            of different lengths, right and wrong texts that are not one token each, repeat or
+            overlap, or spans outside the prompt or overlapping.
     """
     path = Path(path)
     lines = enumerate(read_text(path, "file of prompt pairs").split("\n"), start=1)
@@ -90,38 +90,36 @@ def read_pairs(
     """Encoded pairs of a split, and whether they begin with BOS.
 
     Args:
-        source: what is read, for errors.
-        entries: each with its place in the source, for errors.
+        source: its name, for errors.
+        entries: (location in the source, for errors; entry).
         parse: makes a checked record of an entry.
-        model, prepend_bos, split: as of `from_jsonl`.
+        model, prepend_bos, split: as for `from_jsonl`.
 
     Raises:
-        ValueError: with the source and the place, as `from_jsonl` does.
+        ValueError: with source and location, as `from_jsonl` does.
     """
     tokenizer, prepend_bos = tokenizer_of(model), resolve_prepend_bos(model, prepend_bos)
     pairs, splits = [], set()
-    for line, entry in entries:
+    for location, entry in entries:
         try:
             record = parse(entry)
             splits.add(record.get("split"))
             if split is None or record.get("split") in (None, split):
                 pairs.append(encode_pair(record, tokenizer, prepend_bos))
         except ValueError as error:
-            raise ValueError(f"{source}, {line}: {error}") from error
+            raise ValueError(f"{source}, {location}: {error}") from error
     if not splits:
         raise ValueError(
             f'{source} is empty: expected prompt pairs, each a record of "clean" and "corrupted".'
         )
     if not pairs:
-        split_names = ", ".join(sorted(map(str, splits))) or "none"
-        raise ValueError(
-            f"{source}: no prompt pairs for split={split!r}; splits found: {split_names}."
-        )
+        names = ", ".join(sorted(map(str, splits))) or "none"
+        raise ValueError(f"{source}: no prompt pairs for split={split!r}; splits found: {names}.")
     return pairs, prepend_bos
 
 
 def task_of(name: str, pairs: list[dict[str, Any]], prepend_bos: bool, source: str) -> Task:
-    """Encoded pairs as a task. `source`: what was read, for errors."""
+    """Encoded pairs as a task. source: where they were read from, for errors."""
     fields: dict[str, Any] = {field: [pair[field] for pair in pairs] for field in pairs[0]}
     try:
         fields |= lay_out_spans(fields.pop("spans"), [*map(len, fields["clean"])])
@@ -131,7 +129,7 @@ def task_of(name: str, pairs: list[dict[str, Any]], prepend_bos: bool, source: s
 
 
 def record_of(line: str) -> dict[str, Any]:
-    """A line's object; ValueError where it is none, or lacks a text."""
+    """A line's JSON object. Raises ValueError if it is not one, or lacks a text."""
     try:
         record = parse_json(line)
     except ValueError as error:
@@ -139,12 +137,14 @@ def record_of(line: str) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise ValueError(f"a JSON {type(record).__name__}, expected an object.")
     if r"\ud" in line.lower():
-        json.dumps(record, ensure_ascii=False).encode()  # a ValueError for half a character
+        json.dumps(
+            record, ensure_ascii=False
+        ).encode()  # raises ValueError for an unpaired surrogate
     return checked_record(record)
 
 
 def checked_record(record: dict[str, Any]) -> dict[str, Any]:
-    """The record itself; ValueError where it lacks a text."""
+    """The record. Raises ValueError if it lacks a text."""
     for key in ("clean", "corrupted"):
         if not isinstance(record.get(key), str):
             raise ValueError(f'"{key}" is {record.get(key)!r:.200}, expected a text.')
@@ -156,8 +156,10 @@ def checked_record(record: dict[str, Any]) -> dict[str, Any]:
 def encode_pair(
     record: dict[str, Any], tokenizer: PreTrainedTokenizerBase, prepend_bos: bool
 ) -> dict[str, Any]:
-    """A record's token ids and its spans, by a Task's fields; ValueError for texts that make no
-    pair.
+    """A record's token ids and spans, by a Task's fields.
+
+    Raises:
+        ValueError: the texts do not form a pair.
     """
     text = cut(record["clean"])
     sets = _sets(record, tokenizer, text.prompt)
@@ -176,7 +178,7 @@ def encode_pair(
     same_count = len(corrupted.answer) == len(clean.answer)
     if clean.answer and clean.answer == corrupted.answer:
         raise ValueError(
-            f"both texts mark the answer {text.answer!r}, so nothing tells it from its distractor: "
+            f"both texts mark the answer {text.answer!r}, so it equals its distractor: "
             'mark another one in "corrupted", or none.'
         )
     tokens = clean.prompt + clean.answer[:forced]
@@ -194,7 +196,7 @@ def encode_pair(
 def _sets(
     record: dict[str, Any], tokenizer: PreTrainedTokenizerBase, prompt: str
 ) -> dict[str, list[int]]:
-    """The tokens of "right" and "wrong" after the prompt; none where the line has neither."""
+    """The tokens of "right" and "wrong" after the prompt; none if the line has neither."""
     if not any(name in record for name in SET_FIELDS):
         return {name: [] for name in SET_FIELDS}
     owner: dict[int, str] = {}
@@ -211,7 +213,7 @@ def _sets(
                 pieces = [tokenizer.decode([token]) for token in tokens]
                 raise ValueError(
                     f'"{name}" has {text!r}, which is {len(tokens)} tokens after the prompt '
-                    f"({pieces}), expected one: give its first token's text, or leave it out."
+                    f"({pieces}), expected one: give the text of its first token, or omit it."
                 )
             if tokens[0] in owner:
                 raise ValueError(
@@ -222,34 +224,34 @@ def _sets(
     return {name: [token for token, its in owner.items() if its == name] for name in SET_FIELDS}
 
 
-def _spans(given: Any, length: int) -> dict[str, tuple[int, int]]:
-    """A record's "spans", {name: (start, end)} in tokens; ValueError for impossible ones."""
-    if given is None:
+def _spans(spans: Any, length: int) -> dict[str, tuple[int, int]]:
+    """A record's "spans", {name: (start, end)} in tokens. Raises ValueError for invalid ones."""
+    if spans is None:
         return {}
-    if not isinstance(given, dict) or not given:
-        raise ValueError(f'"spans" is {given!r}, expected {{"name": [start, end], …}} in tokens.')
-    check_span_names(tuple(given))
-    span_of_token: dict[int, str] = {}
-    for name, ends in given.items():
-        is_range = (
+    if not isinstance(spans, dict) or not spans:
+        raise ValueError(f'"spans" is {spans!r}, expected {{"name": [start, end], …}} in tokens.')
+    check_span_names(tuple(spans))
+    name_of_token: dict[int, str] = {}
+    for name, ends in spans.items():
+        is_pair = (
             isinstance(ends, list) and len(ends) == 2 and all(type(end) is int for end in ends)
         )
-        if not is_range or not 0 <= ends[0] < ends[1] <= length:
+        if not is_pair or not 0 <= ends[0] < ends[1] <= length:
             raise ValueError(
                 f'"spans" has {name!r}: {ends!r}, expected [start, end] with 0 <= start < end <= '
                 f"{length}, the prompt's tokens."
             )
-        twice = [at for at in range(*ends) if span_of_token.setdefault(at, name) != name]
-        if twice:
+        overlapping = [at for at in range(*ends) if name_of_token.setdefault(at, name) != name]
+        if overlapping:
             raise ValueError(
-                f'"spans": token {twice[0]} is in {span_of_token[twice[0]]!r} and in {name!r}; '
-                "each token belongs to one span."
+                f'"spans": token {overlapping[0]} is in {name_of_token[overlapping[0]]!r} and in '
+                f"{name!r}; each token belongs to one span."
             )
-    return {name: (start, end) for name, (start, end) in given.items()}
+    return {name: (start, end) for name, (start, end) in spans.items()}
 
 
 def _check_marked(answer: list[int], text: str | None, sets: dict[str, list[int]]) -> None:
-    """Raise ValueError for a marked answer that cannot stand beside sets of tokens."""
+    """Raise ValueError for a marked answer that does not fit the sets of tokens."""
     if len(answer) > 1:
         raise ValueError(
             f'the answer {text!r} has {len(answer)} tokens, and "right" and "wrong" are for one '
@@ -260,15 +262,15 @@ def _check_marked(answer: list[int], text: str | None, sets: dict[str, list[int]
 
 
 def cut(text: str) -> Text:
-    """Cut a text at its answer; spaces before the opening tag go with the answer.
+    """Cut a text at its answer; spaces before the opening tag belong to the answer.
 
     Raises:
         ValueError: tags that are nested, repeated, unbalanced, or with nothing inside or before.
     """
     if OPEN not in text and CLOSE not in text:
         return Text(text.rstrip(" "), None)
-    prompt, _, after_tag = text.partition(OPEN)
-    answer = after_tag.partition(CLOSE)[0]
+    prompt, _, after_opening = text.partition(OPEN)
+    answer = after_opening.partition(CLOSE)[0]
     balanced = text.count(OPEN) == text.count(CLOSE) == 1 and CLOSE not in prompt
     if not balanced:
         raise ValueError(
@@ -295,6 +297,6 @@ def _check_lengths(clean: Encoded, corrupted: Encoded) -> None:
     if corrupted.answer and len(corrupted.answer) < len(clean.answer) - 1:
         raise ValueError(
             f"the clean answer has {len(clean.answer)} tokens and the corrupted one has "
-            f"{len(corrupted.answer)}, too few to stand beside it: choose answers of one length, "
-            "or leave the corrupted answer out."
+            f"{len(corrupted.answer)}, too few to align with it: choose answers of the same "
+            "length, or omit the corrupted answer."
         )

@@ -1,8 +1,8 @@
-"""Prompt pairs streamed from a JSON-lines file of any size (the format is told in jsonl.py).
+"""Prompt pairs streamed from a JSON-lines file of any size (jsonl.py describes the format).
 
-1. Opening reads the file once, line by line: each line's JSON and split are checked, and where each
-   chunk begins is noted (one number a chunk is all that is kept).
-2. A chunk seeks to its beginning, and reads and encodes its lines.
+1. Opening scans the file once, line by line: it checks each line's JSON and split, and keeps only
+   the offset at which each chunk begins.
+2. Reading a chunk seeks to its offset, then reads and encodes its lines.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tl_edgeprune.tasks.task import Task
 from tl_edgeprune.tasks.tokens import resolve_prepend_bos, tokenizer_of
 from tl_edgeprune.utils.reading import check_file
 
-MOST_BYTES = 2**24  # of a line, which is held whole
+MOST_BYTES = 2**24  # of a line, which is held in memory
 
 
 class Mark(NamedTuple):
@@ -34,7 +34,7 @@ class Mark(NamedTuple):
 
 
 class Index(NamedTuple):
-    """What one pass over a file finds."""
+    """The result of scanning a file."""
 
     marks: list[Mark]
     n_pairs: int
@@ -49,14 +49,17 @@ def stream_jsonl(
     split: str | None = None,
     chunk_size: int = CHUNK_SIZE,
 ) -> TaskStream:
-    """A stream of the pairs in a file, in chunks of so many lines.
+    """A stream of the pairs in a file.
 
-    Takes what `from_jsonl` takes. That the texts make pairs is seen when their chunk is read:
-    `stream.check()` reads all of them.
+    Errors in a line's texts surface when its chunk is read: `stream.check()` reads all of them.
+
+    Args:
+        path, model, prepend_bos, split: as for `from_jsonl`.
+        chunk_size: pairs per chunk.
 
     Raises:
-        ValueError: with the file and the line, for no JSON object or a missing key; no pairs of
-            this split; and later, a file that has changed, or lines as `from_jsonl` refuses them.
+        ValueError: with file and line, no JSON object or a missing key; no pairs of this split.
+            While reading: the file has changed, or a line that `from_jsonl` refuses.
     """
     path = Path(path)
     check_file(path, "file of prompt pairs")
@@ -64,17 +67,17 @@ def stream_jsonl(
     opened = _stamp(path)
     index = _index(path, split, chunk_size)
 
-    def read(places: range) -> Task:
+    def read(indices: range) -> Task:
         if _stamp(path) != opened:
             raise ValueError(f"{path} has changed since it was opened: open the stream again.")
-        chunk, offset = divmod(places.start, chunk_size)
+        chunk, first_in_chunk = divmod(indices.start, chunk_size)
         mark = index.marks[chunk]
         with path.open("rb") as file:
             file.seek(mark.byte)
             pairs = []
             records = _records(path, file, split, mark)
-            for number, record in islice(records, offset, offset + len(places)):
-                with _at(path, number):
+            for number, record in islice(records, first_in_chunk, first_in_chunk + len(indices)):
+                with _naming_line(path, number):
                     pairs.append(encode_pair(record, tokenizer, prepend_bos))
         return task_of(path.stem, pairs, prepend_bos, str(path))
 
@@ -96,24 +99,22 @@ def _index(path: Path, split: str | None, chunk_size: int) -> Index:
     with path.open("rb") as file:
         for mark, record in _all_records(path, file, Mark(0, 1), digest):
             splits.add(record.get("split"))
-            if _wanted(record, split):
+            if _is_in_split(record, split):
                 if n_pairs % chunk_size == 0:
                     marks.append(mark)
                 n_pairs += 1
     if not n_pairs:
-        split_names = ", ".join(sorted(map(str, splits))) or "none"
-        raise ValueError(
-            f"{path}: no prompt pairs for split={split!r}; splits found: {split_names}."
-        )
+        names = ", ".join(sorted(map(str, splits))) or "none"
+        raise ValueError(f"{path}: no prompt pairs for split={split!r}; splits found: {names}.")
     return Index(marks, n_pairs, digest.hexdigest()[:16])
 
 
 def _records(
     path: Path, file: Any, split: str | None, start: Mark
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The split's records from a mark on, with the numbers of their lines."""
+    """The split's records from a mark onwards, with their line numbers."""
     for mark, record in _all_records(path, file, start):
-        if _wanted(record, split):
+        if _is_in_split(record, split):
             yield mark.line, record
 
 
@@ -130,18 +131,18 @@ def _all_records(
         if digest is not None:
             digest.update(line)
         if line.strip():
-            with _at(path, number):
+            with _naming_line(path, number):
                 record = record_of(line.decode("utf-8"))
             yield Mark(byte, number), record
         byte += len(line)
 
 
-def _wanted(record: dict[str, Any], split: str | None) -> bool:
+def _is_in_split(record: dict[str, Any], split: str | None) -> bool:
     return split is None or record.get("split") in (None, split)
 
 
 @contextmanager
-def _at(path: Path, number: int) -> Iterator[None]:
+def _naming_line(path: Path, number: int) -> Iterator[None]:
     """Errors in this context name the file and the line."""
     try:
         yield

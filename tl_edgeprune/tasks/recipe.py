@@ -1,11 +1,11 @@
-"""Tasks made of text: numbered prompts, drawn without repetition, written for any tokenizer.
+"""Tasks generated as text: numbered prompts, drawn without repetition, for any tokenizer.
 
 1. A recipe numbers its clean prompts. A task draws n numbers without repetition, and a stream reads
-   them in a shuffled order: so clean prompts differ, and how many can be made is known.
-2. A number, and a random generator for what is left open (the corrupted prompt, fillers), make an
-   Example: two texts, the answer and a distractor as they follow the clean text.
-3. Answers are tokens in context. What answer and distractor begin with alike, such as a space that
-   is a token of its own, goes to the end of both prompts; the next token tells them apart.
+   them in a shuffled order. So clean prompts differ, and their number is known.
+2. A number, with a random generator for the rest (the corrupted prompt, fillers), gives an Example:
+   two texts, and the answer and a distractor as they follow the clean text.
+3. Answers are tokenised in context. Tokens with which both answer and distractor begin, such as a
+   separate space, move to the end of both prompts; the next token distinguishes them.
 """
 
 from __future__ import annotations
@@ -37,11 +37,15 @@ from tl_edgeprune.tasks.tokens import (
 class Example(NamedTuple):
     """One pair as text, read at the last token of its prompts.
 
-    group: the label of its template. answer, distractor: as they follow the clean prompt, with
-    their space; None where only sets of tokens are right and wrong. right, wrong: those sets, as
-    token ids; with an answer, `wrong` alone lists all that it must beat. parts: the clean prompt's
-    named parts, which stand at the corrupted prompt's same tokens: the task's spans, with "END" for
-    the last token and "rest" for what has no name.
+    Args:
+        group: the label of its template.
+        clean, corrupted: the prompts.
+        answer, distractor: as they follow the clean prompt, with their space; None if only sets of
+            tokens are right and wrong.
+        right, wrong: those sets, as token ids; with an answer, only `wrong`: all tokens that it
+            must beat.
+        parts: named parts of the clean prompt, at the same tokens in the corrupted prompt: the
+            task's spans, with "END" for the last token and "rest" for unnamed tokens.
     """
 
     group: str
@@ -56,13 +60,13 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a task's pairs are made for one tokenizer.
+    """How a task's pairs are generated for one tokenizer.
 
     Args:
         count: how many different clean prompts there are.
-        make: example of a number below `count`; the same number makes the same clean prompt, up to
-            fillers, and two numbers make different ones.
-        limit: what limits the count, for the error where more are asked for.
+        make: the example of a number below `count`; equal numbers give equal clean prompts, up to
+            fillers, and different numbers different ones.
+        limit: what limits the count, for the error if more are requested.
     """
 
     count: int
@@ -79,13 +83,13 @@ def register_recipe(name: str) -> Callable[[RecipeMaker], RecipeMaker]:
     def add(recipe: RecipeMaker) -> RecipeMaker:
         @functools.wraps(recipe)
         def load(model: Any, n: int, seed: int, prepend_bos: Any, **options: Any) -> Task:
-            recipe_of_task = recipe(tokenizer_of(model), **options)
-            return build(name, recipe_of_task, model, n, seed, prepend_bos)
+            recipe_of_model = recipe(tokenizer_of(model), **options)
+            return build(name, recipe_of_model, model, n, seed, prepend_bos)
 
         @functools.wraps(recipe)
         def stream(model: Any, n: int, seed: int, prepend_bos: Any, **options: Any) -> TaskStream:
-            recipe_of_task = recipe(tokenizer_of(model), **options)
-            return build_stream(name, recipe_of_task, model, n, seed, prepend_bos)
+            recipe_of_model = recipe(tokenizer_of(model), **options)
+            return build_stream(name, recipe_of_model, model, n, seed, prepend_bos)
 
         register(name)(load)
         register_stream(name)(stream)
@@ -97,10 +101,10 @@ def register_recipe(name: str) -> Callable[[RecipeMaker], RecipeMaker]:
 def build(
     name: str, recipe: Recipe, model: nn.Module, n: int, seed: int, prepend_bos: bool | None
 ) -> Task:
-    """n pairs of a recipe, their clean prompts all different.
+    """n pairs of a recipe, with different clean prompts.
 
     Raises:
-        ValueError: the model has no tokenizer, or n is more than the recipe can make.
+        ValueError: the model has no tokenizer, or n exceeds the recipe's number of prompts.
     """
     _check_possible(f"tasks.load({name!r}, n={n})", n, recipe)
     tokenizer, prepend_bos = tokenizer_of(model), resolve_prepend_bos(model, prepend_bos)
@@ -113,7 +117,7 @@ def build(
 def build_stream(
     name: str, recipe: Recipe, model: nn.Module, n: int, seed: int, prepend_bos: bool | None
 ) -> TaskStream:
-    """A recipe's pairs made on demand: each from the seed and its place, clean prompts different.
+    """A recipe's pairs on demand, each from the seed and its index, with different clean prompts.
 
     Raises ValueError as `build` does.
     """
@@ -121,11 +125,11 @@ def build_stream(
     tokenizer, prepend_bos = tokenizer_of(model), resolve_prepend_bos(model, prepend_bos)
     numbers = Order(recipe.count, seed)
 
-    def example(place: int) -> Example:
-        return recipe.make(numbers[place], random.Random(f"{seed} {place}"))
+    def example(index: int) -> Example:
+        return recipe.make(numbers[index], random.Random(f"{seed} {index}"))
 
-    def read(places: range) -> Task:
-        return task_of(name, [example(number) for number in places], tokenizer, prepend_bos)
+    def read(indices: range) -> Task:
+        return task_of(name, [example(index) for index in indices], tokenizer, prepend_bos)
 
     about = (name, n, seed, prepend_bos, recipe.count, len(tokenizer), example(0), example(n - 1))
     return TaskStream(name, n, read, identity=repr(about), prepend_bos=prepend_bos)
@@ -150,8 +154,8 @@ def task_of(
 def encode_example(
     tokenizer: PreTrainedTokenizerBase, example: Example, prepend_bos: bool
 ) -> tuple[dict[str, Tensor], dict[str, tuple[int, int]]]:
-    """An example's token ids, by a Task's fields, and where its parts are among them."""
-    shared, answer, distractor = _told_apart(tokenizer, example)
+    """An example's token ids, by a Task's fields, and its parts as ranges of tokens."""
+    shared, answer, distractor = _distinguishing_tokens(tokenizer, example)
     clean, spans = encode_parts(tokenizer, example.clean, prepend_bos, example.parts)
     clean += shared
     if spans:
@@ -178,10 +182,10 @@ def mixed_radix(number: int, sizes: Sequence[int]) -> list[int]:
     return digits
 
 
-def _told_apart(
+def _distinguishing_tokens(
     tokenizer: PreTrainedTokenizerBase, example: Example
 ) -> tuple[list[int], list[int], list[int]]:
-    """Tokens that answer and distractor begin with alike, and the next one of each."""
+    """The tokens with which answer and distractor both begin, and the next token of each."""
     if example.answer is None or example.distractor is None:
         return [], [], []
     answer, distractor = (
@@ -194,7 +198,7 @@ def _told_apart(
     if n_shared == min(len(answer), len(distractor)):
         raise ValueError(
             f"answer {example.answer!r} and distractor {example.distractor!r} have no token that "
-            f"tells them apart: they are {answer} and {distractor}."
+            f"distinguishes them: they are {answer} and {distractor}."
         )
     return answer[:n_shared], [answer[n_shared]], [distractor[n_shared]]
 

@@ -1,4 +1,4 @@
-"""Tasks by name. A task's file registers its builders here, where `load` and `stream` find them."""
+"""Tasks by name: their files register builders here for `load` and `stream`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _adding(table: dict[str, Made], kind: str, name: str) -> Callable[[Made], Ma
     def add(builder: Made) -> Made:
         if name in table:
             raise ValueError(
-                f"a {kind} called {name!r} is registered already: choose another name."
+                f"a {kind} called {name!r} is already registered: choose another name."
             )
         table[name] = builder
         return builder
@@ -38,11 +38,22 @@ def _adding(table: dict[str, Made], kind: str, name: str) -> Callable[[Made], Ma
     return add
 
 
+def check_model_sizes(name: str, model: Any, sizes: Mapping[str, int]) -> None:
+    """Raise ValueError unless the model's cfg has the sizes that a shipped model's task needs."""
+    for size, expected in sizes.items():
+        actual = getattr(getattr(model, "cfg", None), size, None)
+        if actual != expected:
+            raise ValueError(
+                f"tasks.load({name!r}): the model has {size}={actual}, the task is for "
+                f"{size}={expected}: use models.load({name!r})."
+            )
+
+
 def check_options(call: str, builder: Callable[..., Any], options: Mapping[str, Any]) -> None:
-    """Raise ValueError for an option that the builder has not (its keyword-only parameters)."""
+    """Raise ValueError for an option that is not a keyword-only parameter of the builder."""
     parameters = inspect.signature(builder).parameters.values()
-    names = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
-    unknown = ", ".join(option for option in options if option not in names)
+    option_names = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    unknown = ", ".join(option for option in options if option not in option_names)
     if unknown:
-        has = f"its options are {', '.join(names)}" if names else "it has none"
+        has = f"its options are {', '.join(option_names)}" if option_names else "it has none"
         raise ValueError(f"{call}: no option {unknown}; {has}.")

@@ -1,7 +1,7 @@
 """Prompts for semi-synthetic models (models/semi_synthetic.py), from the causal model of each.
 
-The output is read at the last position. The corrupted prompt is one whose right answer is another
-one, which is the distractor.
+The output is read at the last position. The corrupted prompt has a different correct answer, which
+is the distractor.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import nn
 
 from tl_edgeprune.siit.causal import CausalModel
 from tl_edgeprune.siit.examples import EXAMPLES
-from tl_edgeprune.tasks.registry import register
+from tl_edgeprune.tasks.registry import check_model_sizes, register
 from tl_edgeprune.tasks.task import Task
 
 AT_ONCE = 64
@@ -23,37 +23,32 @@ def load(name: str, model: nn.Module, n: int, seed: int, prepend_bos: bool | Non
     """n pairs for a shipped model. Raises ValueError for a model of other sizes, or with BOS."""
     causal = EXAMPLES[name]
     sizes = {"d_vocab": causal.n_tokens, "n_layers": causal.graph.n_layers}
-    for size, expected in sizes.items():
-        actual = getattr(getattr(model, "cfg", None), size, None)
-        if actual != expected:
-            raise ValueError(
-                f"tasks.load({name!r}): the model has {size}={actual}, the task is for "
-                f"{size}={expected}: use models.load({name!r})."
-            )
+    check_model_sizes(name, model, sizes)
     if prepend_bos:
-        raise ValueError(f"tasks.load({name!r}): the model knows no BOS, so prepend_bos is False.")
+        raise ValueError(
+            f"tasks.load({name!r}): the model has no BOS token, so prepend_bos must be False."
+        )
     return pairs(causal, n, seed)
 
 
 def pairs(causal: CausalModel, n: int, seed: int = 0) -> Task:
-    """n random pairs of a causal model's prompts; the same for the same seed."""
+    """n random pairs of a causal model's prompts; equal seeds give equal pairs."""
     generator = torch.Generator().manual_seed(seed)
-    batches: list[tuple[torch.Tensor, ...]] = []
-    while len(batches) < n:
-        clean, corrupt = causal.draw(AT_ONCE, generator), causal.draw(AT_ONCE, generator)
-        answers, corrupted_answers = causal.answers(clean), causal.answers(corrupt)
-        differ = (answers != corrupted_answers).nonzero().flatten()
-        batches += zip(
-            clean[differ], corrupt[differ], answers[differ], corrupted_answers[differ], strict=True
-        )
-    prompts, corrupted, right, distractors = zip(*batches[:n], strict=True)
+    rows: list[tuple[torch.Tensor, ...]] = []
+    while len(rows) < n:
+        clean, swapped = causal.draw(AT_ONCE, generator), causal.draw(AT_ONCE, generator)
+        answers, distractors = causal.answers(clean), causal.answers(swapped)
+        differ = answers != distractors
+        fields = (clean, swapped, answers, distractors)
+        rows += zip(*(field[differ] for field in fields), strict=True)
+    prompts, corrupted, right, wrong = zip(*rows[:n], strict=True)
     return Task(
         causal.name,
         clean=prompts,
         corrupted=corrupted,
         positions=[torch.tensor([len(prompt) - 1]) for prompt in prompts],
         answers=[answer[None] for answer in right],
-        distractors=[distractor[None] for distractor in distractors],
+        distractors=[answer[None] for answer in wrong],
     )
 
 

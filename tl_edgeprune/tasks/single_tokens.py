@@ -1,7 +1,7 @@
-"""Word lists cut to a tokenizer: words of one token, and words of as many tokens as another.
+"""Word lists filtered by a tokenizer: words of one token, and words of equal length in tokens.
 
-A word is looked at as it stands in a sentence, after a space. Words that the tokenizer cannot write
-(they hold its unknown token) are left out.
+A word is tokenised as it occurs in a sentence, after a space. Words that the tokenizer cannot write
+(they contain its unknown token) are left out.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def single_tokens(
     """The words that are one token after a prompt and a space, with that token.
 
     Raises:
-        ValueError: fewer of them than `needed`, told as `what`, with the words that are split.
+        ValueError: fewer than `needed`; the message calls them `what` and lists the split words.
     """
     tokens = pieces(tokenizer, words, prompt)
     single = {word: ids[0] for word, ids in tokens.items() if len(ids) == 1}
@@ -50,7 +50,7 @@ def pieces(
 def by_length(
     tokenizer: PreTrainedTokenizerBase, words: Iterable[str], prompt: str = SENTENCE
 ) -> dict[int, list[str]]:
-    """Words by how many tokens they have after a prompt and a space, in their given order."""
+    """Words by their number of tokens after a prompt and a space, in the given order."""
     groups = defaultdict(list)
     for word, ids in pieces(tokenizer, words, prompt).items():
         groups[len(ids)].append(word)
@@ -60,9 +60,10 @@ def by_length(
 def same_length(
     tokenizer: PreTrainedTokenizerBase, words: Sequence[str], needed: int, what: str
 ) -> list[str]:
-    """The most words that have one number of tokens, so that any of them can stand for any other.
+    """The largest group of words with equal numbers of tokens, which can replace each other.
 
-    Raises ValueError where those are fewer than `needed`, told as `what`.
+    Raises:
+        ValueError: fewer than `needed`; the message calls them `what`.
     """
     groups = by_length(tokenizer, words)
     best = max(groups.values(), key=len, default=[])

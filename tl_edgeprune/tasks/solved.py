@@ -1,8 +1,8 @@
-"""Which prompts a model does right: a circuit is best looked for where there is one to find.
+"""Which prompts a model solves: a circuit is best sought where there is one to find.
 
-A prompt with an answer is right where the answer's logit is above that of the distractor and of
-every wrong token (above all others, where the pair names none), at every read position. One with
-sets alone is right where the right tokens have more probability than the wrong ones.
+A prompt with an answer is solved if the answer's logit is above that of the distractor and of every
+wrong token (above all others, if the pair has none) at every read position. A prompt with only sets
+of tokens is solved if the right tokens have more probability than the wrong ones.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from tl_edgeprune.tasks.task import Task
 
 
 def solved(model: nn.Module, task: Task, *, batch_size: int = 16) -> Bool[Tensor, " pair"]:
-    """Whether the model does each clean prompt of the task right, on the CPU.
+    """Whether the model solves each clean prompt of the task (bool [pair], on the CPU).
 
-    One forward a batch, in eval mode and without gradients; the model is left as it was.
+    One forward pass per batch, in eval mode and without gradients; the model is left unchanged.
 
     Raises:
         ValueError: a pair has neither an answer nor sets of right and wrong tokens.
@@ -34,16 +34,16 @@ def solved(model: nn.Module, task: Task, *, batch_size: int = 16) -> Bool[Tensor
         for batch in task.batches(batch_size):
             batch = batch.to(device)
             logits = model(batch.clean)
-            index = batch.positions[..., None].expand(-1, -1, logits.shape[-1])
-            right[batch.indices.cpu()] = is_right(logits.gather(1, index), batch).cpu()
+            read_indices = batch.positions[..., None].expand(-1, -1, logits.shape[-1])
+            right[batch.indices.cpu()] = is_right(logits.gather(1, read_indices), batch).cpu()
     return right
 
 
 def keep_solved(model: nn.Module, task: Task, *, batch_size: int = 16) -> Task:
-    """The pairs whose clean prompt the model does right, in their order.
+    """The pairs whose clean prompt the model solves, in their order.
 
     Raises:
-        ValueError: none is left; or as `solved` does.
+        ValueError: the model solves none; or as `solved` does.
     """
     solved_pairs = solved(model, task, batch_size=batch_size).nonzero()[:, 0].tolist()
     if not solved_pairs:
@@ -55,7 +55,7 @@ def keep_solved(model: nn.Module, task: Task, *, batch_size: int = 16) -> Task:
 
 
 def is_right(logits: Float[Tensor, "batch read vocab"], batch: Batch) -> Bool[Tensor, " batch"]:
-    """Whether each prompt is done right, by its logits at the read positions."""
+    """Whether each prompt is solved, by its logits at the read positions."""
     if not batch.answers.shape[1]:
         return prob_diff(logits, batch) > 0
     answer = logits.gather(-1, batch.answers[..., None])  # [batch, read, 1]

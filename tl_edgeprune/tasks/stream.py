@@ -1,9 +1,9 @@
-"""Prompt pairs beyond what memory holds: read or made a chunk at a time.
+"""Prompt pairs beyond what memory holds: read or generated chunk by chunk.
 
-1. A stream's pairs have a fixed order, cut into chunks. A chunk is a Task, made when it is wanted
-   and forgotten after it; any chunk can be made without those before it.
-2. Shuffled, the chunks come in a random order, and the pairs inside a chunk too. Batches hold pairs
-   of one chunk and of one shape.
+1. A stream's pairs have a fixed order, cut into chunks. A chunk is a Task, created when needed and
+   then dropped; any chunk can be created without the earlier ones.
+2. Shuffling orders the chunks, and the pairs inside a chunk, at random. A batch has pairs of one
+   chunk and of one shape.
 3. So memory is that of one chunk, and the cost of a batch does not depend on the number of pairs.
 """
 
@@ -27,13 +27,15 @@ class TaskStream:
     Args:
         name: what the task is called in results.
         n_pairs: how many pairs there are.
-        read: makes the pairs at some places (a range inside one chunk), always the same ones.
-        identity: a text, equal for equal pairs in equal order; a checkpoint resumes only with it.
-        objective, prepend_bos: as of a Task.
-        chunk_size: pairs that are made, shuffled and forgotten together.
-        checks: called with each chunk; they raise ValueError for pairs that cannot be used.
+        read: gives the pairs of a range of indices inside one chunk, always the same ones.
+        identity: a text, equal for equal pairs in equal order; a checkpoint resumes only with
+            the same one.
+        objective, prepend_bos: as for a Task.
+        chunk_size: pairs that are read and shuffled together.
+        checks: called with each chunk; they raise ValueError for unusable pairs.
 
-    Raises ValueError for no pairs or an empty chunk.
+    Raises:
+        ValueError: no pairs, or an empty chunk.
     """
 
     name: str
@@ -68,7 +70,9 @@ class TaskStream:
     def chunk(self, index: int) -> Task:
         """The pairs of one chunk.
 
-        Raises IndexError for a chunk that is not there, ValueError for pairs that cannot be used.
+        Raises:
+            IndexError: no such chunk.
+            ValueError: unusable pairs.
         """
         if not 0 <= index < self.n_chunks:
             raise IndexError(f"chunk {index} of {self!r}.")
@@ -79,19 +83,19 @@ class TaskStream:
         return task
 
     def check(self) -> None:
-        """Make every chunk once: ValueError for the first pair that cannot be used."""
+        """Read every chunk once. Raises ValueError for the first unusable pair."""
         for index in range(self.n_chunks):
             self.chunk(index)
 
     def batches(self, size: int, shuffle: bool = False, seed: int = 0) -> Iterator[Batch]:
         """Every pair once, in batches of at most `size` pairs of one shape (as Task.batches)."""
-        for chunk in self.parts(size, shuffle, seed):
-            yield from chunk()
+        for start_chunk in self.parts(size, shuffle, seed):
+            yield from start_chunk()
 
     def parts(
         self, size: int, shuffle: bool = False, seed: int = 0
     ) -> list[Callable[[], Iterator[Batch]]]:
-        """`batches`, chunk by chunk: functions that begin a chunk, so that any can be left out."""
+        """`batches` per chunk: functions that start a chunk, so that any chunk can be skipped."""
         order = list(range(self.n_chunks))
         if shuffle:
             random.Random(seed).shuffle(order)
@@ -111,9 +115,10 @@ AnyTask = Task | TaskStream
 
 
 def checked(task: AnyTask, check: Callable[[Task], Any]) -> AnyTask:
-    """The task, whose pairs pass `check`: a Task's now, a stream's as they come.
+    """The task with `check` applied: to a Task now, to a stream's chunks as they are read.
 
-    Raises TypeError for anything else.
+    Raises:
+        TypeError: neither a Task nor a TaskStream.
     """
     if not isinstance(task, Task | TaskStream):
         raise TypeError(

@@ -1,8 +1,8 @@
-"""Prompt pairs of your own from a table: a DataFrame, a Hugging Face dataset, or any mappings.
+"""Your own prompt pairs from a table: a DataFrame, a Hugging Face dataset, or any mappings.
 
-A row has the columns of a JSON-lines file (`jsonl.py`): "clean" and "corrupted", and where they
-are wanted "right", "wrong" and "split". Other columns are left alone. A missing value (None, NaN)
-is a column that the row has not.
+A row has the columns of a JSON-lines file (`jsonl.py`): "clean" and "corrupted", and optionally
+"right", "wrong" and "split". Other columns are ignored. A missing value (None, NaN) means that the
+row does not have the column.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ def from_pandas(
     prepend_bos: bool | None = None,
     split: str | None = None,
 ) -> Task:
-    """A task from a DataFrame with a pair a row (the columns are told at the head of this module).
+    """A task from a DataFrame with one pair per row (columns: see the module's docstring).
 
     Args:
         frame: a pandas DataFrame.
         model: its tokenizer reads the texts.
         name: what the task is called in results.
-        prepend_bos: None means what the model's tokenizer does by itself.
+        prepend_bos: None means as the model's tokenizer does by default.
         split: only the rows of this split and those without one; None takes all rows.
 
     Raises:
-        TypeError: no DataFrame.
+        TypeError: not a DataFrame.
         ValueError: a column is missing; or, with the row, what `from_jsonl` refuses.
     """
     if not isinstance(frame, pd.DataFrame):
         raise TypeError(
-            f"from_pandas takes a DataFrame, not a {type(frame).__name__}: for other tables of "
-            "rows there is tasks.from_hf_dataset."
+            f"from_pandas takes a DataFrame, not a {type(frame).__name__}: for other "
+            "tables of rows, use tasks.from_hf_dataset."
         )
     _check_columns("DataFrame", frame.columns)
     columns = [column for column in COLUMNS if column in frame.columns]
@@ -61,13 +61,15 @@ def from_hf_dataset(
     prepend_bos: bool | None = None,
     split: str | None = None,
 ) -> Task:
-    """A task from a `datasets.Dataset`, a dictionary of them by split, or any mappings, one a pair.
+    """A task from a `datasets.Dataset`, a dictionary of them by split, or any mappings.
 
-    Takes what `from_pandas` takes; the columns are told at the head of this module. `split` chooses
-    from a dictionary of datasets, and else rows by their "split".
+    Args:
+        dataset: one pair per row (columns: see the module's docstring).
+        model, name, prepend_bos: as for `from_pandas`.
+        split: chooses from a dictionary of datasets, otherwise rows by their "split".
 
     Raises:
-        TypeError: what is given has no rows, such as a dataset's name.
+        TypeError: the argument has no rows, such as a dataset's name.
         ValueError: an unknown split; a column is missing; or, with the row, what `from_jsonl`
             refuses.
     """
@@ -105,7 +107,7 @@ def _check_columns(source: str, columns: Iterable[Any]) -> None:
 
 
 def _record(row: Any) -> dict[str, Any]:
-    """A row as a JSON line would have it."""
+    """A row as the record of a JSON line."""
     if not isinstance(row, Mapping):
         raise ValueError(
             f"a {type(row).__name__}, expected a mapping with 'clean' and 'corrupted'."

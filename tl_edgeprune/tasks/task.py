@@ -1,8 +1,8 @@
-"""Prompt pairs: what a circuit is found on, and what it is judged on.
+"""Prompt pairs: what a circuit is found and evaluated on.
 
 A task is a list of pairs. The two prompts of a pair have the same length, because edge masks mix
-the clean and the corrupted run position by position; lengths may differ between pairs, so a
-batch takes pairs of one shape and nothing is ever padded.
+the clean and the corrupted run position by position. Lengths may differ between pairs, so a batch
+takes pairs of one shape, and prompts are never padded.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import random
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -23,34 +24,34 @@ from tl_edgeprune.tasks.batch import NO_TOKEN, Batch
 Tokens = Sequence[Int[Tensor, " _pos"]]
 PAIR_FIELDS = ("clean", "corrupted", "positions", "answers", "distractors")
 SET_FIELDS = ("right", "wrong")
-OPTIONAL_FIELDS = ("groups", "spans")  # one a pair, or nothing at all
-REST = "rest"  # the span of tokens that no other span has
+OPTIONAL_FIELDS = ("groups", "spans")  # one per pair, or none at all
+REST = "rest"  # the span of tokens in no named span
 
 
 @dataclass(frozen=True, repr=False)
 class Task:
-    """Clean and corrupted prompts, where the output is read, and what is right there.
+    """Clean and corrupted prompts, the positions that are read, and the right answers.
 
     Args:
         name: what the task is called in results.
-        clean, corrupted: token ids of each prompt [pos]; lengths agree within a pair.
-        positions: positions of each prompt at which the logits are read [read], rising.
-        answers: the right token at each read position [read]. Empty (as a whole, or per pair)
-            where the output is no token.
-        distractors: the token to tell the answer from, likewise; may be empty.
-        right, wrong: sets of tokens [token], for tasks with many right answers (every year after
-            the first one): tokens that are right and tokens that are wrong at the pair's one read
-            position. May be empty (as a whole, or per pair), and of any size.
+        clean, corrupted: token ids of each prompt [pos]; equal lengths within a pair.
+        positions: positions of each prompt at which the logits are read [read], ascending.
+        answers: the right token at each read position [read]. Empty (as a whole, or per pair) if
+            the output is not a token.
+        distractors: the token to compare the answer with, likewise; may be empty.
+        right, wrong: sets of tokens [token] of any size, for tasks with many right answers (every
+            later year): right and wrong at the pair's single read position. May be empty (as a
+            whole, or per pair).
         objective: name of the loss that fits the task: "kl", "mse", "logit-diff", "log-prob" or
             "prob-diff".
         prepend_bos: whether the prompts begin with the tokenizer's BOS token (it is in `clean`).
         groups: a label per pair, such as its template; may be empty.
-        span_names: names of the parts of a prompt ("IO", "S1", …), for edges with a mask in each;
+        span_names: names of spans of the prompt ("IO", "S1", …), for edges with a mask per span;
             may be empty.
-        spans: the part that each token belongs to, as its place in span_names [pos].
+        spans: the span of each token, as its index in span_names [pos].
 
     Raises:
-        ValueError: no pairs; two lengths in a pair; positions out of range or not rising;
+        ValueError: no pairs; two lengths in a pair; positions out of range or not ascending;
             answers, distractors, groups or spans that are not aligned; a distractor that is the
             answer itself; sets of tokens that repeat or share a token, or for several read
             positions; spans without a name.
@@ -92,15 +93,13 @@ class Task:
     def aligned(
         cls, name: str, clean: Tokens, corrupted: Tokens, positions: Tokens, **fields: Any
     ) -> Task:
-        """A task of those pairs whose two prompts have one length; the others are dropped.
+        """A task of the pairs whose two prompts have equal lengths; the others are dropped.
 
-        Takes what `Task` takes. Raises ValueError where no pair is left.
+        Takes the arguments of `Task`. Raises ValueError if no pair remains.
         """
         fields |= {"clean": clean, "corrupted": corrupted, "positions": positions}
         lengths = zip(map(len, clean), map(len, corrupted), strict=True)
-        aligned = [
-            pair for pair, (n_clean, n_corrupted) in enumerate(lengths) if n_clean == n_corrupted
-        ]
+        aligned = [pair for pair, (a, b) in enumerate(lengths) if a == b]
         for field in (*PAIR_FIELDS, *SET_FIELDS, *OPTIONAL_FIELDS):
             if len(fields.get(field, ())):
                 fields[field] = tuple(fields[field][pair] for pair in aligned)
@@ -111,13 +110,13 @@ class Task:
 
     @property
     def metric(self) -> str:
-        """What a run of this task is measured by, as `objectives` calls it.
+        """The name (in `objectives`) of the measure for this task.
 
-        "logit-diff" where every pair has one answer and one distractor, else "prob-diff" where
-        every pair has right and wrong tokens, else the task's own objective.
+        "logit-diff" if every pair has one answer and one distractor, otherwise "prob-diff" if every
+        pair has right and wrong tokens, otherwise the task's objective.
         """
-        told_apart = zip(self.answers, self.distractors, strict=True)
-        if all(len(answer) == len(distractor) == 1 for answer, distractor in told_apart):
+        answer_pairs = zip(self.answers, self.distractors, strict=True)
+        if all(len(answer) == len(distractor) == 1 for answer, distractor in answer_pairs):
             return "logit-diff"
         sets = zip(self.right, self.wrong, strict=True)
         has_sets = all(len(right) > 0 and len(wrong) > 0 for right, wrong in sets)
@@ -149,10 +148,14 @@ class Task:
         return replace(self, **fields)
 
     def split(self, share: float, seed: int = 0) -> tuple[Task, Task]:
-        """Two tasks, the first with `share` of the pairs, at random and the same for one seed.
+        """Two tasks, the first with a random `share` of the pairs.
 
-        Pairs with the same clean prompt go to the same side, so with repeated prompts the first
-        side may come out smaller than asked.
+        Pairs with the same clean prompt stay together, so with repeated prompts the first task may
+        be smaller than requested.
+
+        Args:
+            share: between 0 and 1.
+            seed: of the random choice.
 
         Raises:
             ValueError: one side would be empty.
@@ -174,9 +177,9 @@ class Task:
         """Every pair once, in batches of at most `size` pairs of one shape.
 
         Args:
-            size: the most pairs in a batch.
-            shuffle: mix the pairs of a shape, and the order of the batches.
-            seed: what `shuffle` draws from.
+            size: the largest number of pairs in a batch.
+            shuffle: shuffle the pairs of a shape, and the order of the batches.
+            seed: of the shuffle.
 
         Raises:
             ValueError: `size` below 1.
@@ -204,7 +207,7 @@ class Task:
 
 
 def _grouped(keys: Iterable[tuple]) -> list[list[int]]:
-    """Places of equal keys, in the order of their first appearance."""
+    """Indices of equal keys, in order of first appearance."""
     groups = defaultdict(list)
     for i, key in enumerate(keys):
         groups[key].append(i)
@@ -216,7 +219,7 @@ def _shuffled(items: Sequence, seed: int) -> list:
 
 
 def _padded(sets: list[Tensor]) -> Tensor | None:
-    """Sets of tokens as rows, filled up with NO_TOKEN; None where all are empty."""
+    """Sets of tokens as rows, padded with NO_TOKEN; None if all are empty."""
     if not any(map(len, sets)):
         return None
     return torch.nn.utils.rnn.pad_sequence(sets, batch_first=True, padding_value=NO_TOKEN)
@@ -241,8 +244,8 @@ def _check_counts(task: Task) -> None:
         needless = field == "groups" or (field == "spans" and not task.span_names)
         if count != len(task) and not (needless and count == 0):
             raise ValueError(
-                f"task {task.name!r}: {len(task)} clean prompts, but {count} {field}: each pair "
-                "needs its own."
+                f"task {task.name!r}: {len(task)} clean prompts, but {count} {field}: give one "
+                "per pair."
             )
 
 
@@ -270,13 +273,13 @@ def _check_pair(task: Task, pair: int) -> None:
     answer, distractor = task.answers[pair], task.distractors[pair]
     if len(answer) and torch.equal(answer, distractor):
         raise ValueError(
-            f"prompt pair {pair}: the answer {_short(answer.tolist())} is the distractor too, so "
-            "nothing tells them apart: give another distractor, or drop the pair."
+            f"prompt pair {pair}: the answer {_short(answer.tolist())} is also the distractor: "
+            "give another distractor, or drop the pair."
         )
 
 
 def prompts_differ(task: Task) -> bool:
-    """Whether any pair's two do: if none, counterfactual ablation replaces each run by itself."""
+    """Whether the prompts of any pair differ; if not, counterfactual ablation has no effect."""
     pairs = zip(task.clean, task.corrupted, strict=True)
     return not all(torch.equal(clean, corrupted) for clean, corrupted in pairs)
 
@@ -289,12 +292,12 @@ def _check_sets(task: Task, pair: int) -> None:
     if len(task.positions[pair]) != 1:
         raise ValueError(
             f"prompt pair {pair}: right and wrong tokens for {len(task.positions[pair])} read "
-            "positions. They are for one: give answers where several positions are read."
+            "positions. Sets need exactly one: give answers to read several positions."
         )
     if min(tokens) < 0 or len(set(tokens)) < len(tokens):
         raise ValueError(
             f"prompt pair {pair}: right {_short(right)} and wrong {_short(wrong)}, expected token "
-            "ids from 0 up, none of them twice or in both."
+            "ids of at least 0, without repeats within or between the two."
         )
 
 
@@ -312,29 +315,32 @@ def _check_spans(task: Task, pair: int) -> None:
 def lay_out_spans(
     marked: Sequence[Mapping[str, tuple[int, int]]], lengths: Sequence[int]
 ) -> dict[str, Any]:
-    """Named parts of each prompt, {name: (start, end)} in tokens, as a Task's fields.
+    """Named spans of each prompt, {name: (start, end)} in tokens, as a Task's fields.
 
-    Of tokens that two names claim, the first name has them; REST has those that none claims. No
-    fields where no prompt has any names. Raises ValueError where only some have.
+    A token in two spans belongs to the first, a token in none to REST. If no prompt has spans, no
+    fields are returned.
+
+    Raises:
+        ValueError: only some prompts have spans.
     """
-    without = [pair for pair, marks in enumerate(marked) if not marks]
+    without = [pair for pair, spans_of_pair in enumerate(marked) if not spans_of_pair]
     if len(without) == len(marked):
         return {}
     if without:
         raise ValueError(
-            f"prompt pair {without[0]} has no spans, and others have: give each pair its own."
+            f"prompt pair {without[0]} has no spans, but others have: give spans for every pair."
         )
-    names = [name for name in dict.fromkeys(n for marks in marked for n in marks) if name != REST]
+    names = [name for name in dict.fromkeys(chain.from_iterable(marked)) if name != REST]
     span_index = {name: number for number, name in enumerate([*names, REST])}
     spans = []
-    for marks, length in zip(marked, lengths, strict=True):
+    for spans_of_pair, length in zip(marked, lengths, strict=True):
         row = torch.full((length,), span_index[REST])
-        for name, (start, end) in reversed([*marks.items()]):
+        for name, (start, end) in reversed([*spans_of_pair.items()]):
             row[start:end] = span_index[name]
         spans.append(row)
     return {"span_names": tuple(span_index), "spans": spans}
 
 
 def _short(tokens: list[int]) -> str:
-    text = ", ".join(map(str, tokens[:8]))
-    return f"[{text}{', …' if len(tokens) > 8 else ''}]"
+    first_tokens = ", ".join(map(str, tokens[:8]))
+    return f"[{first_tokens}{', …' if len(tokens) > 8 else ''}]"

@@ -1,4 +1,4 @@
-"""A table that shows all of itself. Apart from its user, since pandas takes long to import."""
+"""A DataFrame that is displayed in full. In its own file, since pandas is slow to import."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pandas
 
 
 class WholeFrame(pandas.DataFrame):
-    """A DataFrame whose texts are not cut, and whose rows are not folded, when it is shown."""
+    """A DataFrame that is displayed with all of its rows and texts."""
 
     @property
     def _constructor(self) -> type[WholeFrame]:

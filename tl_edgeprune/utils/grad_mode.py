@@ -1,4 +1,4 @@
-"""Gradients where they are needed, whatever mode the caller is in."""
+"""Switches gradients on, whatever mode the caller is in."""
 
 from __future__ import annotations
 
@@ -14,9 +14,13 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @contextmanager
 def with_gradients(what: str) -> Iterator[None]:
-    """Gradients are on in this context, also under torch.no_grad and set_grad_enabled(False).
+    """Gradients are on in this context, even under torch.no_grad or set_grad_enabled(False).
 
-    Raises ValueError inside torch.inference_mode, which gives none whatever is asked.
+    Args:
+        what: needs them, for the error.
+
+    Raises:
+        ValueError: inside torch.inference_mode, where no gradients can be computed.
     """
     if torch.is_inference_mode_enabled():
         raise ValueError(
@@ -28,7 +32,7 @@ def with_gradients(what: str) -> Iterator[None]:
 
 
 def needs_gradients(what: str) -> Callable[[F], F]:
-    """The function, always run `with_gradients(what)`."""
+    """Decorator: the function runs `with_gradients(what)`."""
 
     def decorate(function: F) -> F:
         @functools.wraps(function)

@@ -1,4 +1,4 @@
-"""Imports on first call, for the few doors from a lower layer to a higher one."""
+"""Imports on first call, for the few calls from a lower layer to a higher one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def late(module: str, name: str) -> Callable[..., Any]:
-    """The function `name` of `module`, which is imported when the function is first called."""
+    """A function that imports `module` and calls its `name`."""
 
     def call(*arguments: Any, **settings: Any) -> Any:
         return getattr(import_module(module), name)(*arguments, **settings)

@@ -1,4 +1,4 @@
-"""One process at work in a folder, or on a file: a second one is refused."""
+"""Locks: only one process works in a folder, or on a file, at a time."""
 
 from __future__ import annotations
 
@@ -14,10 +14,15 @@ from tl_edgeprune.utils.writing import clear_leftovers
 
 @contextmanager
 def held(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Keep other processes out of the folder, which is made; the same thread may hold it twice.
+    """Keep other processes out of the folder; the same thread may hold it twice.
 
-    Raises BlockingIOError where another one works in it, FileExistsError where it is a file, and
-    OSError, with its name, where nothing can be written in it.
+    Args:
+        folder: is created if it does not exist.
+
+    Raises:
+        BlockingIOError: another process works in it.
+        FileExistsError: it is a file.
+        OSError: nothing can be written in it.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -29,7 +34,7 @@ def held(folder: str | os.PathLike[str]) -> Iterator[None]:
 
 @contextmanager
 def held_file(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Keep other processes from a file that this one writes again and again. Raises as `held`."""
+    """Keep other processes from a file that this one writes repeatedly. Raises as `held` does."""
     path = Path(path)
     with _locked(path.with_name(f".{path.name}.lock"), f"another run writes {path}", "path"):
         clear_leftovers(path.parent, path.name)
@@ -37,16 +42,16 @@ def held_file(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 @contextmanager
-def _locked(lock: Path, busy: str, other: str) -> Iterator[None]:
+def _locked(lock: Path, busy: str, argument: str) -> Iterator[None]:
     lock.parent.mkdir(parents=True, exist_ok=True)
     lock = lock.parent.resolve() / lock.name
     if lock.is_symlink() or (lock.exists() and not lock.is_file()):
-        raise FileExistsError(f"{lock} is no file of this program's: remove it.")
+        raise FileExistsError(f"{lock} is not this program's lock file: remove it.")
     file_lock = FileLock(lock, timeout=0, is_singleton=True)
     try:
         file_lock.acquire()
     except Timeout:
-        raise BlockingIOError(f"{busy}: wait for it to end, or give another {other}.") from None
+        raise BlockingIOError(f"{busy}: wait for it to end, or give another {argument}.") from None
     try:
         yield
     finally:

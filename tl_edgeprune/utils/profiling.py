@@ -1,7 +1,10 @@
-"""How many bytes of tensors are alive at once, counted operation by operation.
+"""Memory and time of a piece of code, in two ways.
 
-For tests and plans: exact, the same on every machine, and free of what an allocator keeps. Memory
-that an operation takes and frees inside itself is not seen.
+- `LiveBytes` counts the bytes of live tensors operation by operation, for tests and plans. It is
+  exact, gives the same on every machine and ignores what an allocator keeps. It does not see memory
+  that an operation takes and frees inside itself.
+- `measured` gives the wall time of a block and its peak memory above the start, as the GPU's
+  allocator or the operating system reports it: what a user's machine needs.
 """
 
 from __future__ import annotations
@@ -24,9 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the tensors made inside it: `peak` and `now`, in bytes; what was there before is not
-    counted.
-    """
+    """Counts the bytes of tensors that are created inside it: `peak`, and `now`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,10 +46,10 @@ class LiveBytes(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        argument_storages = {s._cdata for s in _storages((args, kwargs))}
+        input_storages = {s._cdata for s in _storages((args, kwargs))}
         result = function(*args, **(kwargs or {}))
         for storage in _storages(result):
-            if storage._cdata not in argument_storages:
+            if storage._cdata not in input_storages:
                 self._sizes[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
         self.peak = max(self.peak, self.now)
         return result
@@ -65,7 +66,7 @@ INTERVAL = 0.01  # seconds between two samples
 
 @dataclass
 class Cost:
-    """seconds: wall time; peak_mb: in 10^6 bytes, None where the system does not tell."""
+    """seconds: wall time; peak_mb: in 10^6 bytes, None if the system does not report it."""
 
     seconds: float = 0.0
     peak_mb: float | None = None
@@ -73,9 +74,9 @@ class Cost:
 
 @contextmanager
 def measured(device: torch.device | str = "cpu") -> Iterator[Cost]:
-    """The cost of the block on this device, filled in when it ends."""
+    """The cost of the block on this device; its fields are set when the block ends."""
     cost = Cost()
-    _give_back()
+    _return_free_memory()
     memory = _Allocated(device) if torch.device(device).type == "cuda" else _Resident()
     started = time.perf_counter()
     try:
@@ -103,8 +104,8 @@ class _Allocated:
 class _Resident:
     """Peak of the process's resident size, in bytes above the start.
 
-    Without psutil it is how much the process's own record rose, which is 0 where an earlier peak
-    was higher; None on systems that keep no record.
+    Without psutil, it is the rise of the peak that the system records for the process: 0 if an
+    earlier peak was higher, None on systems that record none.
     """
 
     def __init__(self) -> None:
@@ -149,10 +150,10 @@ def _recorded_peak() -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _give_back() -> None:
-    """Return memory that nothing uses any more to the system, where the C library can."""
+def _return_free_memory() -> None:
+    """Return unused memory to the system, if the C library can."""
     gc.collect()
     if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc alone has it
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # only glibc has it
         if trim is not None:
             trim(0)

@@ -1,8 +1,8 @@
-"""Files that may come from a stranger: their kind, size and depth are looked at first.
+"""Reads untrusted files: type, size and nesting are checked before parsing.
 
-Nothing of a file is run, and no size that it declares takes memory before it has been checked.
-Whatever does not fit is a ValueError that names the file (FileNotFoundError for no file, or for a
-folder or a pipe in its place). Tensors are read by `tensor_files`.
+No code in a file is run, and no size that it declares allocates memory before it is checked. A
+wrong file is a ValueError that names it; a missing one, or a folder or a pipe in its place, is a
+FileNotFoundError. `tensor_files` reads tensors.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from pathlib import Path
 from typing import Any
 
 AnyPath = str | os.PathLike[str]
-MOST_BYTES = 2**29  # of text; JSON takes some ten times its size in memory
-MOST_DEPTH = 100  # of lists and tables in one another
+MOST_BYTES = 2**29  # of text; parsed JSON takes about ten times as much memory
+MOST_DEPTH = 100  # of nested lists and tables
 AGAIN = ": save it again with the version that wrote it"
 WRONG = (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError)
-"""What code raises that meets a value of another kind than it expects."""
+"""What code raises if a value has an unexpected type."""
 
 
 def check_file(path: AnyPath, what: str) -> None:
-    """Raise FileNotFoundError unless there is a regular file, which does not block its reader."""
+    """Raise FileNotFoundError unless `path` is a regular file, which cannot block its reader."""
     if not Path(path).is_file():
-        reason = ": what is there is no regular file" if Path(path).exists() else ""
-        raise FileNotFoundError(f"no {what} at {path}{reason}.")
+        hint = ": it is not a regular file" if Path(path).exists() else ""
+        raise FileNotFoundError(f"no {what} at {path}{hint}.")
 
 
 def read_text(path: AnyPath, what: str, most: int = MOST_BYTES) -> str:
-    """A file of UTF-8, as `check_file` wants it. Raises ValueError above so many bytes."""
+    """The text of a UTF-8 file. Raises ValueError if it has more than `most` bytes."""
     check_file(path, what)
     size = os.stat(path).st_size
     if size > most:
@@ -42,7 +42,7 @@ def read_text(path: AnyPath, what: str, most: int = MOST_BYTES) -> str:
 
 
 def read_json(path: AnyPath, what: str, hint: str = "") -> Any:
-    """The plain values of a file of JSON. hint: what to do about one that is none."""
+    """The values of a JSON file. hint: what to do if it is not one."""
     try:
         return parse_json(read_text(path, what))
     except ValueError as error:
@@ -53,9 +53,7 @@ def read_json(path: AnyPath, what: str, hint: str = "") -> Any:
 
 
 def parse_json(text: str) -> Any:
-    """The plain values of a text. Raises ValueError for no JSON, and for more than MOST_DEPTH lists
-    and tables in one another.
-    """
+    """The values of a JSON text. Raises ValueError if it is not JSON or nested too deep."""
     try:
         document = json.loads(text)
     except RecursionError:
@@ -73,21 +71,30 @@ def parse_json(text: str) -> Any:
 def of_format(
     document: Any, path: AnyPath, what: str, *, kind: str, format: int, hint: str, again: str = ""
 ) -> dict[str, Any]:
-    """A file's document itself. Raises ValueError unless it is a table of this kind and format.
+    """The document, if it is of this kind and format.
 
-    hint: what is no such file. again: what to do about another format.
+    Args:
+        document: the parsed file.
+        path: of the file, for errors.
+        what: the type of file, for errors.
+        kind, format: what the document's "kind" and "format" must be.
+        hint: which file was expected.
+        again: what to do about another format.
+
+    Raises:
+        ValueError: another kind or format.
     """
     if not isinstance(document, dict) or document.get("kind") != kind:
         raise ValueError(f"{path} is no {what}. {hint}")
-    version = document.get("format")
-    if version != format:
-        raise ValueError(f"{path} has format {version!r:.100}, this version reads {format}{again}.")
+    written = document.get("format")
+    if written != format:
+        raise ValueError(f"{path} has format {written!r:.100}, this version reads {format}{again}.")
     return document
 
 
 @contextmanager
 def damaged(path: AnyPath, hint: str = "") -> Iterator[None]:
-    """Whatever a wrong value raises in this block is a ValueError that names the file."""
+    """Turn errors that a wrong value raises in this block into a ValueError with the path."""
     try:
         yield
     except (RuntimeError, *WRONG) as error:
@@ -97,22 +104,20 @@ def damaged(path: AnyPath, hint: str = "") -> Iterator[None]:
 
 
 def of_kind(value: Any, kind: type, what: str) -> Any:
-    """The value itself. Raises ValueError unless it is of this very kind, which for float is any
-    number.
-    """
+    """The value, if it is of exactly this type (an int passes as a float); else ValueError."""
     if type(value) is not kind and not (kind is float and type(value) is int):
         raise ValueError(f"{what} is of type {type(value).__name__}, expected {kind.__name__}")
     return value
 
 
 def _inside(value: Any) -> Any:
-    """What a list or a table holds."""
+    """The values inside a list or a table."""
     if isinstance(value, dict):
         return value.values()
     return value if isinstance(value, list) else ()
 
 
 def first_line(error: BaseException) -> str:
-    """An error's first line, without its last stop."""
+    """The first line of an error, at most 1,000 characters."""
     line = str(error).partition("\n")[0] or type(error).__name__
     return line if len(line) < 1000 else f"{line[:1000]} …"

@@ -1,4 +1,4 @@
-"""The nearest of the names that are known, for a name that is not."""
+"""Suggests a known name for an unknown one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from difflib import get_close_matches
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A question with the nearest, to follow an error that lists them all; "" if none is near."""
+    """ " Did you mean …?" with the most similar known name; "" if none is similar."""
     matches = get_close_matches(str(name), [*known], 1)
     return f" Did you mean {matches[0]}?" if matches else ""

@@ -1,4 +1,4 @@
-"""Files of safetensors with a note of JSON inside, whoever wrote them (see `strangers`)."""
+"""Reads untrusted safetensors files with a JSON document in their metadata (see `reading`)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 def read_tensors(
     path: AnyPath, key: str, what: str, hint: str = ""
 ) -> tuple[dict[str, Tensor], Any]:
-    """A file of safetensors: its tensors, and the JSON that its metadata hold under `key`."""
+    """The tensors of a safetensors file, and the JSON in its metadata under `key`."""
     check_file(path, what)
     try:
         with safe_open(path, framework="pt") as file:
@@ -28,7 +28,7 @@ def read_tensors(
 
 
 def floats(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
-    """The tensor of this name and shape, of finite numbers. Raises KeyError where it is missing."""
+    """The named tensor, checked to be finite floats of this shape. Raises KeyError if missing."""
     tensor = tensors[name]
     if tuple(tensor.shape) != shape or tensor.dtype not in FLOATS:
         raise ValueError(

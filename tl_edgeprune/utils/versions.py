@@ -9,10 +9,10 @@ __version__ = version("tl_edgeprune")
 
 def versions() -> dict[str, str]:
     """Versions of the libraries that a result depends on."""
-    versions_of = {"tl_edgeprune": __version__}
+    library_versions = {"tl_edgeprune": __version__}
     for name in ("transformer-lens", "transformers", "torch"):
         try:
-            versions_of[name] = version(name)
+            library_versions[name] = version(name)
         except PackageNotFoundError:
-            versions_of[name] = "unknown"
-    return versions_of
+            library_versions[name] = "unknown"
+    return library_versions

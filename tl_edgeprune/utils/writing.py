@@ -1,4 +1,4 @@
-"""Files written whole or not at all."""
+"""Writes files atomically: whole or not at all."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ _TEMPORARY = re.compile(r"\.(.+)\.[a-z0-9_]{8}")
 
 
 def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write `content` to `path` by way of a temporary neighbour, so no reader sees half a file.
+    """Write `content` to `path` through a temporary file beside it: no reader sees half a file.
 
-    A link at `path` is replaced, and not followed. Raises OSError, of the kind that stopped it (a
-    full disk, a read-only folder), with the path; what was there is then as it was.
+    A link at `path` is replaced, not followed.
+
+    Raises:
+        OSError: writing failed (a full disk, a read-only folder); the old file is unchanged.
     """
     path = Path(path)
     try:
@@ -28,14 +30,16 @@ def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
 
 
 def clear_leftovers(folder: Path, name: str | None = None) -> None:
-    """Remove what `write_whole` leaves of the file (of any) when its process is killed.
+    """Remove what `write_whole` leaves behind if its process is killed.
 
-    Only for the one process that writes there.
+    Args:
+        folder: only the process that writes in it may call this.
+        name: of the file that was being written; None: any file.
     """
     for child in folder.iterdir():
-        of = _TEMPORARY.fullmatch(child.name)
-        if not of or name not in (None, of[1]) or not child.is_dir() or child.is_symlink():
+        match = _TEMPORARY.fullmatch(child.name)
+        if not match or name not in (None, match[1]) or not child.is_dir() or child.is_symlink():
             continue
-        if [file.name for file in child.iterdir()] in ([], [of[1]]):
-            (child / of[1]).unlink(missing_ok=True)
+        if [file.name for file in child.iterdir()] in ([], [match[1]]):
+            (child / match[1]).unlink(missing_ok=True)
             child.rmdir()

@@ -1,7 +1,7 @@
 """A circuit as text for Graphviz: `dot -Tsvg circuit.dot > circuit.svg`.
 
-Layers are ranks, from the input below to the logits above. Dotted lines without arrows join a
-group's key-value node to the heads that read from it.
+Layers are ranks, from the input at the bottom to the logits at the top. Dotted lines without arrows
+join a group's key-value node to its heads.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ def to_dot(circuit: Circuit) -> str:
             f"  {quoted(edge.source)} -> {quoted(edge.destination)} "
             f"[color={quoted(KIND_COLORS[edge.kind])}, tooltip={quoted(edge.name)}{style}];"
         )
-    for first, *further in layout.links:
+    for first, *linked in layout.links:
         lines += [
             f"  {quoted(first)} -> {quoted(name)} [style=dotted, arrowhead=none, constraint=false];"
-            for name in further
+            for name in linked
         ]
     return "\n".join([*lines, "}", ""])
 
 
 def quoted(text: str) -> str:
-    """A string of the DOT language that means this text: its backslashes are no escapes."""
+    """A DOT string literal of this text; its backslashes are not escapes."""
     escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
     return f'"{escaped}"'
 

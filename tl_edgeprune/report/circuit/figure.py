@@ -1,4 +1,4 @@
-"""A circuit as a static picture, in the layout of the page."""
+"""A circuit as a static picture, with the layout of the page."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _POINTS_PER_INCH = 72.0
 _LEGEND_HEIGHT = 34.0
 _DOTTED, _DASHED = (0, (1.2, 2)), (0, (5, 2.2))
 _HUB_SHADE = 0.3  # how much darker the most connected node is ...
-_HUB_FROM = 30  # ... in a circuit where it has at least so many edges
+_HUB_FROM = 30  # ... if it has at least this many edges
 
 
 def draw_circuit(
@@ -49,15 +49,15 @@ def draw_circuit(
 ) -> None:
     """Draw the circuit to `path` (.png, .svg or .pdf): input below, logits above.
 
-    Edges are coloured by what they enter (query, key, value, MLP, logits), and end in a mark that
-    tells the same; dead ones are dotted. Of two circuits, colour tells the edges of both and of
-    either alone. The picture grows with the circuit: a unit of the layout is a point, 1/72 inch.
+    Edges are coloured by what they enter (query, key, value, MLP, logits), and end in a marker that
+    shows the same; dead edges are dotted. For two circuits, colour shows which edges are in both or
+    only in one. The picture grows with the circuit: a unit of the layout is a point, 1/72 inch.
 
     Args:
-        circuit: any Circuit; one of more than some thousand edges is better read as `write_html`.
+        circuit: any Circuit; with more than a few thousand edges, `write_html` is easier to read.
         path: the file, replaced as a whole.
-        other: a second circuit of the same graph, laid over the first.
-        names: of the two; by default their methods.
+        other: a second circuit of the same graph, overlaid on the first.
+        names: of the two circuits; by default their methods.
         title: a line above the drawing.
         dpi: resolution of a .png.
 
@@ -71,15 +71,14 @@ def draw_circuit(
         if other is None
         else _by_side(circuit, other, names or pair_names((circuit, other)))
     )
-    head = 26.0 if title else 0.0
-    height = layout.height + _LEGEND_HEIGHT + head
+    title_height = 26.0 if title else 0.0
+    height = layout.height + _LEGEND_HEIGHT + title_height
     width = max(layout.width, 330.0, _legend_width(strokes))
     with saved_figure(path, width / _POINTS_PER_INCH, height / _POINTS_PER_INCH, dpi) as figure:
         axes = figure.add_axes((0, 0, 1, 1))
-        padding = (width - layout.width) / 2
-        axes.set(
-            xlim=(-padding, layout.width + padding), ylim=(layout.height + _LEGEND_HEIGHT, -head)
-        )
+        side_margin = (width - layout.width) / 2
+        axes.set(xlim=(-side_margin, layout.width + side_margin))
+        axes.set(ylim=(layout.height + _LEGEND_HEIGHT, -title_height))
         axes.axis("off")
         _draw_layers(axes, layout)
         _draw_edges(axes, layout, strokes)
@@ -91,13 +90,13 @@ def draw_circuit(
 
 
 def edge_opacity(n_edges: int) -> float:
-    """The more edges, the fainter each: dense parts then show as darker, not as a solid block."""
+    """The more edges, the fainter each, so that dense parts are darker but not solid."""
     return min(0.9, max(0.16, 12.0 / max(n_edges, 1) ** 0.5))
 
 
 @dataclass(frozen=True)
 class _Stroke:
-    """How some of the edges are drawn, and what the legend calls them."""
+    """How a group of edges is drawn, and its label in the legend."""
 
     edges: frozenset[str]
     color: str
@@ -127,10 +126,8 @@ def _by_side(circuit: Circuit, other: Circuit, names: Sequence[str]) -> list[_St
         (other - circuit, "b", _DASHED, f"only in {second}"),
     ]
     return [
-        _Stroke(
-            frozenset(edges.edges), SIDE_COLORS[side], dashes, label=f"{label} ({len(edges):,})"
-        )
-        for edges, side, dashes, label in sides
+        _Stroke(frozenset(c.edges), SIDE_COLORS[side], dashes, label=f"{label} ({len(c):,})")
+        for c, side, dashes, label in sides
     ]
 
 
@@ -140,9 +137,9 @@ def _draw_layers(axes: Axes, layout: Layout) -> None:
             axes.axhspan(top, bottom, color=FAINT, alpha=0.4, linewidth=0, zorder=0)
         axes.text(LAYER_LABEL_X, (top + bottom) / 2, str(layer), ha="right", va="center",
                   color=MUTED, fontsize=FONT_SIZE)  # fmt: skip
-    for span, (left, right) in layout.spans.items():
-        axes.plot([left, left], [8, layout.height - 8], color=FAINT, linewidth=1, zorder=0.5)
-        axes.text((left + right) / 2, layout.height - SPAN_ROOM, span, ha="center", va="center",
+    for span, (x0, x1) in layout.spans.items():
+        axes.plot([x0, x0], [8, layout.height - 8], color=FAINT, linewidth=1, zorder=0.5)
+        axes.text((x0 + x1) / 2, layout.height - SPAN_ROOM, span, ha="center", va="center",
                   color=MUTED, fontsize=FONT_SIZE + 1, parse_math=False)  # fmt: skip
     for group in layout.links:
         xs = [layout.places[name].x for name in group]
@@ -174,7 +171,7 @@ def _path(curve: Curve) -> Path:
 
 
 def _draw_ports(axes: Axes, layout: Layout, neutral: bool) -> None:
-    """A mark where edges enter a node, by what they enter."""
+    """A marker where edges enter a node, by what they enter."""
     for kind in KINDS:
         ends = {curve[3] for e, curve in zip(layout.edges, layout.curves, strict=True)
                 if e.kind == kind}  # fmt: skip
@@ -186,7 +183,7 @@ def _draw_ports(axes: Axes, layout: Layout, neutral: bool) -> None:
 
 def _draw_nodes(axes: Axes, layout: Layout) -> None:
     degrees = Counter(name for e in layout.edges for name in (e.source, e.destination))
-    highest = max([_HUB_FROM, *degrees.values()])
+    max_degree = max([_HUB_FROM, *degrees.values()])
     for node in layout.nodes:
         x, y = layout.places[node.name]
         dark = node.kind in ("input", "logits")
@@ -196,7 +193,7 @@ def _draw_nodes(axes: Axes, layout: Layout) -> None:
             layout.node_width,
             NODE_HEIGHT,
             boxstyle=f"round,pad=0,rounding_size={corner}",
-            facecolor=INK if dark else _node_color(node.kind, degrees[node.name] / highest),
+            facecolor=INK if dark else _node_color(node.kind, degrees[node.name] / max_degree),
             edgecolor=INK if dark else MUTED,
             linewidth=0.9,
             zorder=3,
@@ -216,17 +213,17 @@ def _node_color(kind: str, share: float) -> tuple[float, float, float]:
 
 
 def _legend_width(strokes: Sequence[_Stroke]) -> float:
-    """Points that the legend takes, rather too many than too few."""
+    """An upper estimate of the legend's width in points."""
     return math.fsum(46 + 6.2 * len(label) for label in {s.label for s in strokes if s.label})
 
 
 def _draw_legend(axes: Axes, strokes: Sequence[_Stroke]) -> None:
-    by_label = {stroke.label: stroke for stroke in strokes if stroke.label}
+    labelled = {stroke.label: stroke for stroke in strokes if stroke.label}
     handles = [
         Line2D([], [], color=s.color, linewidth=2.2, linestyle=s.dashes, marker=s.marker,
                markersize=5.5)
-        for s in by_label.values()
+        for s in labelled.values()
     ]  # fmt: skip
     if handles:
-        axes.legend(handles, list(by_label), loc="lower center", ncols=len(by_label), fontsize=10.5,
+        axes.legend(handles, list(labelled), loc="lower center", ncols=len(labelled), fontsize=10.5,
                     handlelength=1.8, columnspacing=1.3, borderaxespad=0.6)  # fmt: skip

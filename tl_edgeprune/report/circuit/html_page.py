@@ -1,8 +1,8 @@
-"""A circuit as one page of HTML that opens from disk: nothing to install, nothing from a network.
+"""A circuit as one HTML page that opens from disk, without installation or network.
 
-1. `page_data.py` says what the page shows, `layout.py` where; both go into the page as JSON.
-2. The page's own markup, style and script are the files of `page/`, put into one. It loads nothing:
-   its content security policy forbids it.
+1. `page_data.py` decides what the page shows, `layout.py` where; both go into the page as JSON.
+2. The page's markup, style and scripts are the files of `page/`, joined into one. The page loads
+   nothing: its content security policy forbids it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tl_edgeprune.utils.writing import write_whole
 
 SCRIPTS = ("model", "scene", "camera", "pointer", "panel", "charts", "tools", "save", "main")
 PICTURES = (".png", ".svg", ".pdf")
-IN_A_CELL = 3000  # edges that a notebook's cell draws; each takes about 200 bytes of the notebook
+IN_A_CELL = 3000  # largest circuit drawn in a notebook's cell, at about 200 bytes per edge
 
 
 def write_html(
@@ -45,28 +45,28 @@ def write_html(
     settings: Mapping[str, Any] | None = None,
     explanation: Any = None,
 ) -> None:
-    """Write the circuit as an interactive page: one file, which opens from disk in any browser.
+    """Write the circuit as an interactive page: one file that opens from disk in any browser.
 
     Args:
-        circuit: any Circuit. Up to some 10,000 edges stay usable.
-        path: the .html file, replaced as a whole; its folder is made.
+        circuit: any Circuit; usable up to about 10,000 edges.
+        path: the .html file, replaced as a whole; its folder is created.
         title: the page's heading; by default the task, the model and the number of edges.
-        scores: a score for every edge of the *graph* (EdgeScores, ranked as their `top` does, or a
-            tensor in flat order, ranked as it is). Strong edges are drawn wider, and a slider shows
-            the strongest alone.
-        other: a second circuit of the same graph, laid over the first.
-        circuits: further circuits of the same graph; the slider then chooses among all of them.
-        names: of the circuits, in the order given; by default their methods or sizes.
+        scores: a score for every edge of the *graph*: EdgeScores, ranked as by their `top`, or a
+            tensor in flat order, ranked by value. Strong edges are drawn wider, and a slider
+            restricts the drawing to the strongest edges.
+        other: a second circuit of the same graph, overlaid on the first.
+        circuits: more circuits of the same graph; the slider then selects one of all of them.
+        names: of the circuits, in the given order; by default their methods or sizes.
         result: a PruneResult, for its scores and history.
         history: of a training run, as for `plot_history`.
-        measures: an Evaluation, or any mapping of names to values; a list of one of each circuit
-            where there are several. By default what the circuit's metadata hold.
+        measures: an Evaluation, or any mapping of names to values; a list with one per circuit if
+            there are several. By default those in the circuit's metadata.
         settings: by default the circuit's metadata.
-        explanation: anything whose `by_edge()` gives, by an edge's name, facts of that edge.
+        explanation: an object whose `by_edge()` gives facts about each edge, by the edge's name.
 
     Raises:
-        ValueError: circuits of several graphs, `other` and `circuits` together, or scores of
-            another length or graph, or not finite; a path that ends like a picture's.
+        ValueError: circuits of different graphs; `other` together with `circuits`; scores of
+            another length or graph, or not finite; a path with a picture's ending.
     """
     if Path(path).suffix.lower() in PICTURES:
         raise ValueError(
@@ -91,7 +91,7 @@ def write_html(
 
 def html_of(page: Page) -> str:
     """The page as the text of one file."""
-    replacements = {
+    contents = {
         "TITLE": html.escape(page.title),
         "STYLE": _file("style.css"),
         "DATA": json_for_html(page),
@@ -99,13 +99,13 @@ def html_of(page: Page) -> str:
     }
     return re.sub(
         "@@(TITLE|STYLE|DATA|SCRIPT)@@",
-        lambda match: replacements[match[1]],
+        lambda match: contents[match[1]],
         _file("template.html"),
     )
 
 
 def html_of_cell(circuit: Circuit) -> str:
-    """The page in a frame, for a notebook's cell; of a large circuit, a line of text."""
+    """The page in a frame, for a notebook's cell; for a large circuit, a line of text."""
     if circuit.n_edges > IN_A_CELL:
         return (
             f"<p><b>{html.escape(title_of(circuit))}</b>, too many for a cell: "
@@ -120,7 +120,7 @@ def html_of_cell(circuit: Circuit) -> str:
 
 
 def json_for_html(page: Page) -> str:
-    """JSON that no HTML parser can take for markup: `<`, `>` and `&` are written as escapes."""
+    """JSON that no HTML parser can mistake for markup: `<`, `>` and `&` are escaped."""
     text = json.dumps(page, default=vars, separators=(",", ":"), allow_nan=False)
     return re.sub("[<>&]", lambda match: f"\\u{ord(match[0]):04x}", text)
 

@@ -1,4 +1,4 @@
-"""What a page says in words and numbers: a circuit's name, its figures, its settings."""
+"""A page's texts: a circuit's title, its measures and its settings."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _SHOWN_ELSEWHERE = ("n_edges", "n_alive", "n_edges_full", "n_wrong", "n_neurons_
 
 
 def title_of(circuit: Circuit, sized: bool = True) -> str:
-    """What a circuit's pictures are called: its task, its model, and its size."""
-    origins = [str(circuit.metadata[k]) for k in ("task", "model") if k in circuit.metadata]
-    name = " in ".join(origins) or "Circuit"
+    """The title of a circuit's pictures: its task, its model and its size."""
+    names = [str(circuit.metadata[k]) for k in ("task", "model") if k in circuit.metadata]
+    name = " in ".join(names) or "Circuit"
     return f"{name}: {circuit.n_edges:,} edges" if sized else name
 
 
 def pair_names(circuits: Sequence[Circuit]) -> tuple[str, ...]:
-    """What two circuits on one picture are called: their methods, where those tell them apart."""
+    """Names of two circuits in one picture: their methods if these differ, else A and B."""
     methods = tuple(str(circuit.metadata.get("method", "")) for circuit in circuits)
     return methods if all(methods) and len(set(methods)) == len(methods) else ("A", "B")
 
@@ -40,7 +40,7 @@ def measure_lines(measures: Any) -> Lines:
 
 
 def setting_lines(settings: Mapping[str, Any], prefix: str = "") -> Lines:
-    """Settings as lines; those inside another carry its name, and what is None is left out."""
+    """Settings as lines; nested ones are prefixed with the outer name, and None is left out."""
     lines: Lines = {}
     for name, value in settings.items():
         if isinstance(value, Mapping):
@@ -51,7 +51,7 @@ def setting_lines(settings: Mapping[str, Any], prefix: str = "") -> Lines:
 
 
 def plain(value: Any) -> float | int | str:
-    """A number that JSON can hold, to six digits, or else its text."""
+    """A number that JSON can hold, to six digits, otherwise its text."""
     if isinstance(value, bool | str):
         return str(value)
     try:
@@ -83,7 +83,7 @@ def _value_with_unit(name: str, values: Mapping[str, Any]) -> str:
 
 
 def _is_number(*values: Any) -> bool:
-    """Whether each of the values is a number that text can round, or missing."""
+    """Whether each value is a number that can be rounded, or missing."""
     try:
         return all(
             value is None or (type(value) is not bool and abs(value) < 1e300) for value in values

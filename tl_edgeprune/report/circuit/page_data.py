@@ -1,7 +1,7 @@
-"""What a circuit's page shows, as data: the one JSON object that the page's script reads.
+"""What a circuit's page shows, as data: the JSON object that the page's script reads.
 
-`page_of` makes it from a circuit and what is known of it. All text in it is text, never markup: the
-script sets it with textContent. Numbers are finite.
+`page_of` builds it from a circuit, its scores, measures and settings. All its text is plain text,
+never markup: the script sets it with textContent. Numbers are finite.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from tl_edgeprune.report.circuit.layout import (
 )
 from tl_edgeprune.report.plots.history_curves import curves_of, thinned
 
-CURVE_POINTS = 300  # steps of the training in a page, at most
+CURVE_POINTS = 300  # training steps on a page, at most
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class PageNode:
     """A node: its kind (input, head, kv, mlp, logits), layer (-1 for the ends) and centre."""
 
     name: str
-    label: str  # the name without its position
+    label: str  # the name without its span
     kind: str
     layer: int
     span: str | None
@@ -54,10 +54,10 @@ class PageNode:
 
 @dataclass(frozen=True)
 class PageEdge:
-    """An edge: its nodes by their places in the list, and its Bezier curve, x and y in turn.
+    """An edge: the indices of its nodes, and its Bezier curve as alternating x and y.
 
-    circuits: which of the page's circuits have it. dead: those in which it is on no path from the
-    input to the logits. rank: 0 for the strongest, by the scores. facts: what an explanation says.
+    circuits: the page's circuits that contain it. dead: those in which it is dead. rank: 0 for the
+    strongest, by score. facts: from an explanation.
     """
 
     name: str
@@ -74,7 +74,7 @@ class PageEdge:
 
 @dataclass(frozen=True)
 class PageCircuit:
-    """One of the circuits on the page, and its figures."""
+    """One of the circuits on the page, and its measures."""
 
     name: str
     n_edges: int
@@ -84,12 +84,12 @@ class PageCircuit:
 
 @dataclass(frozen=True)
 class PageDrawing:
-    """The layout's sizes, in points; bands are [name, from, to]; links are of nodes in one row."""
+    """The layout's sizes in points; layers and spans are (name, from, to); links join nodes."""
 
     size: tuple[float, float]
     node_size: tuple[float, float]
     font_size: float
-    ports: dict[str, float]  # where an edge enters, in node widths off the middle
+    ports: dict[str, float]  # where an edge enters, in node widths from the centre
     layer_label_x: float
     span_room: float
     layers: list[tuple[int, float, float]]
@@ -101,17 +101,17 @@ class PageDrawing:
 class Page:
     """The whole page.
 
-    mode: "one" circuit; an "overlay" of two; or "sizes", circuits by rising size, of which the
-    slider shows one at a time, at first that of the place `first`. scored: whether edges have
-    scores; then the slider of one circuit shows its strongest edges alone. curves: of the training,
-    at most CURVE_POINTS steps.
+    mode: "one" circuit; an "overlay" of two; or "sizes", circuits in order of size, of which the
+    slider shows one at a time, initially that of index `first`. scored: whether edges have scores;
+    then the slider for one circuit shows only its strongest edges. curves: of the training, at most
+    CURVE_POINTS steps.
     """
 
     title: str
     graph_edges: int
     mode: str
     scored: bool
-    kinds: dict[str, str]  # those in the drawing, with their names
+    kinds: dict[str, str]  # kinds in the drawing, with their labels
     drawing: PageDrawing
     nodes: list[PageNode]
     edges: list[PageEdge]
@@ -138,8 +138,8 @@ def page_of(
     """The data of a circuit's page; the arguments are those of `write_html`."""
     if other is not None and circuits:
         raise ValueError(
-            "other= lays two circuits on each other, circuits= lets the slider choose among "
-            "several: give one of the two."
+            "other= overlays two circuits, circuits= lets the slider choose among several: give "
+            "one of the two."
         )
     mode = "overlay" if other is not None else "sizes" if circuits else "one"
     drawn = [circuit, *([other] if other is not None else []), *circuits]
@@ -147,14 +147,18 @@ def page_of(
     labels = _names(names, drawn, mode)
     order = list(range(len(drawn)))
     if mode == "sizes":
-        order.sort(key=lambda place: drawn[place].n_edges)
-        drawn, figures, labels = _in(order, drawn), _in(order, figures), _in(order, labels)
+        order.sort(key=lambda index: drawn[index].n_edges)
+        drawn, figures, labels = (
+            _in_order(order, drawn),
+            _in_order(order, figures),
+            _in_order(order, labels),
+        )
     union = reduce(or_, drawn)
     if result is not None:
         scores = result.scores if scores is None else scores
         history = result.history if history is None else history
     weights = None if scores is None else _weights(union, scores)
-    alive = [circuit.without_dead_edges() for circuit in drawn]
+    alive = [each.without_dead_edges() for each in drawn]
     layout = circuit_layout(union)
     return Page(
         title=title if title is not None else title_of(circuit, sized=mode == "one"),
@@ -169,8 +173,8 @@ def page_of(
         ],
         edges=_edges(layout, drawn, alive, weights, _facts(explanation)),
         circuits=[
-            PageCircuit(label, circuit.n_edges, circuit.n_edges - live.n_edges, lines)
-            for label, circuit, live, lines in zip(labels, drawn, alive, figures, strict=True)
+            PageCircuit(label, each.n_edges, each.n_edges - live.n_edges, lines)
+            for label, each, live, lines in zip(labels, drawn, alive, figures, strict=True)
         ],
         first=order.index(0),
         curves=thinned(curves_of(history), CURVE_POINTS) if history else None,
@@ -178,12 +182,12 @@ def page_of(
     )
 
 
-def _in(order: Sequence[int], things: Sequence[Any]) -> list[Any]:
-    return [things[index] for index in order]
+def _in_order(order: Sequence[int], items: Sequence[Any]) -> list[Any]:
+    return [items[index] for index in order]
 
 
 def _names(names: Sequence[str] | None, circuits: Sequence[Circuit], mode: str) -> list[str]:
-    """What the circuits are called: as given, else by their methods or sizes."""
+    """The circuits' names: as given, otherwise their methods or sizes."""
     if names is not None:
         if len(names) != len(circuits):
             raise ValueError(f"{len(names)} names for {len(circuits)} circuits: give one of each.")
@@ -194,32 +198,33 @@ def _names(names: Sequence[str] | None, circuits: Sequence[Circuit], mode: str) 
 
 
 def _figures(measures: Any, circuits: Sequence[Circuit]) -> list[Lines]:
-    """Each circuit's measures, by default those in its metadata ("held_out")."""
+    """Each circuit's measures; by default those in its metadata ("held_out")."""
     if isinstance(measures, Sequence):
         if len(measures) != len(circuits):
             raise ValueError(
                 f"{len(measures)} measures for {len(circuits)} circuits: give one of each, the "
                 "circuit's own first."
             )
-        values = list(measures)
+        given_measures = list(measures)
     else:
-        values = [measures, *[None] * (len(circuits) - 1)]
-    held_out = [circuit.metadata.get("held_out") for circuit in circuits]
-    figures_of = [figures if isinstance(figures, Mapping) else {} for figures in held_out]
-    return [measure_lines(k if g is None else g) for g, k in zip(values, figures_of, strict=True)]
+        given_measures = [measures, *[None] * (len(circuits) - 1)]
+    held_out = [each.metadata.get("held_out") for each in circuits]
+    defaults = [figures if isinstance(figures, Mapping) else {} for figures in held_out]
+    pairs = zip(given_measures, defaults, strict=True)
+    return [measure_lines(default if g is None else g) for g, default in pairs]
 
 
 def _settings(circuit: Circuit) -> dict[str, Any]:
-    """A circuit's metadata, less the figures, its settings last."""
-    metadata = {k: v for k, v in circuit.metadata.items() if k not in ("held_out", "settings")}
+    """A circuit's metadata without its measures, its settings last."""
+    origin = {k: v for k, v in circuit.metadata.items() if k not in ("held_out", "settings")}
     settings = circuit.metadata.get("settings")
-    return metadata | (dict(settings) if isinstance(settings, Mapping) else {})
+    return origin | (dict(settings) if isinstance(settings, Mapping) else {})
 
 
 def _weights(
     circuit: Circuit, scores: EdgeScores | Float[Tensor, " edge"]
 ) -> list[tuple[float, float]]:
-    """(score, what it is ranked by) of each edge of the circuit, in its order."""
+    """(score, value that it is ranked by) of each edge of the circuit, in order."""
     if isinstance(scores, EdgeScores):
         if scores.graph != circuit.graph:
             raise ValueError(
@@ -235,7 +240,7 @@ def _weights(
 
 
 def _facts(explanation: Any) -> dict[str, dict[str, float | int | str]]:
-    """What the explanation says of edges, by their names."""
+    """The explanation's facts about edges, by edge name."""
     if explanation is None:
         return {}
     return {
@@ -245,7 +250,7 @@ def _facts(explanation: Any) -> dict[str, dict[str, float | int | str]]:
 
 
 def _drawing(layout: Layout) -> PageDrawing:
-    index_of = {node.name: i for i, node in enumerate(layout.nodes)}
+    node_index = {node.name: i for i, node in enumerate(layout.nodes)}
     return PageDrawing(
         size=_rounded((layout.width, layout.height)),
         node_size=(round(layout.node_width, 1), NODE_HEIGHT),
@@ -255,7 +260,7 @@ def _drawing(layout: Layout) -> PageDrawing:
         span_room=SPAN_ROOM if layout.spans else 0.0,
         layers=[(n, *_rounded(band)) for n, band in layout.layers.items()],
         spans=[(name, *_rounded(band)) for name, band in layout.spans.items()],
-        links=[[index_of[name] for name in group] for group in layout.links],
+        links=[[node_index[name] for name in group] for group in layout.links],
     )
 
 
@@ -266,7 +271,7 @@ def _edges(
     weights: list[tuple[float, float]] | None,
     facts: Mapping[str, dict[str, float | int | str]],
 ) -> list[PageEdge]:
-    index_of = {node.name: i for i, node in enumerate(layout.nodes)}
+    node_index = {node.name: i for i, node in enumerate(layout.nodes)}
     has = [set(circuit.edges) for circuit in circuits]
     living = [set(circuit.edges) for circuit in alive]
     order = list(range(len(layout.edges)))
@@ -277,8 +282,8 @@ def _edges(
     return [
         PageEdge(
             name=edge.name,
-            source=index_of[edge.source],
-            destination=index_of[edge.destination],
+            source=node_index[edge.source],
+            destination=node_index[edge.destination],
             kind=edge.kind,
             curve=tuple(round(c, 1) for point in layout.curves[i] for c in point),
             dead=tuple(n for n in holders[i] if edge.name not in living[n]),

@@ -2,12 +2,12 @@
 
 const ARROWS = {ArrowUp: [0, -1], ArrowDown: [0, 1], ArrowLeft: [-1, 0], ArrowRight: [1, 0]};
 const KEYS = [
-  ["Tab", "into the drawing, and on to the tools"], ["← ↑ ↓ →", "from node to node"], ["Enter", "choose the node: what flows in and out"],
-  ["/", "find a name"], ["+ −", "larger or smaller circuit, or the view where there is one size"], ["[ ]", "zoom out or in"], ["0", "fit"],
-  ["d", "light or dark"], ["Esc", "back to the whole circuit"],
+  ["Tab", "to the drawing, then to the tools"], ["← ↑ ↓ →", "from node to node"], ["Enter", "select the node: its edges in and out"],
+  ["/", "find a name"], ["+ −", "larger or smaller circuit (or view, with one size)"], ["[ ]", "zoom out or in"], ["0", "fit"],
+  ["d", "light or dark theme"], ["Esc", "whole circuit"],
 ];
 
-/* The nearest node in a direction; what lies off the direction counts threefold. */
+/* The nearest node in a direction; distance across it counts threefold. */
 function neighbour(node, [dx, dy]) {
   let best = null, least = Infinity;
   for (const other of nodes) {

@@ -1,4 +1,4 @@
-// ---- the panel beside the drawing: the whole circuit, or the node or edge that was clicked ----
+// ---- the panel beside the drawing: the whole circuit, or the selected node or edge ----
 
 const MOST_CONNECTED = 12;
 const NODE_KINDS = {input: "input", head: "attention head", kv: "key and value of a group of heads", mlp: "MLP", logits: "logits"};
@@ -53,7 +53,7 @@ function showOverview() {
     make("table", {}, headings("node", "in", "out"), ...top.map(node => row(nodeLink(node), number(node.nIn), number(node.nOut)))));
 }
 
-/* The figures of the circuit shown; of two circuits, a column each, and what they share. */
+/* The measures of the circuit; for two circuits, a column each, and their overlap. */
 function showMeasures() {
   const section = byId("measures");
   const chosen = page.mode === "sizes" ? [circuits[state.size]] : circuits;
@@ -65,7 +65,7 @@ function showMeasures() {
     section.replaceChildren(make("h2", {}, "Two circuits"),
       make("table", {}, headings("", ...circuits.map(each => each.name)), ...body),
       factList([["edges in both", number(shared)], ["edges in either", number(edges.length)],
-        ["in both, of those in either", `${(100 * shared / Math.max(1, edges.length)).toFixed(1)} %`]]));
+        ["in both / in either", `${(100 * shared / Math.max(1, edges.length)).toFixed(1)} %`]]));
     return;
   }
   const [only] = chosen;
@@ -86,7 +86,7 @@ function showDetail(thing) {
   const detail = byId("detail");
   rows = new Map();
   detail.hidden = thing === null;
-  byId("status").textContent = thing === null ? "Nothing is chosen" : isEdge(thing) ? `Edge ${thing.name}` : thing.mark.getAttribute("aria-label");
+  byId("status").textContent = thing === null ? "Nothing selected" : isEdge(thing) ? `Edge ${thing.name}` : thing.mark.getAttribute("aria-label");
   if (thing === null) return detail.replaceChildren();
   detail.replaceChildren(...(isEdge(thing) ? edgeDetail(thing) : nodeDetail(thing)));
   byId("detail").closest("aside").scrollTop = 0;
@@ -110,13 +110,13 @@ function nodeDetail(node) {
   const words = [NODE_KINDS[node.kind], ...where].filter(Boolean).join(", ");
   const kin = [...node.kin];
   const parts = [detailHead(node.name, words)];
-  if (kin.length) parts.push(make("section", {}, make("h2", {}, node.span === null && node.kind === "kv" ? "Shared by" : node.span === null ? "Shares keys and values with" : "The same attention elsewhere"),
+  if (kin.length) parts.push(make("section", {}, make("h2", {}, node.span === null && node.kind === "kv" ? "Shared by" : node.span === null ? "Shares keys and values with" : "Same attention in other spans"),
     make("table", {}, ...kin.map(other => row(nodeLink(other))))));
   parts.push(edgeTable("Flows in", node.reads, edge => edge.from), edgeTable("Flows out", node.writes, edge => edge.to));
   return parts;
 }
 
-/* The edges on one side of a node, the strongest first; those that are filtered away are faint. */
+/* The edges on one side of a node, strongest first; filtered edges are faint. */
 function edgeTable(heading, list, other) {
   const sorted = [...list].sort((a, b) => b.shown - a.shown || a.rank - b.rank);
   const body = sorted.map(edge => {

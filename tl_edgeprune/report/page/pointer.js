@@ -1,4 +1,4 @@
-// ---- pointing: what is under the pointer, its neighbours lit, a few words beside it ----
+// ---- pointing: highlights what is under the pointer and its neighbours, with a tooltip ----
 
 const CELL = 24;  // of the grid in which edges are looked up, in the drawing's points
 const SAMPLES = 22;  // points of a curve
@@ -6,7 +6,7 @@ const REACH = 7;  // pixels from the pointer to an edge
 const TIP_FACTS = 6;
 
 const gridKey = (x, y) => Math.floor(x / CELL) * 100003 + Math.floor(y / CELL);
-let grid = null;  // cell -> the places of the edges that pass through it
+let grid = null;  // cell -> indices of the edges that pass through it
 
 function pointsOf(edge) {
   if (edge.points) return edge.points;

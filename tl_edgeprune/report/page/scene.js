@@ -87,7 +87,7 @@ function drawBack() {
     if (layer % 2 === 0) backLayer.append(make("rect", {class: "layer-band", width, y: top, height: bottom - top}));
     const choose = () => chooseLayers(layer, layer);
     nameLayer.append(
-      make("rect", {class: "layer-hit", width: page.drawing.layer_label_x + 8, y: top, height: bottom - top, click: choose}, make("title", {}, `Layer ${layer} alone`)),
+      make("rect", {class: "layer-hit", width: page.drawing.layer_label_x + 8, y: top, height: bottom - top, click: choose}, make("title", {}, `Show only layer ${layer}`)),
       make("text", {class: "layer-name", x: page.drawing.layer_label_x, y: (top + bottom) / 2, "font-size": font, "pointer-events": "none"}, String(layer)));
   }
   for (const [name, left, right] of page.drawing.spans) {

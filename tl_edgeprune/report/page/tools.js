@@ -76,7 +76,7 @@ function buildLayers() {
   [byId("layer-from").value, byId("layer-to").value] = state.layers;
 }
 
-/* Only what touches these layers; the same choice a second time brings all back. */
+/* Show only what touches these layers; choosing the same layer again shows all. */
 function chooseLayers(from, to) {
   const same = from === to && state.layers[0] === from && state.layers[1] === to;
   state.layers = same ? [layerNames[0], layerNames.at(-1)] : [from, to];
@@ -102,7 +102,7 @@ function buildSize() {
   showSize(null);
 }
 
-/* Show so many edges, or the circuit of this place; `by`: the input that says so, left as it is. */
+/* Show this many edges, or the circuit at this index; `by`: the input that changed, not updated. */
 function setSize(size, by) {
   const several = page.mode === "sizes";
   state.size = clamp(size, several ? 0 : 1, several ? circuits.length - 1 : edges.length);
@@ -131,7 +131,7 @@ function stepSize(sign) {
 
 let found = [], picked = 0;
 
-/* Nodes before edges; names that begin so before those that hold it. */
+/* Nodes before edges; names that begin with the text before those that contain it. */
 function findNames(text) {
   const wanted = text.trim().toLowerCase();
   if (!wanted) return [];
@@ -153,7 +153,7 @@ function showMatches() {
     id: `match-${place}`, role: "option", "aria-selected": String(place === picked),
     pointerdown: event => { event.preventDefault(); take(thing); },
   }, make("span", {}, thing.name), make("span", {}, isEdge(thing) ? "edge" : NODE_KINDS[thing.kind]))));
-  if (!found.length) list.append(make("li", {}, make("span", {class: "label"}, "No name like this")));
+  if (!found.length) list.append(make("li", {}, make("span", {class: "label"}, "No such name")));
   list.children[picked]?.scrollIntoView({block: "nearest"});
 }
 

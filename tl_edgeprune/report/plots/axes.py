@@ -1,4 +1,4 @@
-"""Logarithmic axes whose ticks are plain round numbers."""
+"""Logarithmic axes with plain round numbers as ticks."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def log_axis(axes: Axes, which: str, values: Sequence[float], floor: float = -ma
 
 
 def round_ticks(values: Sequence[float], most: int) -> list[float]:
-    """Round numbers over the values' range, at most about so many: 1, 2, 5 or powers of ten.
+    """Round numbers (1, 2, 5 or powers of ten) over the values' range, about `most` at most.
 
-    Where fewer than two lie there, the ends of the range.
+    If the range has fewer than two of them, its ends.
     """
     positive = [value for value in values if value > 0 and math.isfinite(value)]
     if not positive:

@@ -1,4 +1,4 @@
-"""Methods side by side: how far from the model, and at what size and cost."""
+"""Methods side by side: their distance from the model, by size and cost."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tl_edgeprune.report.plots.axes import log_axis
 from tl_edgeprune.report.plots.series import legend_below, series_style
 
 _WIDTH = 9.6  # inches
-DECADES = 6  # what is this many powers of ten below a panel's largest value counts as 0
+DECADES = 6  # a value this many powers of ten below a panel's largest counts as 0
 
 
 def plot_comparison(
@@ -30,15 +30,15 @@ def plot_comparison(
     """Draw a comparison's table in four panels, and write it to `path` (.png, .svg or .pdf).
 
     The distance from the model, the faithfulness and the exact match against the circuits' edges,
-    and the distance against the seconds of the run. A line joins a method's sizes; a circuit whose
-    size the method chose has its threshold and its edges beside it. Distances are
-    on a logarithmic axis; those a million times below the largest are drawn at its bottom, "0".
+    and the distance against the seconds of the run. A line joins a method's sizes; if the method
+    chose the size, its threshold and number of edges are beside the point. Distances are on a
+    logarithmic axis; those a million times below the largest are drawn at the bottom, as "0".
 
     Args:
-        table: a DataFrame such as `Comparison.table`.
+        table: a DataFrame, such as `Comparison.table`.
         measure: the column that is the distance, "kl" or "mse".
         title: a line above the panels.
-        dpi: dots an inch, of a .png.
+        dpi: dots per inch, for a .png.
 
     Raises:
         ValueError: no rows, missing columns, or another measure.
@@ -106,7 +106,7 @@ def _axis_title(measure: Measure) -> str:
 
 
 def _name_thresholds(axes: Axes, rows: Any, x: str, values: list[float], color: str) -> None:
-    """A threshold and its circuit's edges beside each mark that has one."""
+    """Write the threshold and number of edges beside each point that has a threshold."""
     if "threshold" not in rows:
         return
     spots = zip(rows[x].tolist(), values, rows["threshold"], rows["n_edges"], strict=True)
@@ -123,7 +123,7 @@ def _name_thresholds(axes: Axes, rows: Any, x: str, values: list[float], color: 
 
 
 def _columns(table: Any) -> int:
-    """Columns of the legend: as many as the longest name leaves room for."""
+    """Columns of the legend: as many as fit with the longest name."""
     longest = max(len(str(method)) for method in table["method"])
     return max(1, min(6, int(_WIDTH / (0.62 + 0.085 * longest))))
 
@@ -135,7 +135,7 @@ def _area(edges: int, all_edges: Any) -> float:
 
 
 def _floor(values: Any) -> float:
-    """Where what counts as 0 is drawn on a logarithmic axis."""
+    """The value at which 0 is drawn on a logarithmic axis."""
     finite = [value for value in values.tolist() if math.isfinite(value)]
     top = max(finite, default=0.0)
     if top <= 0:

@@ -1,4 +1,4 @@
-"""Faithfulness against the size of the circuit, a line for each method."""
+"""Faithfulness against the size of the circuit, one line per method."""
 
 from __future__ import annotations
 
@@ -19,24 +19,26 @@ def plot_faithfulness(
     title: str | None = None,
     dpi: int = 200,
 ) -> None:
-    """Draw faithfulness against the edges kept, a line for each curve, and write it to `path`.
+    """Draw faithfulness against the edges kept, one line per curve, and write it to `path`.
 
-    Edges are on a logarithmic axis; circuits of no edges are left out. The dashed line is the full
-    model's 1; the legend tells the areas under each curve's f and |1 - f|. These are MIB's CPR and
-    CMD for the curves of `mib_faithfulness` alone: CPR the signed one's first area, CMD the
-    absolute one's second.
+    Edges are on a logarithmic axis; empty circuits are left out. The dashed line is the full model,
+    1. The legend gives the areas under each curve's f and |1 - f|. Only for the curves of
+    `mib_faithfulness` are these MIB's measures: CPR is the first area of the signed curve, CMD the
+    second area of the absolute one.
 
     Args:
-        curves: by the names of the methods.
+        curves: by method name.
         path: the file (.png, .svg or .pdf), replaced as a whole.
         title: a line above the plot.
-        dpi: dots an inch, of a .png.
+        dpi: dots per inch, for a .png.
 
     Raises:
         ValueError: no curve, or another ending.
     """
     if not curves:
-        raise ValueError("no curves: expected at least one, as {'eap': faithfulness_curve(…)}.")
+        raise ValueError(
+            "no curves: expected at least one, such as {'eap': faithfulness_curve(…)}."
+        )
     with saved_figure(path, 6.4, 4.4, dpi) as figure:
         axes = figure.subplots()
         sizes: list[float] = []

@@ -1,4 +1,4 @@
-"""Where in the model a circuit, or a method's scores, lie: layers by heads, as heat maps."""
+"""Where in the model a circuit, or a method's scores, are: heat maps of layers by heads."""
 
 from __future__ import annotations
 
@@ -26,9 +26,14 @@ def plot_heads(
 ) -> None:
     """Draw two heat maps, layers by heads with the MLP as the last column, and write them.
 
-    Left, what leaves each head and MLP; right, what enters. Of a Circuit, its edges are counted; of
-    EdgeScores, the magnitudes of the scores are added up. A key or a value that heads share counts
-    for each of them.
+    Left: edges out of each head and MLP; right: edges into it. For a Circuit, edges are counted;
+    for EdgeScores, the magnitudes of scores are summed. A shared key or value counts for each head.
+
+    Args:
+        found: what to draw.
+        path: the file (.png, .svg or .pdf), replaced as a whole.
+        title: a line above the maps.
+        dpi: dots per inch, for a .png.
 
     Raises:
         ValueError: the path has another ending than .png, .svg or .pdf.
@@ -44,10 +49,10 @@ def plot_heads(
     height = max(2.6, 1.3 + 0.2 * graph.n_layers)
     with saved_figure(path, width, height, dpi) as figure:
         figure.set_layout_engine("constrained", h_pad=0.08, w_pad=0.08)
-        left, right = figure.subplots(1, 2, sharey=True)
-        _heat_map(figure, left, graph, out_of, f"Out of a head or MLP ({unit})")
-        _heat_map(figure, right, graph, into, f"Into it ({unit})")
-        left.set_ylabel("Layer")
+        left_axes, right_axes = figure.subplots(1, 2, sharey=True)
+        _heat_map(figure, left_axes, graph, out_of, f"Out of a head or MLP ({unit})")
+        _heat_map(figure, right_axes, graph, into, f"Into it ({unit})")
+        left_axes.set_ylabel("Layer")
         if title:
             figure.suptitle(title, x=0.02, ha="left", fontsize=13, fontweight="bold")
 
@@ -60,11 +65,11 @@ def flows(
     out_of = torch.zeros(graph.n_sources, dtype=weights.dtype).index_add(0, source, weights)
     arriving = torch.zeros(len(graph.destinations), dtype=weights.dtype)
     arriving.index_add_(0, destination, weights)
-    index_of = {name: index for index, name in enumerate(graph.sources)}
+    source_index = {name: index for index, name in enumerate(graph.sources)}
     into = torch.zeros(graph.n_sources, dtype=weights.dtype)
     for index, name in enumerate(graph.destinations):
         for owner in graph.owner(name):
-            into[index_of[owner]] += arriving[index]
+            into[source_index[owner]] += arriving[index]
     shape = (graph.n_layers, graph.sources_per_layer)
     return out_of[graph.n_inputs :].view(shape), into[graph.n_inputs :].view(shape)
 

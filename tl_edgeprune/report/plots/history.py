@@ -1,4 +1,4 @@
-"""The training curve: what is minimised, and how many edges are left, over the steps."""
+"""The training curve: the objective and the number of edges kept, over the steps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tl_edgeprune.report.plots.history_curves import Curves, curves_of
 
 LOSS_COLOR, EDGES_COLOR = BLUE, GREEN
 _DOTS = {"linestyle": "none", "marker": ".", "markeredgewidth": 0}
-_LOG_FROM = 12.0  # an axis is logarithmic when its largest value is this many times its smallest
+_LOG_FROM = 12.0  # an axis is logarithmic if its largest value is this many times its smallest
 
 
 def plot_history(
@@ -27,9 +27,9 @@ def plot_history(
 ) -> None:
     """Plot the `history` of an EdgePruner's result, and write it to `path` (.png, .svg or .pdf).
 
-    Above, the objective: each step faint, their running mean strong. Below, the expected number of
-    edges kept, and the budget of the step dashed. An axis is logarithmic where its values span
-    more than an order of magnitude and are all positive.
+    Above: the objective at each step (faint) and its running mean. Below: the expected number of
+    edges kept, and the step's budget (dashed). An axis is logarithmic if its values are positive
+    and span more than an order of magnitude.
 
     Args:
         history: one mapping per logged step, with "step", "loss", "edges" and (or None) "target".
@@ -62,13 +62,13 @@ def _plot_loss(axes: Axes, curves: Curves) -> None:
 
 def _plot_edges(axes: Axes, curves: Curves) -> None:
     steps, edges, target, jumps = curves.steps, curves.edges, curves.target, curves.jumps
-    style: dict[str, Any] = _DOTS | {"markersize": 7} if jumps else {"linewidth": 2}
-    budget: dict[str, Any] = (
+    edge_style: dict[str, Any] = _DOTS | {"markersize": 7} if jumps else {"linewidth": 2}
+    budget_style: dict[str, Any] = (
         _DOTS | {"markersize": 2} if jumps else {"linewidth": 1.3, "linestyle": (0, (4, 3))}
     )
-    axes.plot(steps, edges, color=EDGES_COLOR, label="kept (expected)", **style)
+    axes.plot(steps, edges, color=EDGES_COLOR, label="kept (expected)", **edge_style)
     if any(map(math.isfinite, target)):
-        axes.plot(steps, target, color=INK, label="budget", **budget)
+        axes.plot(steps, target, color=INK, label="budget", **budget_style)
     _scale(axes, edges + target)
     axes.set_ylabel("Edges")
     axes.set_xlabel("Step")
@@ -87,12 +87,12 @@ def _plot_edges(axes: Axes, curves: Curves) -> None:
 
 
 def _legend(axes: Axes) -> None:
-    """Above the panel, so that it never covers a line."""
+    """A legend above the panel, where it covers no line."""
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0, fontsize=10, ncols=2)
 
 
 def _scale(axes: Axes, values: Sequence[float]) -> None:
-    """A logarithmic axis where it helps, with plain numbers on its ticks."""
+    """A logarithmic axis if it helps, with plain numbers as ticks."""
     finite = [value for value in values if math.isfinite(value)]
     if finite and min(finite) > 0 and max(finite) / min(finite) >= _LOG_FROM:
         axes.set_yscale("log")

@@ -1,4 +1,4 @@
-"""A training's history as curves: the objective, its running mean, the edges and their budget."""
+"""A training history as curves: objective, running mean, edges and budget."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Curves:
-    """One value a step, NaN where there is none. smooth: the running mean of the objective."""
+    """One value per step, NaN if there is none. smooth: the running mean of the objective."""
 
     steps: list[float]
     loss: list[float]
@@ -21,7 +21,7 @@ class Curves:
 
     @property
     def jumps(self) -> bool:
-        """Whether the budget was drawn anew at each step: then a line through it is noise."""
+        """Whether the budget is drawn again at each step, so that a line through it is noise."""
         travelled = sum(abs(b - a) for a, b in pairwise(self.edges))
         return travelled > 5 * (max(self.edges) - min(self.edges))
 
@@ -29,7 +29,7 @@ class Curves:
 def curves_of(history: Sequence[Mapping[str, Any]]) -> Curves:
     """The curves of a result's `history`.
 
-    Raises ValueError where it is empty, or a step lacks a value.
+    Raises ValueError if it is empty, or a step lacks a value.
     """
     if not history:
         raise ValueError("the history is empty: expected at least one step, as in result.history.")
@@ -37,7 +37,7 @@ def curves_of(history: Sequence[Mapping[str, Any]]) -> Curves:
         missing = [key for key in ("step", "loss", "edges") if step.get(key) is None]
         if missing:
             raise ValueError(
-                f"history[{index}] has {sorted(step)}, and no {' or '.join(missing)}: pass the "
+                f"history[{index}] has {sorted(step)}, but no {' or '.join(missing)}: pass the "
                 "result.history of EdgePruner.fit."
             )
     steps, loss, edges, target = (
@@ -48,7 +48,7 @@ def curves_of(history: Sequence[Mapping[str, Any]]) -> Curves:
 
 
 def thinned(curves: Curves, most: int) -> dict[str, Any]:
-    """The curves as JSON: at most about so many steps, the last among them; None for NaN."""
+    """The curves as JSON: about `most` steps at most, including the last; None for NaN."""
     n = len(curves.steps)
     stride = max(1, math.ceil(n / most))
     steps = sorted({*range(0, n, stride), n - 1})
@@ -59,7 +59,7 @@ def thinned(curves: Curves, most: int) -> dict[str, Any]:
 
 
 def smooth(values: Sequence[float], span: int) -> list[float]:
-    """Exponential running mean over about `span` values, without bias at the start; skips NaN."""
+    """Exponential running mean over about `span` values, unbiased at the start; skips NaN."""
     decay = 1 - 2 / (max(span, 1) + 1)
     total = weight = 0.0
     means = []

@@ -1,4 +1,4 @@
-"""Lines of one plot that stay apart: by colour, by mark and by dashes; and their legend."""
+"""Distinct line styles for one plot (colour, marker, dashes), and the legend."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ DASHES = ("-", (0, (5, 2)), (0, (1.2, 1.6)), (0, (7, 2, 1.2, 2)))
 
 
 def series_style(place: int) -> dict[str, Any]:
-    """Colour, mark and dashes of the line of this place; no two of the first 88 look alike.
+    """Colour, marker and dashes of the line at this index; the first 88 are distinct.
 
-    Colours come again after eight lines, then with other dashes; marks after eleven.
+    Colours repeat after eight lines, with other dashes; markers after eleven.
     """
     return {
         "color": SERIES[place % len(SERIES)],
@@ -32,7 +32,7 @@ def series_style(place: int) -> dict[str, Any]:
 
 
 def legend_below(figure: Figure, axes: Axes, *, columns: int, fontsize: float = 10) -> None:
-    """A legend below the plots, of as many rows as it takes; the figure grows by them."""
+    """A legend below the plots; the figure grows by its rows."""
     handles, names = axes.get_legend_handles_labels()
     if not handles:
         return

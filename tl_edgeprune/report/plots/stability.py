@@ -1,4 +1,4 @@
-"""How often repeated runs find an edge, and how far any two of them agree."""
+"""How often repeated runs find an edge, and how much each two of them agree."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tl_edgeprune.evaluation.stability import Stability
 from tl_edgeprune.report.figures import saved_figure
 from tl_edgeprune.report.palette import BLUE, INK
 
-_NUMBERED = 10  # runs whose agreements are written into the map
+_NUMBERED = 10  # with at most this many runs, the map has numbers
 
 
 def plot_stability(
@@ -25,8 +25,14 @@ def plot_stability(
 ) -> None:
     """Draw a Stability in two panels, and write it to `path` (.png, .svg or .pdf).
 
-    Left, how many edges are in the circuits of exactly 1, 2, … of the runs; right, the Jaccard
-    index (edges in both over edges in either) of every two runs.
+    Left: the number of edges in the circuits of exactly 1, 2, … of the runs. Right: the Jaccard
+    index (edges in both over edges in either) of each two runs.
+
+    Args:
+        found: what to draw.
+        path: the file, replaced as a whole.
+        title: a line above the panels.
+        dpi: dots per inch, for a .png.
 
     Raises:
         ValueError: the path has another ending.
@@ -35,9 +41,9 @@ def plot_stability(
     side = min(5.2, max(3.2, 0.42 * n + 1.2))
     with saved_figure(path, 3.8 + side + 0.5, side, dpi) as figure:
         figure.set_layout_engine("constrained", h_pad=0.08, w_pad=0.08)
-        left, right = figure.subplots(1, 2, width_ratios=[3.8, side])
-        _draw_counts(left, found)
-        _draw_agreement(figure, right, found)
+        left_axes, right_axes = figure.subplots(1, 2, width_ratios=[3.8, side])
+        _draw_counts(left_axes, found)
+        _draw_agreement(figure, right_axes, found)
         if title:
             figure.suptitle(title, x=0.02, ha="left", fontsize=13, fontweight="bold")
 
@@ -65,16 +71,14 @@ def _draw_agreement(figure: Figure, axes: Axes, found: Stability) -> None:
                 color = "white" if value > 0.55 else INK
                 axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=9, color=color)
     names = [_run_name(*run) for run in found.runs]
-    tick_labels = names if n <= 20 else [""] * n
-    axes.set_xticks(
-        range(n), tick_labels, rotation=90 if max(map(len, tick_labels)) > 3 else 0, fontsize=9
-    )
-    axes.set_yticks(range(n), tick_labels, fontsize=9)
+    labels = names if n <= 20 else [""] * n
+    axes.set_xticks(range(n), labels, rotation=90 if max(map(len, labels)) > 3 else 0, fontsize=9)
+    axes.set_yticks(range(n), labels, fontsize=9)
     axes.grid(False)
     axes.set_title(f"Jaccard index, mean {found.jaccard:.2f}", fontsize=10.5, loc="left")
     figure.colorbar(picture, ax=axes, fraction=0.05, pad=0.03).outline.set_visible(False)
 
 
 def _run_name(seed: int | None, resample: int | None) -> str:
-    words = [] if seed is None else [f"seed {seed}"]
-    return ", ".join([*words, *([] if resample is None else [f"resample {resample}"])])
+    seeds = [] if seed is None else [f"seed {seed}"]
+    return ", ".join([*seeds, *([] if resample is None else [f"resample {resample}"])])

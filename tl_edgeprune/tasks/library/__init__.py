@@ -1,4 +1,4 @@
-"""The tasks that come with the package, a file each. Importing this package registers them."""
+"""The built-in tasks, one file each. Importing this package registers them."""
 
 from tl_edgeprune.tasks.library import (  # noqa: F401
     arithmetic,

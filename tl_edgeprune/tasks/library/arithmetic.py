@@ -2,10 +2,10 @@
 
     Solve this: 24 + 35 =   -> 59, not 81
 
-1. Both numbers and the result have two digits, or one each with `digits=1`. The corrupted prompt
-   has other numbers, whose result has another first digit: it is the distractor.
-2. The answer is the result as the tokenizer writes it: the whole number where that is one token,
-   its first digit where digits are tokens.
+1. Both numbers and the result have two digits, or one with `digits=1`. The corrupted prompt has
+   other numbers, whose result has another first digit and is the distractor.
+2. The answer is the result as the tokenizer writes it: the whole number if that is one token, its
+   first digit if digits are tokens.
 3. All numbers have the same number of tokens.
 """
 
@@ -47,7 +47,7 @@ def arithmetic(
 ) -> Recipe:
     """`operation`: "plus", "minus" or "both". `digits`: of the numbers and of the result, 1 or 2.
 
-    Raises ValueError for other options, or a tokenizer without numbers of one length.
+    Raises ValueError for other options, or a tokenizer without numbers of equal length.
     """
     if operation not in ("both", *SIGNS) or digits not in (1, 2):
         raise ValueError(
@@ -58,17 +58,17 @@ def arithmetic(
     written = same_length(tokenizer, [str(n) for n in numbers], 3, "arithmetic's numbers")
     operations = tuple(SIGNS) if operation == "both" else (operation,)
     sums = {name: _sums(name, [int(n) for n in written], numbers) for name in operations}
-    calculations = [calculation for of_sum in sums.values() for calculation in of_sum]
+    calculations = [calculation for of_operation in sums.values() for calculation in of_operation]
     sizes = len(SENTENCES), len(calculations)
 
     def make(number: int, generator: random.Random) -> Example:
-        group, chosen = mixed_radix(number, sizes)
-        clean, sentence = calculations[chosen], SENTENCES[group]
+        template, index = mixed_radix(number, sizes)
+        clean, sentence = calculations[index], SENTENCES[template]
         corrupted = clean
         while str(corrupted.result)[0] == str(clean.result)[0]:
             corrupted = generator.choice(sums[clean.operation])
         return Example(
-            f"{clean.operation}-{group}",
+            f"{clean.operation}-{template}",
             clean.text(sentence),
             corrupted.text(sentence),
             answer=f" {clean.result}",
@@ -79,10 +79,10 @@ def arithmetic(
 
 
 def _sums(operation: str, numbers: list[int], results: range) -> list[Sum]:
-    """All with a result of as many digits; ValueError where all results begin with one digit."""
+    """All sums with a result in range. Raises ValueError if all results begin with one digit."""
     sign = 1 if operation == "plus" else -1
-    calculations = (Sum(operation, a, b, a + sign * b) for a in numbers for b in numbers)
-    usable = [calculation for calculation in calculations if calculation.result in results]
-    if len({str(calculation.result)[0] for calculation in usable}) < 2:
+    candidates = (Sum(operation, a, b, a + sign * b) for a in numbers for b in numbers)
+    calculations = [calculation for calculation in candidates if calculation.result in results]
+    if len({str(calculation.result)[0] for calculation in calculations}) < 2:
         raise ValueError(f"arithmetic: too few numbers of one length for {operation!r}: {numbers}.")
-    return usable
+    return calculations

@@ -2,14 +2,13 @@
 
     ((not False) and True) or False   -> True
 
-1. An expression is a literal, `not` of an expression, or two of them joined by `and` or `or`; what
-   has operators itself stands in brackets inside another one. Depth is how deep they are nested. Of
-   the two sides of a connective, one is one less deep than the whole, and the other has depth 0 or
-   1.
-2. Expressions of one depth are numbered: so they are drawn without repetition.
-3. The corrupted prompt has an expression of the same shape, its literals and connectives drawn
-   anew, and with the other value. So lengths agree, and no single place gives the answer away.
-4. form="instruction" asks for the value; form="few-shot" shows expressions with their values first,
+1. An expression is a literal, `not` of an expression, or two expressions joined by `and` or `or`.
+   A nested expression with operators is in brackets. Depth is the depth of nesting. One side of a
+   connective is one level less deep than the whole, the other has depth 0 or 1.
+2. Expressions of one depth are numbered, so they are drawn without repetition.
+3. The corrupted prompt has an expression of the same shape with newly drawn literals and
+   connectives, and the opposite value. So lengths agree, and no single token reveals the answer.
+4. form="instruction" asks for the value; form="few-shot" first shows expressions with their values,
    the same ones in both prompts.
 """
 
@@ -30,19 +29,19 @@ INSTRUCTION = (
 )
 SHOT = "{expression} is"
 FORMS = ("instruction", "few-shot")
-SIDE = 1  # the depth of a connective's flatter side, at most
+SIDE = 1  # largest depth of a connective's flatter side
 DEPTHS = range(1, 7)
 
 
 class Expression(NamedTuple):
-    """A literal, `not` of one part, or two parts with their connective."""
+    """A literal, `not` of one operand, or two operands with their connective."""
 
     operator: str  # "True", "False", "not", "and", "or"
-    parts: tuple[Expression, ...] = ()
+    operands: tuple[Expression, ...] = ()
 
     @property
     def value(self) -> bool:
-        values = [operand.value for operand in self.parts]
+        values = [operand.value for operand in self.operands]
         if self.operator == "not":
             return not values[0]
         if self.operator in ("and", "or"):
@@ -51,10 +50,12 @@ class Expression(NamedTuple):
 
     @property
     def n_operators(self) -> int:
-        return bool(self.parts) + sum(operand.n_operators for operand in self.parts)
+        return bool(self.operands) + sum(operand.n_operators for operand in self.operands)
 
     def __str__(self) -> str:
-        operands = [f"({operand})" if operand.parts else str(operand) for operand in self.parts]
+        operands = [
+            f"({operand})" if operand.operands else str(operand) for operand in self.operands
+        ]
         if self.operator == "not":
             return f"not {operands[0]}"
         return f" {self.operator} ".join(operands) if operands else self.operator
@@ -69,10 +70,10 @@ CHOICES = {"True": "True False", "False": "True False", "and": "and or", "or": "
 def boolean_expressions(
     tokenizer: PreTrainedTokenizerBase, *, form: str = "instruction", depth: int = 3, shots: int = 4
 ) -> Recipe:
-    """Expressions of one depth (1 to 6); `shots` solved ones come first in the few-shot form.
+    """Expressions of one depth (1 to 6), after `shots` solved ones in the few-shot form.
 
-    Raises ValueError for other options, or a tokenizer that writes True and False, or and and or,
-    in different numbers of tokens.
+    Raises ValueError for other options, or a tokenizer that writes True and False, or "and" and
+    "or", in different numbers of tokens.
     """
     if form not in FORMS or depth not in DEPTHS or shots < 1:
         raise ValueError(
@@ -84,10 +85,10 @@ def boolean_expressions(
     def make(number: int, generator: random.Random) -> Example:
         clean = expression(number, depth)
         corrupted = opposite(clean, generator)
-        examples = _shots(clean, corrupted, depth, shots, generator) if form == "few-shot" else ""
+        preamble = _shots(clean, corrupted, depth, shots, generator) if form == "few-shot" else ""
         sentence = SHOT if form == "few-shot" else INSTRUCTION
         clean_text, corrupted_text = (
-            examples + sentence.format(expression=e) for e in (clean, corrupted)
+            preamble + sentence.format(expression=e) for e in (clean, corrupted)
         )
         return Example(
             f"{form}-{clean.n_operators}",
@@ -112,21 +113,21 @@ def expression(number: int, depth: int) -> Expression:
     """The expression of a number below `count(depth)`; each has one number."""
     if depth == 0:
         return LITERALS[number]
-    form, number = divmod(number, count(depth - 1))
+    connective, number = divmod(number, count(depth - 1))
     deep = expression(number, depth - 1)
-    if form == 0:
+    if connective == 0:
         return Expression("not", (deep,))
-    side, kind = divmod(form - 1, 2)
-    operator = ("and", "or")[kind]
+    side, operator_index = divmod(connective - 1, 2)
+    operator = ("and", "or")[operator_index]
     if side < _flat(depth - 1):
         return Expression(operator, (deep, _flatter(side)))
     return Expression(operator, (_flatter(side - _flat(depth - 1)), deep))
 
 
 def opposite(clean: Expression, generator: random.Random) -> Expression:
-    """An expression of the same shape with the other value, drawn at random.
+    """A random expression of the same shape with the opposite value.
 
-    Where what was drawn has the same value, its dual has the other one (De Morgan).
+    If the drawn expression has the same value, its dual has the opposite one (De Morgan).
     """
     drawn = _redrawn(clean, generator)
     return drawn if drawn.value != clean.value else _dual(drawn)
@@ -134,21 +135,23 @@ def opposite(clean: Expression, generator: random.Random) -> Expression:
 
 def _redrawn(expression: Expression, generator: random.Random) -> Expression:
     operator = generator.choice(CHOICES.get(expression.operator, expression.operator).split())
-    return Expression(operator, tuple(_redrawn(operand, generator) for operand in expression.parts))
+    return Expression(
+        operator, tuple(_redrawn(operand, generator) for operand in expression.operands)
+    )
 
 
 def _dual(expression: Expression) -> Expression:
-    return Expression(DUAL[expression.operator], tuple(map(_dual, expression.parts)))
+    return Expression(DUAL[expression.operator], tuple(map(_dual, expression.operands)))
 
 
 @functools.cache
 def _flat(depth: int) -> int:
-    """How many expressions have at most this depth, and at most that of a flatter side."""
+    """How many expressions have at most this depth and at most SIDE."""
     return sum(count(shallow) for shallow in range(min(SIDE, depth) + 1))
 
 
 def _flatter(number: int) -> Expression:
-    """The expression of a number below `_flat`, shallow ones first."""
+    """The expression of a number below `_flat(depth)`, shallow ones first."""
     depth = 0
     while number >= count(depth):
         number -= count(depth)
@@ -163,7 +166,7 @@ def _shots(
     shots: int,
     generator: random.Random,
 ) -> str:
-    """Solved expressions, both values in turn, none of them one of the two."""
+    """Solved expressions with alternating values, other than the two of the pair."""
     lines: list[str] = []
     value = generator.random() < 0.5
     while len(lines) < shots:

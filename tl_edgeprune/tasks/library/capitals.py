@@ -1,8 +1,8 @@
-"""Capitals: a fact that a language model knows.
+"""Capitals: factual recall.
 
     The capital of France is the city of   -> Paris, not Rome
 
-The corrupted prompt has another country, of as many tokens, and its capital is the distractor.
+The corrupted prompt has another country with as many tokens, whose capital is the distractor.
 """
 
 from __future__ import annotations
@@ -142,44 +142,44 @@ CAPITALS = {
 
 @register_recipe("capitals")
 def capitals(tokenizer: PreTrainedTokenizerBase) -> Recipe:
-    """Raises ValueError where no two countries can be exchanged."""
+    """Raises ValueError if no two countries can replace each other."""
     partners = exchangeable(tokenizer)
     countries = list(partners)
     sizes = len(SENTENCES), len(countries)
 
     def make(number: int, generator: random.Random) -> Example:
-        sentence, city_index = mixed_radix(number, sizes)
-        country = countries[city_index]
-        partner = generator.choice(partners[country])
+        sentence, country_index = mixed_radix(number, sizes)
+        country = countries[country_index]
+        corrupted_country = generator.choice(partners[country])
         return Example(
             f"sentence-{sentence:02}",
             SENTENCES[sentence].format(country=country),
-            SENTENCES[sentence].format(country=partner),
+            SENTENCES[sentence].format(country=corrupted_country),
             answer=f" {CAPITALS[country]}",
-            distractor=f" {CAPITALS[partner]}",
+            distractor=f" {CAPITALS[corrupted_country]}",
         )
 
     return Recipe(math.prod(sizes), make, f"{len(countries)} countries can be exchanged for others")
 
 
 def exchangeable(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[str]]:
-    """Countries, with those of as many tokens whose capital differs before either one ends."""
+    """Countries, each with those of as many tokens whose capital differs before either ends."""
     written = pieces(tokenizer, CAPITALS)
     cities = pieces(tokenizer, CAPITALS.values())
     countries = [c for c in CAPITALS if c in written and CAPITALS[c] in cities]
     partners = {
         country: [
-            partner
-            for partner in countries
-            if len(written[partner]) == len(written[country])
+            candidate
+            for candidate in countries
+            if len(written[candidate]) == len(written[country])
             and any(
                 a != b
-                for a, b in zip(*(cities[CAPITALS[c]] for c in (country, partner)), strict=False)
+                for a, b in zip(*(cities[CAPITALS[c]] for c in (country, candidate)), strict=False)
             )
         ]
         for country in countries
     }
-    with_partners = {country: possible for country, possible in partners.items() if possible}
-    if not with_partners:
+    partners = {country: candidates for country, candidates in partners.items() if candidates}
+    if not partners:
         raise ValueError("capitals: this tokenizer writes no two countries in as many tokens.")
-    return with_partners
+    return partners

@@ -7,9 +7,9 @@
         :param coat: the second size
         :param                            -> bread, not horse
 
-1. The function has four arguments, and its docstring describes them in their order: after the first
-   two, the third is the answer.
-2. The corrupted prompt has other arguments in the definition, and the same docstring.
+1. The function has four arguments, and its docstring describes them in order: after the first two,
+   the third is the answer.
+2. The corrupted prompt has other arguments in the definition and the same docstring.
 3. Only names of one token are used, and the answer must beat every other argument.
 '''
 
@@ -43,18 +43,18 @@ N_ARGUMENTS, DESCRIBED = 4, 2
 
 @register_recipe("docstring")
 def docstring(tokenizer: PreTrainedTokenizerBase) -> Recipe:
-    """Raises ValueError for a tokenizer that splits all but a few of the names."""
+    """Raises ValueError if the tokenizer splits too many of the names."""
     tokens = single_tokens(tokenizer, ARGUMENTS, 2 * N_ARGUMENTS, "docstring's arguments")
     names = list(tokens)
     sizes = len(FUNCTIONS), len(names), len(names) - 1
 
     def make(number: int, generator: random.Random) -> Example:
-        function, n_before, answer = mixed_radix(number, sizes)
-        pair = [names[n_before], [*names[:n_before], *names[n_before + 1 :]][answer]]
-        unused = [name for name in names if name not in pair]
-        drawn = generator.sample(unused, 2 * N_ARGUMENTS - 2)
-        first, last, strangers = drawn[0], drawn[1], drawn[2:]
-        arguments = [first, *pair, last]
+        function, preceding, answer = mixed_radix(number, sizes)
+        pair = [names[preceding], [*names[:preceding], *names[preceding + 1 :]][answer]]
+        unused_names = [name for name in names if name not in pair]
+        drawn = generator.sample(unused_names, 2 * N_ARGUMENTS - 2)
+        first, following, strangers = drawn[0], drawn[1], drawn[2:]
+        arguments = [first, *pair, following]
         notes = generator.sample(NOTES, DESCRIBED)
         name = list(FUNCTIONS)[function]
         return Example(
@@ -62,7 +62,7 @@ def docstring(tokenizer: PreTrainedTokenizerBase) -> Recipe:
             written(name, arguments, arguments[:DESCRIBED], notes),
             written(name, strangers, arguments[:DESCRIBED], notes),
             answer=f" {pair[1]}",
-            distractor=f" {last}",
+            distractor=f" {following}",
             wrong=tuple(tokens[argument] for argument in arguments if argument != pair[1]),
         )
 

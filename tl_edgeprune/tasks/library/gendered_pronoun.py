@@ -2,8 +2,8 @@
 
     I think that Mary is a kind teacher, isn't -> she, not he
 
-The corrupted prompt has a name of the other gender, of as many tokens. Its spans: name, adjective,
-noun, END, and the rest.
+The corrupted prompt has a name of the other gender with as many tokens. Spans: name, adjective,
+noun, END, and rest.
 """
 
 from __future__ import annotations
@@ -44,22 +44,22 @@ NOUNS = tuple(
 
 @register_recipe("gendered-pronoun")
 def gendered_pronoun(tokenizer: PreTrainedTokenizerBase) -> Recipe:
-    """Raises ValueError where no name has one of the other gender of as many tokens."""
+    """Raises ValueError if no name of the other gender has as many tokens as any name."""
     people = pairs_of_names(tokenizer)
     sizes = len(SENTENCES), len(ADJECTIVES), len(NOUNS), len(people)
 
     def make(number: int, generator: random.Random) -> Example:
         sentence, adjective, noun, person = mixed_radix(number, sizes)
-        name, pronoun, other_names = people[person]
+        name, pronoun, replacements = people[person]
         words = {"adjective": ADJECTIVES[adjective], "noun": NOUNS[noun]}
-        (clean, spans), (corrupted, _) = (
+        (clean, clean_spans), (corrupted, _) = (
             filled(SENTENCES[sentence], name=who, **words)
-            for who in (name, generator.choice(other_names))
+            for who in (name, generator.choice(replacements))
         )
         distractor = "he" if pronoun == "she" else "she"
-        marked = (spans["name"][0], spans["adjective"][0], spans["noun"][0])
+        spans = (clean_spans["name"][0], clean_spans["adjective"][0], clean_spans["noun"][0])
         return Example(
-            f"{pronoun}-{sentence}", clean, corrupted, f" {pronoun}", f" {distractor}", parts=marked
+            f"{pronoun}-{sentence}", clean, corrupted, f" {pronoun}", f" {distractor}", parts=spans
         )
 
     return Recipe(math.prod(sizes), make, f"{len(people)} names can be exchanged for others")
@@ -68,16 +68,16 @@ def gendered_pronoun(tokenizer: PreTrainedTokenizerBase) -> Recipe:
 def pairs_of_names(tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str, list[str]]]:
     """Names with their pronoun and the names of the other gender that have as many tokens."""
     girls, boys = (by_length(tokenizer, PRONOUNS[pronoun]) for pronoun in ("she", "he"))
-    pairs = [
-        (name, pronoun, other_names[n_tokens])
-        for pronoun, same_names, other_names in (("she", girls, boys), ("he", boys, girls))
-        for n_tokens, names in same_names.items()
-        if n_tokens in other_names
+    people = [
+        (name, pronoun, other_gender[n_tokens])
+        for pronoun, same_gender, other_gender in (("she", girls, boys), ("he", boys, girls))
+        for n_tokens, names in same_gender.items()
+        if n_tokens in other_gender
         for name in names
     ]
-    if not pairs:
+    if not people:
         raise ValueError(
-            "gendered-pronoun needs a girl's and a boy's name of as many tokens, and this "
+            "gendered-pronoun needs a girl's and a boy's name with as many tokens, and this "
             "tokenizer has none."
         )
-    return pairs
+    return people

@@ -1,14 +1,14 @@
-"""Greater-than (Hanna, Liu and Variengien 2023, arXiv 2305.00586): an end after its beginning.
+"""Greater-than (Hanna, Liu and Variengien 2023, arXiv 2305.00586): an end after a beginning.
 
     The strike began in 1742 and ended in 17   -> 43 to 99, not 00 to 42
 
-1. A prompt is a sentence, an event, a century and a year of it. Many answers are right: they are
-   sets of tokens, and the measure is the probability of the right ones less that of the wrong ones.
+1. A prompt has a sentence, an event, a century and a year. Many answers are right: they are sets of
+   tokens, and the measure is the probability of the right ones minus that of the wrong ones.
 2. The corrupted prompt begins in the year 01, after which nearly every year is right.
-3. Tokenizers that write a year as two pieces (17|42) answer with two digits. Those that write digit
-   by digit (1|7|4|2) answer with the decade: right are those after the beginning's, wrong those
-   before it, and its own, which may be either, is in neither set.
-4. Its spans: noun, XX and YY (the beginning's century and year), END, and the rest.
+3. If the tokenizer writes a year as two pieces (17|42), the answer has two digits. If it writes
+   single digits (1|7|4|2), the answer is the decade: later decades are right, earlier ones wrong,
+   and the beginning's decade, which could be either, is in neither set.
+4. Spans: noun, XX and YY (the beginning's century and year), END, and rest.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ EVENTS = tuple(
     "construction restoration experiment tournament rebellion persecution".split()
 )
 CENTURIES = tuple(range(11, 20))
-FIRST = "01"  # the corrupted prompts' year
+FIRST = "01"  # the year in corrupted prompts
 SPANS = {"event": "noun", "century": "XX", "year": "YY"}  # of the beginning
 
 
@@ -53,8 +53,8 @@ class Years(NamedTuple):
 
 @register_recipe("greater-than")
 def greater_than(tokenizer: PreTrainedTokenizerBase) -> Recipe:
-    """Raises ValueError for a tokenizer that writes years in other pieces."""
-    centuries = [century for c in CENTURIES if (century := read_century(tokenizer, c)) is not None]
+    """Raises ValueError if the tokenizer splits years in any other way."""
+    centuries = [*filter(None, (read_century(tokenizer, century) for century in CENTURIES))]
     if not centuries:
         written = [tokenizer.decode([token]) for token in encode(tokenizer, "in 1742", False)]
         raise ValueError(
@@ -68,20 +68,20 @@ def greater_than(tokenizer: PreTrainedTokenizerBase) -> Recipe:
         sentence, event, start = mixed_radix(number, sizes)
         century, year = years[start]
         words = {"event": EVENTS[event], "century": str(century.century)}
-        (clean, spans), (corrupted, _) = (
+        (clean, clean_spans), (corrupted, _) = (
             filled(SENTENCES[sentence], **words, year=begun) for begun in (year, FIRST)
         )
-        marked = (spans[field][0]._replace(name=SPANS[field]) for field in SPANS)
+        spans = (clean_spans[field][0]._replace(name=SPANS[field]) for field in SPANS)
         right, wrong = century.right[year], century.wrong[year]
         return Example(
-            f"sentence-{sentence}", clean, corrupted, right=right, wrong=wrong, parts=(*marked,)
+            f"sentence-{sentence}", clean, corrupted, right=right, wrong=wrong, parts=(*spans,)
         )
 
     return Recipe(math.prod(sizes), make, f"{len(years)} years are written in the same pieces")
 
 
 def read_century(tokenizer: PreTrainedTokenizerBase, century: int) -> Years | None:
-    """The century's years where they are two pieces or single digits, None where neither."""
+    """The century's years if they are two pieces or single digits, else None."""
     years = [f"{number:02}" for number in range(100)]
     pieces = answers_in_context(tokenizer, f"It ended in {century}", years)
     n_pieces = len(pieces.get(FIRST, ()))
@@ -95,7 +95,7 @@ def read_century(tokenizer: PreTrainedTokenizerBase, century: int) -> Years | No
 
 
 def _by_year(century: int, tokens: dict[str, int]) -> Years | None:
-    """Right are the later years, wrong the same year and those before it."""
+    """Later years are right; the same year and earlier ones are wrong."""
     right = {year: tuple(t for y, t in tokens.items() if y > year) for year in tokens}
     wrong = {year: tuple(t for y, t in tokens.items() if y <= year) for year in tokens}
     starts = [year for year in tokens if year > FIRST and right[year]]
@@ -103,7 +103,7 @@ def _by_year(century: int, tokens: dict[str, int]) -> Years | None:
 
 
 def _by_decade(century: int, years: list[str], tokens: dict[str, int]) -> Years:
-    """Right are the later decades, wrong those before."""
+    """Later decades are right, earlier ones wrong."""
     right = {year: tuple(t for d, t in tokens.items() if d > year[0]) for year in years}
     wrong = {year: tuple(t for d, t in tokens.items() if d < year[0]) for year in years}
     starts = [year for year in years if right[year] and wrong[year]]

@@ -1,13 +1,13 @@
-"""Hypernymy: two things of a kind, and the kind's name (Hanna, Pezzelle and Belinkov 2024).
+"""Hypernymy: the name of the kind of two things (Hanna, Pezzelle and Belinkov 2024).
 
     They talked about apples, pears and other -> fruits, not birds
 
-1. The corrupted prompt has two things of another kind, each of as many tokens. Its kind is the
-   distractor; kinds do not overlap.
+1. The corrupted prompt has two things of another kind, with as many tokens each. That kind is the
+   distractor. Kinds do not overlap.
 2. Only kinds of one token are used, and the answer must beat every other kind.
-3. form="sentence" is a sentence that goes on with the kind; form="instruction" asks for it, and
-   form="few-shot" shows other kinds first, the same ones in both prompts. The last two ask about
-   the same things in the same words, for one number and seed.
+3. form="sentence" is a sentence that continues with the kind; form="instruction" asks for it;
+   form="few-shot" first shows other kinds, the same ones in both prompts. For equal numbers and
+   seeds, the last two ask about the same things in the same words.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import math
 import random
 from collections import defaultdict
 from collections.abc import Mapping
-from itertools import permutations
+from itertools import chain, permutations
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -69,10 +69,10 @@ ByKind = dict[str, list[Things]]
 def hypernymy(
     tokenizer: PreTrainedTokenizerBase, *, form: str = "sentence", shots: int = 3
 ) -> Recipe:
-    """`shots` other kinds come first in the few-shot form.
+    """Kinds of things, after `shots` solved examples of other kinds in the few-shot form.
 
-    Raises ValueError for other options, and where fewer than two kinds are one token, none can be
-    exchanged, or too few are left to be shown.
+    Raises ValueError for other options, or if fewer than two kinds are one token, no kinds can
+    replace each other, or too few remain for the examples.
     """
     if form not in FORMS or shots < 1:
         raise ValueError(
@@ -82,21 +82,20 @@ def hypernymy(
     kinds = single_tokens(tokenizer, [*KINDS], 2, "hypernymy's kinds", "apples, pears and other")
     groups = by_lengths(tokenizer, tuple(kinds))
     prompts = exchangeable(groups)
-    prompt_names = list(prompts)
-    examples = _shown(groups, shots) if form == "few-shot" else {}
+    clean_pairs = list(prompts)
+    shot_pairs = _largest_group(groups, shots) if form == "few-shot" else {}
     sentences = SENTENCES if form == "sentence" else (QUERY,)
-    sizes = len(sentences), len(prompt_names)
+    sizes = len(sentences), len(clean_pairs)
 
     def make(number: int, generator: random.Random) -> Example:
-        sentence, index = mixed_radix(number, sizes)
-        clean = prompt_names[index]
+        sentence, pair_index = mixed_radix(number, sizes)
+        clean = clean_pairs[pair_index]
         corrupted = generator.choice(prompts[clean])
-        introduction = INSTRUCTION if form == "instruction" else ""
+        preamble = INSTRUCTION if form == "instruction" else ""
         if form == "few-shot":
-            introduction = _shots(examples, {clean.kind, corrupted.kind}, shots, generator)
+            preamble = _shots(shot_pairs, {clean.kind, corrupted.kind}, shots, generator)
         clean_text, corrupted_text = (
-            introduction + sentences[sentence].format(a=two.a, b=two.b)
-            for two in (clean, corrupted)
+            preamble + sentences[sentence].format(a=two.a, b=two.b) for two in (clean, corrupted)
         )
         return Example(
             clean.kind,
@@ -107,13 +106,13 @@ def hypernymy(
             wrong=tuple(token for kind, token in kinds.items() if kind != clean.kind),
         )
 
-    return Recipe(math.prod(sizes), make, f"{len(prompt_names)} pairs of things can be exchanged")
+    return Recipe(math.prod(sizes), make, f"{len(clean_pairs)} pairs of things can be exchanged")
 
 
-def _shown(groups: Mapping[tuple[int, int], ByKind], shots: int) -> ByKind:
-    """Things of as many tokens each, of as many kinds as there are, to be shown.
+def _largest_group(groups: Mapping[tuple[int, int], ByKind], shots: int) -> ByKind:
+    """The largest group of things with equal numbers of tokens, to draw examples from.
 
-    Then shots add as many tokens to every prompt, and prompts of one length make large batches.
+    Equally long examples keep prompts the same length, which makes large batches.
     """
     best = max(groups.values(), key=len)
     if len(best) < shots + 2:
@@ -124,11 +123,11 @@ def _shown(groups: Mapping[tuple[int, int], ByKind], shots: int) -> ByKind:
     return best
 
 
-def _shots(shown: ByKind, asked: set[str], shots: int, generator: random.Random) -> str:
-    """Solved queries, of kinds that are not asked about."""
-    kinds = generator.sample([kind for kind in shown if kind not in asked], shots)
-    examples = [generator.choice(shown[kind]) for kind in kinds]
-    return "".join(f"{QUERY.format(a=two.a, b=two.b)} {two.kind}\n" for two in examples)
+def _shots(shot_pairs: ByKind, queried: set[str], shots: int, generator: random.Random) -> str:
+    """Solved queries about kinds that are not queried."""
+    kinds = generator.sample([kind for kind in shot_pairs if kind not in queried], shots)
+    pairs = [generator.choice(shot_pairs[kind]) for kind in kinds]
+    return "".join(f"{QUERY.format(a=two.a, b=two.b)} {two.kind}\n" for two in pairs)
 
 
 def by_lengths(
@@ -139,23 +138,19 @@ def by_lengths(
     groups: dict[tuple[int, int], ByKind] = defaultdict(dict)
     for kind in kinds:
         for a, b in permutations([word for word in KINDS[kind].split() if word in written], 2):
-            group = groups[len(written[a]), len(written[b])]
-            group.setdefault(kind, []).append(Things(kind, a, b))
+            pairs_by_kind = groups[len(written[a]), len(written[b])]
+            pairs_by_kind.setdefault(kind, []).append(Things(kind, a, b))
     return groups
 
 
 def exchangeable(groups: Mapping[tuple[int, int], ByKind]) -> dict[Things, list[Things]]:
-    """Ordered pairs of things, with those of another kind and as many tokens, thing by thing."""
+    """Ordered pairs of things, each with the pairs of other kinds that are as long, one by one."""
     partners: dict[Things, list[Things]] = {}
-    for group in groups.values():
-        for kind, members in group.items():
-            strangers = [
-                two
-                for its_kind, its_members in group.items()
-                if its_kind != kind
-                for two in its_members
-            ]
-            partners |= dict.fromkeys(members, strangers) if strangers else {}
+    for pairs_by_kind in groups.values():
+        for kind, pairs in pairs_by_kind.items():
+            other_kinds = [pairs_by_kind[k] for k in pairs_by_kind if k != kind]
+            other_pairs = [*chain.from_iterable(other_kinds)]
+            partners |= dict.fromkeys(pairs, other_pairs) if other_pairs else {}
     if not partners:
         raise ValueError("hypernymy: this tokenizer writes no two kinds' things in equal lengths.")
     return partners

@@ -1,10 +1,10 @@
-"""Induction (Elhage et al. 2021, Olsson et al. 2022): what came after this word the last time?
+"""Induction (Elhage et al. 2021, Olsson et al. 2022): what followed this word before?
 
     Words: river lamp coat bread horse river lamp coat   -> bread, not horse
 
-1. A prompt is a list of random words and the beginning of the same list again. The last word and
-   the answer are numbered; the others are drawn.
-2. The corrupted prompt has other words the first time, so that nothing was seen before.
+1. A prompt is a list of random words and then the beginning of the list again. The last word and
+   the answer are numbered; the others are drawn at random.
+2. The corrupted prompt begins with other words, so that nothing is repeated.
 3. Only words of one token are used, and the answer must beat every other word of the list.
 """
 
@@ -27,14 +27,14 @@ WORDS = tuple(
     "summer sugar table teacher thunder ticket tiger tower train tunnel turtle uncle valley violin "
     "wagon water wheel wing yellow zebra".split()
 )
-REPEATED = (2, 3, 4)  # words of the list that come again
+REPEATED = (2, 3, 4)  # how many words of the list are repeated
 
 
 @register_recipe("induction")
 def induction(tokenizer: PreTrainedTokenizerBase, *, length: int = 6) -> Recipe:
     """Lists of `length` words.
 
-    Raises ValueError for lists too short or too long, or a tokenizer with too few words of a token.
+    Raises ValueError for a wrong length, or a tokenizer with too few one-token words.
     """
     if not max(REPEATED) < length <= 20:
         raise ValueError(f"induction: length={length}, expected {max(REPEATED) + 1} to 20.")
@@ -47,8 +47,8 @@ def induction(tokenizer: PreTrainedTokenizerBase, *, length: int = 6) -> Recipe:
         repeated = REPEATED[turn]
         pair = [words[last], [*words[:last], *words[last + 1 :]][answer]]
         drawn = generator.sample([word for word in words if word not in pair], 2 * length - 2)
-        first_half, strangers = drawn[: length - 2], drawn[length - 2 :]
-        first = [*first_half[: repeated - 1], *pair, *first_half[repeated - 1 :]]
+        other_words, strangers = drawn[: length - 2], drawn[length - 2 :]
+        first = [*other_words[: repeated - 1], *pair, *other_words[repeated - 1 :]]
         repetition = " ".join(first[:repeated])
         return Example(
             f"repeated-{repeated}",

@@ -2,13 +2,13 @@
 
     Then, Mary and John went to the store. John gave a drink to        -> Mary, not John
 
-1. A prompt is a sentence, an order of the first two names (ABBA or BABA: A is the answer, B
-   comes again), two names, a place and an object. All combinations are numbered, and n numbers
-   are drawn without repetition: so clean prompts differ, and what can be made is known.
-2. The corrupted prompt has three other names, all different, in the three name slots, as in ACDC
-   and Edge Pruning: nothing in it says who the answer is.
+1. A prompt has a sentence, an order of the first two names (ABBA or BABA: A is the answer, B is
+   repeated), two names, a place and an object. All combinations are numbered, and n numbers are
+   drawn without repetition. So clean prompts differ, and their number is known.
+2. The corrupted prompt has three other, different names in the three name slots, as in ACDC and
+   Edge Pruning: nothing in it determines the answer.
 3. Only names that are one token in context are used, so both prompts have the same length.
-4. Its spans are those of Wang et al.: IO, S1, S1+1 (the token after S1), S2, END, and the rest.
+4. Spans are those of Wang et al.: IO, S1, S1+1 (the token after S1), S2, END, and rest.
 
 `ioi` mixes all sentences and both orders; `ioi-t1` has one sentence in one order.
 """
@@ -54,7 +54,7 @@ NAMES = tuple(
     "Victoria William".split()
 )
 ORDERS = ("ABBA", "BABA")
-SPANS = ("IO", "S1", "S2")  # the answer's name, and the other's first and second mention
+SPANS = ("IO", "S1", "S2")  # the answer's name, and both mentions of the subject
 NAMES_NEEDED = 5  # two clean, three corrupted
 
 
@@ -67,7 +67,7 @@ class Template(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """One clean prompt: everything that is chosen in it."""
+    """The choices that define one clean prompt."""
 
     template: Template
     answer: str
@@ -76,10 +76,10 @@ class Choice(NamedTuple):
     object: str
 
     def text(self, names: tuple[str, str, str]) -> tuple[str, tuple[Part, ...]]:
-        """The prompt with these names, and where the spans of the clean one are."""
+        """The prompt with these names, and the spans of the clean prompt."""
         slots = dict(zip("012", names, strict=True))
-        text, marked = filled(self.template.sentence, **slots, place=self.place, object=self.object)
-        spans = [span for slot in slots for span in marked[slot]]
+        text, fields = filled(self.template.sentence, **slots, place=self.place, object=self.object)
+        spans = [span for slot in slots for span in fields[slot]]
         if self.template.order == "BABA":
             spans[:2] = reversed(spans[:2])
         io, s1, s2 = (span._replace(name=n) for span, n in zip(spans, SPANS, strict=True))
@@ -112,26 +112,26 @@ def recipe(tokenizer: PreTrainedTokenizerBase, templates: tuple[Template, ...]) 
     """IOI over the given templates.
 
     Raises:
-        ValueError: the tokenizer splits all but a few names.
+        ValueError: the tokenizer splits too many of the names.
     """
     names = single_token_names(tokenizer)
     sizes = len(templates), len(names), len(names) - 1, len(PLACES), len(OBJECTS)
 
     def make(number: int, generator: random.Random) -> Example:
-        template, answer, subject, place, gift = mixed_radix(number, sizes)
-        candidates = names[:answer] + names[answer + 1 :]
-        people = (names[answer], candidates[subject])
-        choice = Choice(templates[template], *people, PLACES[place], OBJECTS[gift])
+        template, answer, subject, place_index, gift = mixed_radix(number, sizes)
+        other_names = names[:answer] + names[answer + 1 :]
+        people = (names[answer], other_names[subject])
+        choice = Choice(templates[template], *people, PLACES[place_index], OBJECTS[gift])
         strangers = [name for name in names if name not in people]
         first, second, third = generator.sample(strangers, 3)
-        clean, spans = choice.text(choice.names())
+        clean, parts = choice.text(choice.names())
         return Example(
             choice.template.label,
             clean,
             choice.text((first, second, third))[0],
             answer=f" {choice.answer}",
             distractor=f" {choice.subject}",
-            parts=spans,
+            parts=parts,
         )
 
     return Recipe(math.prod(sizes), make, f"{len(names)} names are one token each")

@@ -7,7 +7,7 @@
     D. white
     Answer:                -> B, not D
 
-The corrupted prompt has the same choices, moved on by a random number of places, so that another
+The corrupted prompt has the same choices, rotated by a random number of lines, so that another
 letter is right: it is the distractor. The answer must beat every other letter.
 """
 
@@ -36,9 +36,9 @@ COLOURS = tuple("red green blue black white yellow brown grey pink purple orange
 
 @register_recipe("mcqa")
 def mcqa(tokenizer: PreTrainedTokenizerBase, *, choices: int = 4) -> Recipe:
-    """Questions with so many choices.
+    """Questions with `choices` choices.
 
-    Raises ValueError for fewer than 2 or more than there are colours, or where a letter is split.
+    Raises ValueError for fewer than 2 choices or more than colours, or if a letter is split.
     """
     if not 2 <= choices <= len(COLOURS):
         raise ValueError(f"mcqa: choices={choices}, expected 2 to {len(COLOURS)}.")
@@ -47,14 +47,15 @@ def mcqa(tokenizer: PreTrainedTokenizerBase, *, choices: int = 4) -> Recipe:
     sizes = choices, len(SENTENCES), len(THINGS), len(COLOURS)
 
     def make(number: int, generator: random.Random) -> Example:
-        answer_index, sentence, item, colour = mixed_radix(number, sizes)
-        other_colours = [*COLOURS[:colour], *COLOURS[colour + 1 :]]
+        position, sentence, thing_index, colour_index = mixed_radix(number, sizes)
+        other_colours = [*COLOURS[:colour_index], *COLOURS[colour_index + 1 :]]
         listed = generator.sample(other_colours, choices - 1)
-        listed.insert(answer_index, COLOURS[colour])
+        listed.insert(position, COLOURS[colour_index])
         shift = generator.randrange(1, choices)
         moved = [listed[(i - shift) % choices] for i in range(choices)]
-        question = SENTENCES[sentence].format(thing=THINGS[item], colour=COLOURS[colour])
-        answer, distractor = letters[answer_index], letters[(answer_index + shift) % choices]
+        thing, colour = THINGS[thing_index], COLOURS[colour_index]
+        question = SENTENCES[sentence].format(thing=thing, colour=colour)
+        answer, distractor = letters[position], letters[(position + shift) % choices]
         return Example(
             f"sentence-{sentence}",
             written(question, listed),

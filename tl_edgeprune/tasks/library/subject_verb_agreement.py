@@ -1,11 +1,11 @@
-"""Subject-verb agreement: the verb follows the subject's number, whatever noun stands between.
+"""Subject-verb agreement: the verb has the subject's number, whatever noun is in between.
 
     Look: the keys near the door   -> are, were, have, not is, was, has
 
-1. A prompt is a subject, a preposition and another noun; both nouns in either number. Several
+1. A prompt is a subject, a preposition and another noun; each noun is singular or plural. Several
    verbs are right, so the answers are sets of tokens.
-2. The corrupted prompt has the same subject in the other number. Only nouns that have as many
-   tokens in both numbers are subjects.
+2. The corrupted prompt has the same subject in the other number. Subjects are nouns with as many
+   tokens in the singular as in the plural.
 """
 
 from __future__ import annotations
@@ -30,15 +30,16 @@ NUMBERS = ("singular", "plural")
 
 @register_recipe("subject-verb-agreement")
 def subject_verb_agreement(tokenizer: PreTrainedTokenizerBase) -> Recipe:
-    """Raises ValueError for a tokenizer without a verb or a subject to use."""
+    """Raises ValueError if the tokenizer has no suitable verb or subject."""
     verbs, subjects = verb_tokens(tokenizer), exchangeable(tokenizer)
     sizes = len(subjects), 2, len(NOUNS) - 1, 2, len(PREPOSITIONS)
 
     def make(number: int, generator: random.Random) -> Example:
         subject, its_number, attractor, other_number, preposition = mixed_radix(number, sizes)
         noun = subjects[subject]
-        nouns = [candidate for candidate in NOUNS if candidate != noun]
-        phrase = f"{PREPOSITIONS[preposition]} the {inflected(nouns[attractor], other_number)}"
+        other_nouns = [word for word in NOUNS if word != noun]
+        other_noun = inflected(other_nouns[attractor], other_number)
+        phrase = f"{PREPOSITIONS[preposition]} the {other_noun}"
         clean, corrupted = (
             f"Look: the {inflected(noun, n)} {phrase}" for n in (its_number, 1 - its_number)
         )
@@ -62,9 +63,9 @@ def verb_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tu
     """Singular and plural verbs that are one token each, in pairs."""
     tokens = pieces(tokenizer, [verb for pair in VERBS for verb in pair], "Look: the keys")
     pairs = [
-        (tokens[singular][0], tokens[plural][0])
-        for singular, plural in VERBS
-        if len(tokens.get(singular, ())) == len(tokens.get(plural, ())) == 1
+        (tokens[singular_verb][0], tokens[plural_verb][0])
+        for singular_verb, plural_verb in VERBS
+        if len(tokens.get(singular_verb, ())) == len(tokens.get(plural_verb, ())) == 1
     ]
     if not pairs:
         raise ValueError(
@@ -76,13 +77,13 @@ def verb_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tu
 
 
 def exchangeable(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The nouns that have as many tokens in both numbers."""
+    """The nouns with as many tokens in the singular as in the plural."""
     written = pieces(tokenizer, [inflected(noun, n) for noun in NOUNS for n in (0, 1)])
     nouns = [noun for noun in NOUNS if {noun, f"{noun}s"} <= written.keys()]
-    equally_long = [noun for noun in nouns if len(written[noun]) == len(written[f"{noun}s"])]
-    if not equally_long:
+    exchangeable_nouns = [noun for noun in nouns if len(written[noun]) == len(written[f"{noun}s"])]
+    if not exchangeable_nouns:
         raise ValueError(
             "subject-verb-agreement needs nouns of as many tokens in the singular as in the "
             "plural, and this tokenizer has none."
         )
-    return equally_long
+    return exchangeable_nouns

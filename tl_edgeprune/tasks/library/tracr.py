@@ -1,8 +1,8 @@
-"""Prompts for compiled programs (models/tracr.py): BOS and its tokens, lengths mixed.
+"""Prompts for compiled programs (models/tracr.py): BOS and tokens, of mixed lengths.
 
-Every position but BOS is read, and the objective is the mean squared error, since logits are the
-program's output itself. The corrupted prompt is another prompt of the same length. Each token is a
-span: BOS, t1, t2, …
+Every position except BOS is read. The objective is the mean squared error, since logits are the
+program's output. The corrupted prompt is another prompt of the same length. Each token is a span:
+BOS, t1, t2, …
 """
 
 from __future__ import annotations
@@ -17,29 +17,30 @@ import torch
 from torch import nn
 
 from tl_edgeprune.models import tracr
-from tl_edgeprune.tasks.registry import register
+from tl_edgeprune.tasks.registry import check_model_sizes, register
 from tl_edgeprune.tasks.task import Task
 
 Prompt = tuple[int, ...]
-MOST = 4096  # different prompts of one length
+MOST = 4096  # prompts of one length, at most
 
 
 @register("tracr")
 def load_program(model: nn.Module, n: int, seed: int, prepend_bos: bool | None) -> Task:
-    """Prompts for whatever compiled program the model is."""
+    """Prompts for a compiled program of any kind."""
     config = tracr.config_of(model)
     if config is None:
         raise ValueError(
-            f"tasks.load('tracr'): {type(model).__name__} is no compiled program: make one with "
+            f"tasks.load('tracr'): {type(model).__name__} is not a compiled program: make one with "
             "models.from_tracr, or load one of " + ", ".join(tracr.NAMES) + "."
         )
     return build(config, n, seed, prepend_bos)
 
 
 def load_shipped(name: str, model: nn.Module, n: int, seed: int, prepend_bos: bool | None) -> Task:
-    """Prompts for a program that comes with the package."""
+    """Prompts for a shipped program."""
     config = tracr.read_config(name)
-    _check_model(name, model, config)
+    sizes = {size: config["model"][size] for size in ("d_vocab", "d_vocab_out", "n_ctx")}
+    check_model_sizes(name, model, sizes)
     task = build(config, n, seed, prepend_bos)
     if name != "tracr-reverse":
         return task
@@ -53,14 +54,14 @@ for _name in tracr.NAMES:
 
 
 def build(config: dict[str, Any], n: int, seed: int, prepend_bos: bool | None) -> Task:
-    """n pairs; all prompts come before any comes again, and then with another corrupted prompt.
+    """n pairs; all prompts occur before any is repeated, then with another corrupted prompt.
 
-    Of a length that has more than `MOST` prompts, that many are drawn. Raises ValueError where
+    If a length has more than `MOST` prompts, `MOST` of them are drawn. Raises ValueError if
     prepend_bos is False.
     """
     if prepend_bos is False:
         raise ValueError(
-            f"tasks.load({config['name']!r}): the program needs BOS, so prepend_bos is True."
+            f"tasks.load({config['name']!r}): the program needs BOS, so prepend_bos must be True."
         )
     by_length = _prompts(config, random.Random(seed))
     clean, corrupted = zip(*itertools.islice(_pairs(by_length), n), strict=True)
@@ -72,23 +73,23 @@ def build(config: dict[str, Any], n: int, seed: int, prepend_bos: bool | None) -
         objective="mse",
         prepend_bos=True,
         groups=tuple(f"length-{len(prompt) - 1}" for prompt in clean),
-        span_names=("BOS", *(f"t{position}" for position in range(1, config["model"]["n_ctx"]))),
+        span_names=("BOS", *(f"t{index}" for index in range(1, config["model"]["n_ctx"]))),
         spans=[torch.arange(len(prompt)) for prompt in clean],
     )
 
 
 def _prompts(config: dict[str, Any], generator: random.Random) -> list[list[Prompt]]:
     """The prompts of each length, all of them or `MOST`, shuffled."""
-    tokens, prompts = config["tokens"], []
+    tokens, prompts_by_length = config["tokens"], []
     for length in range(1, config["model"]["n_ctx"]):
         total = len(tokens) ** length
         numbers = generator.sample(range(total), min(total, MOST))
-        prompts.append([(config["bos"], *_written(n, tokens, length)) for n in numbers])
-    return prompts
+        prompts_by_length.append([(config["bos"], *_written(n, tokens, length)) for n in numbers])
+    return prompts_by_length
 
 
 def _written(number: int, tokens: list[int], length: int) -> Prompt:
-    """A number in the tokens' own base, as so many digits."""
+    """A number in base len(tokens), as `length` digits."""
     digits = []
     for _ in range(length):
         number, digit = divmod(number, len(tokens))
@@ -97,20 +98,10 @@ def _written(number: int, tokens: list[int], length: int) -> Prompt:
 
 
 def _pairs(by_length: list[list[Prompt]]) -> Iterator[tuple[Prompt, Prompt]]:
-    """Endless pairs: lengths take turns, and each round shifts the corrupted prompt by one."""
+    """Endless pairs: lengths alternate, and each round shifts the corrupted prompt by one."""
     for round_ in itertools.count(1):
-        for row in range(max(map(len, by_length))):
+        for index in range(max(map(len, by_length))):
             for prompts in by_length:
-                if row < len(prompts):
+                if index < len(prompts):
                     shift = 1 + (round_ - 1) % (len(prompts) - 1)  # never the prompt itself
-                    yield prompts[row], prompts[(row + shift) % len(prompts)]
-
-
-def _check_model(name: str, model: nn.Module, config: dict[str, Any]) -> None:
-    for size in ("d_vocab", "d_vocab_out", "n_ctx"):
-        actual = getattr(getattr(model, "cfg", None), size, None)
-        if actual != config["model"][size]:
-            raise ValueError(
-                f"tasks.load({name!r}): the model has {size}={actual}, the task is for "
-                f"{size}={config['model'][size]}: use models.load({name!r})."
-            )
+                    yield prompts[index], prompts[(index + shift) % len(prompts)]
