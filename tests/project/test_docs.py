@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
@@ -14,6 +16,8 @@ from support.doc_examples import DOCS, NOT_RUN, PAGES, ROOT, name_of
 
 import tl_edgeprune
 from tl_edgeprune import cli, tasks
+from tl_edgeprune.ablation.kinds import ABLATIONS
+from tl_edgeprune.evaluation.measures import MEASURES
 from tl_edgeprune.methods.registry import METHODS
 from tl_edgeprune.models import smollm2
 
@@ -23,12 +27,21 @@ WITH_SMOLLM2 = [page for page in RUN if "smollm2-135m" in page.read_text(encodin
 each = {"ids": name_of}
 
 
+@contextmanager
+def registers_restored() -> Iterator[None]:
+    """What a page registers is forgotten after it."""
+    with ExitStack() as undo:
+        for register in (tasks.BUILDERS, tasks.STREAMS, METHODS, MEASURES, ABLATIONS):
+            undo.enter_context(patch.dict(register))
+        yield
+
+
 @pytest.mark.parametrize("page", RUN, **each)
 def test_blocks_run(page, tmp_path, monkeypatch):
     """With a tiny model in place of language models; compiled programs are the page's own."""
     monkeypatch.chdir(tmp_path)
     doc_examples.shorten(monkeypatch, stand_ins=LANGUAGE_MODELS, n=8)
-    with patch.dict(tasks.BUILDERS), patch.dict(tasks.STREAMS):
+    with registers_restored():
         doc_examples.run(page)
 
 
@@ -38,7 +51,7 @@ def test_blocks_run(page, tmp_path, monkeypatch):
 def test_blocks_run_with_smollm2(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     doc_examples.shorten(monkeypatch, stand_ins=("gpt2",), n=24)
-    with patch.dict(tasks.BUILDERS), patch.dict(tasks.STREAMS):
+    with registers_restored():
         doc_examples.run(page)
 
 
