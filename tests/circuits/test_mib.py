@@ -103,7 +103,7 @@ def test_scores_come_back(graph, seed, ending):
     assert torch.equal(EdgeScores.from_mib(path, graph).tensor, scores.tensor)
     mean = EdgeScores.from_mib(path, graph, shared="mean").tensor
     torch.testing.assert_close(mean, scores.tensor)
-    with pytest.raises(ValueError, match=r"holds scores alone.*from_mib\(path, graph\)\.top\(k\)"):
+    with pytest.raises(ValueError, match=r"holds only scores.*from_mib\(path, graph\)\.top\(k\)"):
         Circuit.from_mib(path, graph)
 
 
@@ -354,10 +354,13 @@ def bridge(model: Any) -> Any:
         (lambda d: d["cfg"].pop("n_heads"), "its 'cfg' has no n_heads"),
         (lambda d: d.pop("cfg"), "it has no 'cfg'"),
         (lambda d: d.pop("edges"), "it needs 'nodes' and 'edges'"),
-        (lambda d: d["nodes"].update({"a9.h0": True}), "nodes that this graph has not: 'a9.h0'"),
+        (
+            lambda d: d["nodes"].update({"a9.h0": True}),
+            "nodes that this graph does not have: 'a9.h0'",
+        ),
         (
             lambda d: d["edges"].update({"m0->a0.h0<q>": {"score": 0, "in_graph": False}}),
-            "edges that this graph has not: 'm0->a0.h0<q>'",
+            "edges that this graph does not have: 'm0->a0.h0<q>'",
         ),
         (lambda d: d["edges"].pop("m0->logits"), "edges missing: 'm0->logits'.*write it again"),
         (lambda d: d.update(edges={}), "edges missing: .* and .* more"),
@@ -382,7 +385,7 @@ def test_a_json_file_that_does_not_fit_is_refused(document, change, message):
     [
         ({"src_nodes": None}, "it has no 'src_nodes'"),
         ({"dst_nodes": ["logits"]}, "dst_nodes missing: 'a0.h0<q>', 'a0.h1<q>'"),
-        ({"src_nodes": ["input", "a7.h7"]}, "src_nodes that this graph has not: 'a7.h7'"),
+        ({"src_nodes": ["input", "a7.h7"]}, "src_nodes that this graph does not have: 'a7.h7'"),
         ({"src_nodes": list(reversed(PLAIN.sources))}, "not in EAP-IG's order"),
         ({"edges_scores": torch.zeros(3, 3)}, r"edges_scores is \(3, 3\), expected a tensor"),
         ({"edges_in_graph": None}, "edges_in_graph is NoneType, expected a tensor"),

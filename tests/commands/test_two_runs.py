@@ -126,7 +126,7 @@ def test_a_lock_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
     precious.write_text("mine")
     for lock, hold in ((".lock", held), (".x.lock", held_file)):
         (tmp_path / lock).symlink_to(precious)
-        with pytest.raises(FileExistsError, match="no file of this program's"):
+        with pytest.raises(FileExistsError, match="not this program's lock file"):
             with hold(tmp_path if hold is held else tmp_path / "x"):
                 pass
     assert precious.read_text() == "mine"

@@ -70,8 +70,8 @@ def variable(name: str = "answer", node: str = "logits", reads: tuple = ("input"
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ((variable(reads=("nothing",)),), "a variable before it"),
-        ((variable("a", "m0"), variable("b", "m0")), "taken"),
+        ((variable(reads=("nothing",)),), "an earlier variable, one of"),
+        ((variable("a", "m0"), variable("b", "m0")), "used by an earlier variable"),
         ((variable("a", "m0"),), "must be at the node 'logits'"),
         ((variable("a", "a0.h0"), variable()), "no a0.h0"),
         ((variable("a", "m7"), variable()), "no m7"),

@@ -149,7 +149,7 @@ def test_unknown_tasks_and_counts_are_refused():
         tasks.load("iio", nn.Identity(), n=2)
     with pytest.raises(ValueError, match="at least one pair"):
         tasks.load("ioi", nn.Identity(), n=0)
-    with pytest.raises(ValueError, match="registered already"):
+    with pytest.raises(ValueError, match="already registered"):
         tasks.register("ioi")(lambda *_: None)
     with pytest.raises(ValueError, match="has no tokenizer"):
         tasks.load("ioi", nn.Identity(), n=2)
@@ -427,7 +427,7 @@ def test_an_answer_that_is_its_distractor_is_refused():
     prompts, last = [torch.tensor([1, 2, 3])] * 2, [torch.tensor([1, 2])] * 2
     same, other = torch.tensor([4, 5]), torch.tensor([4, 6])
     with pytest.raises(
-        ValueError, match=r"prompt pair 1: the answer \[4, 5\] is the distractor too"
+        ValueError, match=r"prompt pair 1: the answer \[4, 5\] is also the distractor"
     ):
         tasks.Task("made", prompts, prompts, last, [same] * 2, [other, same])
     tasks.Task("made", prompts, prompts, last, [same] * 2, [other] * 2)  # they part at the second

@@ -463,7 +463,7 @@ def test_a_packed_pt_file_is_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(path) as old, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as new:
         for name in old.namelist():
             new.writestr(name, old.read(name))
-    with pytest.raises(ValueError, match=r"packed\.pt.*it is packed"):
+    with pytest.raises(ValueError, match=r"packed\.pt.*it is compressed"):
         EdgeScores.from_mib(packed, GRAPH)
 
 

@@ -413,7 +413,7 @@ def _check_neurons(path: str | os.PathLike[str], rows: list[Any]) -> None:
     if any(0 < sum(map(bool, row)) < len(row) for row in rows):
         raise ValueError(
             f"{path} is a circuit of neurons (dimensions of a node's output). EAP-IG's evaluation "
-            "removes no edge of a node that keeps neurons, only its other dimensions; here "
+            "cuts no edge of a node that keeps neurons, only its other dimensions; here "
             "edges have masks in addition, so this would be another circuit. Save "
             "EAP-IG's graph without neurons, or build a Circuit and Neurons of kind 'dimensions'."
         )

@@ -297,7 +297,7 @@ def _check_sets(task: Task, pair: int) -> None:
     if min(tokens) < 0 or len(set(tokens)) < len(tokens):
         raise ValueError(
             f"prompt pair {pair}: right {_short(right)} and wrong {_short(wrong)}, expected token "
-            "ids of at least 0, without repeats within or between the two."
+            "ids from 0 up, none of them twice or in both."
         )
 
 
