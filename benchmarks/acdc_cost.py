@@ -20,12 +20,12 @@ from step_cost import BATCH, KINDS, POS, available, load, plain_step, prompts, s
 from tl_edgeprune import Task
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.objectives import OBJECTIVES
-from tl_edgeprune.runs.targets import Teacher
+from tl_edgeprune.runs.targets import Targets
 from tl_edgeprune.search.cuts import find_cuts
-from tl_edgeprune.search.full_cuts import WholeCuts
+from tl_edgeprune.search.full_cuts import FullCuts
 
 
-def late_mask(cuts: WholeCuts, place: int, share: float) -> torch.Tensor:
+def late_mask(cuts: FullCuts, place: int, share: float) -> torch.Tensor:
     """Every edge up to this read, and `share` of the later ones."""
     generator = torch.Generator().manual_seed(0)
     mask = torch.rand(cuts.graph.n_edges, generator=generator) < share
@@ -33,7 +33,7 @@ def late_mask(cuts: WholeCuts, place: int, share: float) -> torch.Tensor:
     return mask
 
 
-def edge_seconds(cuts: WholeCuts, place: int, repeats: int) -> float:
+def edge_seconds(cuts: FullCuts, place: int, repeats: int) -> float:
     """Seconds for each candidate: the latest edges of a destination in the middle, nested."""
     read, count = cuts.graph.reads[place], cuts.candidates(place)
     nested = torch.zeros(count, read.n_destinations, read.n_sources, dtype=torch.bool)
@@ -49,8 +49,8 @@ def measure(kind: str, shares: list[float], repeats: int, every: int) -> None:
     print(f"{kind}: plain forward and backward {plain:.3f} s")
     task = Task("random", list(clean), list(corrupted), [torch.tensor([POS - 1])] * BATCH)
     with MaskedModel.attach(model) as run:
-        teacher = Teacher(run, task, max_bytes=0)
-        cuts = find_cuts(run, teacher, OBJECTIVES["kl"], batch_size=BATCH)
+        targets = Targets(run, task, max_bytes=0)
+        cuts = find_cuts(run, targets, OBJECTIVES["kl"], batch_size=BATCH)
         for share in shares:
             print(f"  {type(cuts).__name__}, {100 * share:g} % of later edges kept")
             print("    read             edges  candidates  x plain")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from unittest.mock import patch
 
-from tl_edgeprune.runs.targets import Lesson
+from tl_edgeprune.runs.targets import TargetBatch
 from tl_edgeprune.tasks.batch import Batch
 from tl_edgeprune.training import gates as masks
 from tl_edgeprune.training.trainer import Trainer
@@ -28,11 +28,11 @@ def two_masks(plain: PlainStep, training: Trainer, number: int) -> None:
     """Two masks drawn a step, on the same pairs, targets and reference."""
     stream = training.stream
     batch: Batch = next(stream)
-    lesson: Lesson = training.teacher.lesson(batch)
+    target_batch: TargetBatch = training.targets.prepare(batch)
     training.stream = _Again(batch)  # type: ignore[assignment]
     with (
         patch.object(training.pruner, "accumulate", 2),
-        patch.object(training.teacher, "lesson", lambda _: lesson),
+        patch.object(training.targets, "target_batch", lambda _: target_batch),
     ):
         plain(training, number)
     training.stream = stream

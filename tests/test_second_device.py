@@ -45,9 +45,9 @@ from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.forward.recompute import RecomputedModel
 from tl_edgeprune.methods.registry import METHODS
 from tl_edgeprune.objectives import kl
-from tl_edgeprune.runs.targets import Teacher
+from tl_edgeprune.runs.targets import Targets
 from tl_edgeprune.search.cuts import find_cuts
-from tl_edgeprune.search.partial_cuts import PartCuts
+from tl_edgeprune.search.partial_cuts import PartialCuts
 from tl_edgeprune.training.trainer import Trainer
 
 pytestmark = pytest.mark.skipif(
@@ -375,7 +375,7 @@ def attach_recomputed(model: Any, task: Task) -> None:
 
 def look_for_cuts(model: Any, task: Task) -> None:
     with MaskedModel.attach(model) as run:
-        assert isinstance(find_cuts(run, Teacher(run, task), kl), PartCuts)
+        assert isinstance(find_cuts(run, Targets(run, task), kl), PartialCuts)
 
 
 @pytest.mark.parametrize("check", [attach_recomputed, look_for_cuts])
@@ -407,10 +407,10 @@ def test_partial_runs_do_not_ask_the_device_what_is_kept() -> None:
     model = model_zoo.build(SMALL)
     task = model_zoo.pairs(model, 2)
     with moved(model) as device, MaskedModel.attach(model) as run:
-        cuts = find_cuts(run, Teacher(run, task, max_bytes=0), kl)
-        assert isinstance(cuts, PartCuts)
+        cuts = find_cuts(run, Targets(run, task, max_bytes=0), kl)
+        assert isinstance(cuts, PartialCuts)
         cuts.set(torch.ones(run.graph.n_edges, dtype=torch.bool))
         device.waits.clear()
         read = run.graph.reads[0]
         cuts.values(0, torch.eye(read.n_destinations, read.n_sources, dtype=torch.bool)[None])
-    assert sum(device.waits.values()) == len(cuts.lessons)  # each pair's objective
+    assert sum(device.waits.values()) == len(cuts.target_batches)  # each pair's objective

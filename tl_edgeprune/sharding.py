@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from tl_edgeprune.distributed import Ranks
-from tl_edgeprune.hooks.placement import placed
+from tl_edgeprune.hooks.placement import model_placed
 from tl_edgeprune.hooks.shards import SHARDED_MODELS, Shards
 
 
@@ -38,7 +38,7 @@ def sharded(model: Any, device: torch.device | str | None = None) -> Iterator[An
     if model in SHARDED_MODELS:
         raise ValueError("the model is sharded already: leave that context first.")
     if ranks.size == 1:
-        with placed(model, device=device):
+        with model_placed(model, device=device):
             yield model
         return
     previous_device = next(model.parameters()).device
@@ -47,7 +47,7 @@ def sharded(model: Any, device: torch.device | str | None = None) -> Iterator[An
         shards = Shards(model, ranks, to)
         undo.callback(_restore, shards)
         matrices = {id(matrix.parameter) for block in shards.blocks for matrix in block}
-        undo.enter_context(placed(model, device=to, leave=matrices))
+        undo.enter_context(model_placed(model, device=to, leave=matrices))
         for layer, block in enumerate(model.blocks):
             undo.callback(block.register_forward_pre_hook(_hook(shards.gather, layer)).remove)
             undo.callback(block.register_forward_hook(_hook(shards.after_forward, layer)).remove)

@@ -18,11 +18,11 @@ from support import model_zoo
 from torch import Tensor
 
 from tl_edgeprune import discover, models, tasks
-from tl_edgeprune.forward.forward_pass import Held
+from tl_edgeprune.forward.forward_pass import HeldSources
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.objectives import mean_squared_error
-from tl_edgeprune.runs.targets import Teacher
-from tl_edgeprune.runs.totals import each_lesson
+from tl_edgeprune.runs.targets import Targets
+from tl_edgeprune.runs.totals import each_target_batch
 from tl_edgeprune.tasks.stream import TaskStream
 
 MODEL = "bridge-gpt2"
@@ -208,8 +208,10 @@ def assert_equal_up_to_rounding(actual: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "bridge-pythia"])
-@pytest.mark.parametrize("held", [None, Held(range(0, 1), 0.5), Held(range(1, 5))], ids=repr)
-def test_a_mask_of_ones_gives_the_same_by_running_sums(kind: str, held: Held | None) -> None:
+@pytest.mark.parametrize(
+    "held", [None, HeldSources(range(0, 1), 0.5), HeldSources(range(1, 5))], ids=repr
+)
+def test_a_mask_of_ones_gives_the_same_by_running_sums(kind: str, held: HeldSources | None) -> None:
     """Logits and mask gradient, at positions that repeat, against the reads' products."""
     model = model_zoo.load(kind, torch.float64)
     clean, corrupted = (model_zoo.tokens(model, seed=seed) for seed in (0, 1))
@@ -234,11 +236,13 @@ def test_a_first_look_is_at_as_many_pairs_as_asked_for(n: int, size: int, most: 
     """The last batch of a length may hold a pair alone: it counts as one, not as a batch."""
     model = model_zoo.load("bridge-gpt2")
     with MaskedModel.attach(model) as run:
-        teacher = Teacher(run, model_zoo.pairs(model, n), visits=0)
-        lessons = list(each_lesson(teacher, batch_size=size, max_pairs=most))
-    places = [place for lesson in lessons for place in lesson.batch.indices.tolist()]
+        targets = Targets(run, model_zoo.pairs(model, n), visits=0)
+        target_batches = list(each_target_batch(targets, batch_size=size, max_pairs=most))
+    places = [
+        place for target_batch in target_batches for place in target_batch.batch.indices.tolist()
+    ]
     assert len(set(places)) == len(places) >= min(most, n)
-    assert len(places) - len(lessons[-1].batch) < most
+    assert len(places) - len(target_batches[-1].batch) < most
 
 
 @pytest.mark.parametrize(("objective", "runs"), [("logit-diff", 2), ("log-prob", 2), ("kl", 3)])

@@ -117,7 +117,7 @@ def test_every_setting_of_edge_pruner_has_a_flag_that_tells_its_default() -> Non
     options = {p.name: p for p in typer.main.get_command(app).commands["prune"].params}  # type: ignore[attr-defined]
     told_by_the_folder = {"checkpoint", "sampler", "self"}
     assert set(inspect.signature(EdgePruner).parameters) - told_by_the_folder <= set(options)
-    ours = pruner_settings.resolved({"n_edges": 20})
+    ours = pruner_settings.resolve_settings({"n_edges": 20})
     words = {True: "yes", False: "no"}
     for name, value in ours.items():
         shown = options[name].show_default
@@ -223,6 +223,6 @@ def test_a_plan_as_json() -> None:
 
 def test_defaults_that_hang_on_the_controller_are_those_of_python() -> None:
     controller = {"kind": "exact-budget", "schedule": "sampled"}
-    ours = pruner_settings.resolved({"n_edges": 10, "controller": controller})
+    ours = pruner_settings.resolve_settings({"n_edges": 10, "controller": controller})
     python = EdgePruner(10, controller=ExactBudget("sampled"))
     assert (ours["lr"], ours["average_share"]) == (python.lr, python.average_share)

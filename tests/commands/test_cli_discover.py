@@ -14,8 +14,8 @@ import tl_edgeprune
 from tl_edgeprune import Circuit, EdgeScores
 from tl_edgeprune.methods.registry import METHODS
 from tl_edgeprune.runs import resume as saved
-from tl_edgeprune.runs.targets import Teacher
-from tl_edgeprune.search.partial_cuts import PartCuts
+from tl_edgeprune.runs.targets import Targets
+from tl_edgeprune.search.partial_cuts import PartialCuts
 from tl_edgeprune.training.trainer import Trainer
 
 
@@ -106,7 +106,7 @@ def test_a_search_that_was_stopped_goes_on(
         return look
 
     with monkeypatch.context() as patch:
-        for part, name in ((Trainer, "_step"), (PartCuts, "losses"), (Teacher, "lesson")):
+        for part, name in ((Trainer, "_step"), (PartialCuts, "losses"), (Targets, "target_batch")):
             patch.setattr(part, name, stopping(getattr(part, name)))
         result = told(*asked, "--out", out)
     assert (result.exit_code, result.stdout) == (130, "")
@@ -127,7 +127,7 @@ def test_a_search_that_was_stopped_goes_on(
 def test_what_a_search_cannot_do_is_told_before_it(
     llama: str, gifts: str, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(Teacher, "lesson", None)
+    monkeypatch.setattr(Targets, "target_batch", None)
     out = tmp_path / "out"
     asked = ["discover", llama, gifts, "--out", out, "--method"]
     assert "n_edges=100000: expected" in mistake(*asked, "mask-ig", "--n-edges", 100000)

@@ -15,7 +15,7 @@ from support import model_zoo
 from support.command_line import SMALL, mistake, told
 
 from tl_edgeprune import EdgePruner, compare, discover
-from tl_edgeprune.utils.locks import held, held_file
+from tl_edgeprune.utils.locks import locked_file, locked_folder
 
 HOLD = """
 import sys
@@ -60,7 +60,7 @@ def test_a_checkpoint_has_one_writer(run: Any, tmp_path: Path) -> None:
         with pytest.raises(BlockingIOError, match=f"another run writes {path}: wait"):
             run(path)
         assert not path.exists()
-    with pytest.warns(UserWarning) if run is acdc else held(tmp_path):
+    with pytest.warns(UserWarning) if run is acdc else locked_folder(tmp_path):
         run(path)  # the other one was killed: its lock went with it
 
 
@@ -106,17 +106,17 @@ def test_a_thread_is_another_and_the_same_one_may_hold_it_twice(tmp_path: Path) 
 
     def second() -> None:
         try:
-            with held(tmp_path):
+            with locked_folder(tmp_path):
                 pass
         except BlockingIOError as error:
             refused.append(error)
 
-    with held(tmp_path), held(tmp_path):
+    with locked_folder(tmp_path), locked_folder(tmp_path):
         thread = threading.Thread(target=second)
         thread.start()
         thread.join()
     assert len(refused) == 1
-    with held(tmp_path):
+    with locked_folder(tmp_path):
         pass
 
 
@@ -124,9 +124,9 @@ def test_a_lock_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
     """A stranger's folder could name any file of the user's as its lock."""
     precious = tmp_path / "precious"
     precious.write_text("mine")
-    for lock, hold in ((".lock", held), (".x.lock", held_file)):
+    for lock, hold in ((".lock", locked_folder), (".x.lock", locked_file)):
         (tmp_path / lock).symlink_to(precious)
         with pytest.raises(FileExistsError, match="not this program's lock file"):
-            with hold(tmp_path if hold is held else tmp_path / "x"):
+            with hold(tmp_path if hold is locked_folder else tmp_path / "x"):
                 pass
     assert precious.read_text() == "mine"

@@ -25,7 +25,7 @@ from tl_edgeprune.report.plots.axes import round_ticks
 from tl_edgeprune.report.plots.comparison import _floor
 from tl_edgeprune.runs import resume as saved
 from tl_edgeprune.utils import profiling as measuring
-from tl_edgeprune.utils.profiling import measured
+from tl_edgeprune.utils.profiling import measure_cost
 
 COLUMNS = tuple(column_formats())
 SIZES = (5, 12)
@@ -465,30 +465,30 @@ def hold(megabytes: int, seconds: float = 0.1) -> None:
 
 def test_cost_is_the_blocks_own():
     big = torch.ones(30_000_000, dtype=torch.uint8)
-    with measured() as cost:
+    with measure_cost() as cost:
         hold(80)
     assert 0.1 <= cost.seconds < 20
     assert 75 <= cost.peak_mb < 110
     assert len(big)
-    with measured() as cost:
+    with measure_cost() as cost:
         pass
     assert cost.peak_mb < 20
 
 
 def test_without_psutil_the_processs_record_is_used(monkeypatch):
     monkeypatch.setattr(measuring, "_process", lambda: None)
-    with measured() as cost:
+    with measure_cost() as cost:
         hold(1, 0)
     assert cost.peak_mb >= 0
     monkeypatch.setattr(measuring, "_recorded_peak", lambda: None)
-    with measured() as cost:
+    with measure_cost() as cost:
         hold(1, 0)
     assert cost.peak_mb is None and cost.seconds > 0
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_the_cost_is_its_memory():
-    with measured("cuda") as cost:
+    with measure_cost("cuda") as cost:
         memory = torch.ones(50_000_000, dtype=torch.uint8, device="cuda")
         del memory
     assert 50 <= cost.peak_mb < 53

@@ -14,7 +14,7 @@ from support import model_zoo
 
 from tl_edgeprune import Circuit, EdgeGraph, Explanation, explain, masked, models, tasks
 from tl_edgeprune.evaluation.explain.explain import MOST_EDGES, kind_of
-from tl_edgeprune.evaluation.explain.position_means import Slots
+from tl_edgeprune.evaluation.explain.position_means import PositionMeans
 from tl_edgeprune.tasks.task import Task
 
 KINDS = [
@@ -216,7 +216,7 @@ def test_texts_name_tokens_that_all_prompts_share_and_bracket_those_that_vary():
     clean = [torch.tensor([7, 1, 9, 9]), torch.tensor([7, 2, 9, 9]), torch.tensor([7, 1, 9])]
     read = [torch.tensor([3]), torch.tensor([3]), torch.tensor([2])]
     task = Task("slots", clean, clean, read)
-    slots = Slots()
+    slots = PositionMeans()
     for batch in task.batches(8):
         weights = batch.clean.double() * torch.arange(1, len(batch) + 1)[:, None]
         slots.add(batch, {"weights": weights})
@@ -229,7 +229,7 @@ def test_texts_name_tokens_that_all_prompts_share_and_bracket_those_that_vary():
 def test_pairs_of_a_batch_may_be_read_at_different_positions():
     clean = [torch.tensor([1, 2, 3])] * 3
     task = Task("reads", clean, clean, [torch.tensor([1]), torch.tensor([2]), torch.tensor([1])])
-    slots = Slots()
+    slots = PositionMeans()
     for batch in task.batches(8):
         slots.add(batch, {"at": batch.positions.double().expand(-1, 3)})
     found = {

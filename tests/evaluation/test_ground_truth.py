@@ -182,7 +182,7 @@ def test_shipped_weights_are_what_the_script_compiles(rasp, name):
     made = compiled.compile_program(
         program.program, vocab=program.vocab, max_seq_len=program.max_tokens, name=name
     )
-    for key, tensor in tracr.shipped(name).state.items():
+    for key, tensor in tracr.load_shipped(name).state.items():
         # directions are sorted by label, and labels have counters: equal up to their order
         torch.testing.assert_close(
             tensor.flatten().sort().values, made.state[key].flatten().sort().values

@@ -25,7 +25,7 @@ from tl_edgeprune.forward.cost_model import (
     masked_forward,
     memory_table,
     plain_forward,
-    recomputed,
+    recompute_cost,
     reference_bytes,
     step_bytes,
 )
@@ -77,7 +77,7 @@ def test_planned_operations_are_those_counted(name: str) -> None:
         with counter() as backward:
             logits.sum().backward()
     assert masked_forward(shape, work).operations == forward.get_total_flops()
-    planned = (recomputed(shape, work) + masked_backward(shape, work)).operations
+    planned = (recompute_cost(shape, work) + masked_backward(shape, work)).operations
     assert planned == pytest.approx(backward.get_total_flops(), rel=0.01)
 
 

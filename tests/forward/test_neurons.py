@@ -33,7 +33,7 @@ from tl_edgeprune.attribution.mask_gradient import gate_scores
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.forward.recompute import RecomputedModel
 from tl_edgeprune.objectives import kl
-from tl_edgeprune.runs.targets import Teacher
+from tl_edgeprune.runs.targets import Targets
 from tl_edgeprune.training import gate_group
 from tl_edgeprune.training.trainer import Trainer
 
@@ -205,7 +205,7 @@ def test_scores_of_gates_are_the_gradient_along_their_path() -> None:
     task = model_zoo.pairs(model, 3)
     for kind in KINDS:
         with MaskedModel.attach(model, None, kind) as run:
-            found = gate_scores(run, Teacher(run, task), kl, steps=2, batch_size=1)
+            found = gate_scores(run, Targets(run, task), kl, steps=2, batch_size=1)
         total = torch.zeros_like(found)
         for batch in task.batches(1):
             full = model(batch.clean)[:, -1:].detach()
@@ -382,7 +382,7 @@ def test_runs_that_cannot_have_neurons_are_refused(monkeypatch: pytest.MonkeyPat
     model = model_zoo.load(MODEL)
     graph, task = EdgeGraph.from_model(model), model_zoo.pairs(model)
     corrupted, kept = model_zoo.tokens(model, seed=1), torch.ones(graph.n_edges)
-    monkeypatch.setattr(Teacher, "__init__", lambda *_, **__: pytest.fail("the model ran"))
+    monkeypatch.setattr(Targets, "__init__", lambda *_, **__: pytest.fail("the model ran"))
     with pytest.raises(ValueError, match="n_neurons=100000: expected a whole number from 1 to"):
         pruner(n_neurons=100_000).fit(model, task)
     with pytest.raises(ValueError, match="scores of edges cannot hold gates"):

@@ -16,7 +16,7 @@ from transformer_lens.model_bridge.sources import build_bridge_from_module
 
 from tl_edgeprune import EdgeGraph, EdgePruner
 from tl_edgeprune.forward.buffers import BufferPool
-from tl_edgeprune.forward.forward_pass import Held
+from tl_edgeprune.forward.forward_pass import HeldSources
 from tl_edgeprune.forward.half_blocks import Blocks, reporting_broken_halves
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.forward.recompute import RecomputedModel
@@ -124,8 +124,10 @@ def test_any_number_of_reads_may_share_a_pass(together: int) -> None:
     assert_close(mask.grad, theirs)
 
 
-@pytest.mark.parametrize("held", [Held(range(0, 1), 0.5), Held(range(6, 10)), Held(range(10, 11))])
-def test_held_sources_pass_no_gradient_on(held: Held) -> None:
+@pytest.mark.parametrize(
+    "held", [HeldSources(range(0, 1), 0.5), HeldSources(range(6, 10)), HeldSources(range(10, 11))]
+)
+def test_held_sources_pass_no_gradient_on(held: HeldSources) -> None:
     model = model_zoo.load("bridge-gpt2")  # five sources a layer: an input, four heads, an MLP
     graph = EdgeGraph.from_model(model)
     mask = random_mask(model, graph, 4).float()

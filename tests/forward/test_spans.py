@@ -31,10 +31,10 @@ from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.forward.residual import Stream
 from tl_edgeprune.forward.span_masks import Spans, read_at_spans_naive
 from tl_edgeprune.objectives import OBJECTIVES
-from tl_edgeprune.runs.targets import Teacher
+from tl_edgeprune.runs.targets import Targets
 from tl_edgeprune.runs.task_checks import task_for
-from tl_edgeprune.search.full_cuts import WholeCuts
-from tl_edgeprune.search.partial_cuts import PartCuts
+from tl_edgeprune.search.full_cuts import FullCuts
+from tl_edgeprune.search.partial_cuts import PartialCuts
 from tl_edgeprune.tasks.library import gendered_pronoun, greater_than
 from tl_edgeprune.tasks.library import ioi as ioi_task
 
@@ -270,9 +270,9 @@ def test_partial_runs_give_what_whole_runs_give(name, seed):
     model, generator = model_zoo.load(name), torch.Generator().manual_seed(seed)
     task = spanned(model, 3)
     with MaskedModel.attach(model, EdgeGraph.from_model(model).at(NAMES)) as run:
-        teacher = Teacher(run, task, max_bytes=0)
-        lessons = [teacher.lesson(batch) for batch in teacher.task.batches(2)]
-        engines = [kind(run, lessons, OBJECTIVES["kl"]) for kind in (WholeCuts, PartCuts)]
+        targets = Targets(run, task, max_bytes=0)
+        target_batches = [targets.prepare(batch) for batch in targets.task.batches(2)]
+        engines = [kind(run, target_batches, OBJECTIVES["kl"]) for kind in (FullCuts, PartialCuts)]
         mask = torch.rand(run.graph.n_edges, generator=generator) < 0.4 + 0.6 * (seed % 2)
         places = [int(torch.randint(len(run.graph.reads), (), generator=generator)), -1]
         told = [[] for _ in engines]

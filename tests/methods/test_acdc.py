@@ -32,13 +32,13 @@ from tl_edgeprune.methods.exact import exact
 from tl_edgeprune.objectives import OBJECTIVES, kl
 from tl_edgeprune.runs import resume as saved_module
 from tl_edgeprune.runs.resume import Saved
-from tl_edgeprune.runs.targets import Teacher
+from tl_edgeprune.runs.targets import Targets
 from tl_edgeprune.search import cuts
 from tl_edgeprune.search import partial_cuts as part_cuts
-from tl_edgeprune.search.full_cuts import WholeCuts
+from tl_edgeprune.search.full_cuts import FullCuts
 from tl_edgeprune.search.grouped import Stage
-from tl_edgeprune.search.partial_cuts import PartCuts
-from tl_edgeprune.search.single_edges import Singles
+from tl_edgeprune.search.partial_cuts import PartialCuts
+from tl_edgeprune.search.single_edges import SingleEdges
 
 ABLATIONS = ("counterfactual", "zero")
 TINY = [
@@ -59,10 +59,10 @@ SEQUENCES = [
 
 def engines(run: MaskedModel, task: Task, ablation: str, batch_size: int = 2) -> tuple[Any, Any]:
     """The definition and the fast engine, on the same pairs."""
-    teacher = Teacher(run, task, ablation, max_bytes=0)
-    lessons = [teacher.lesson(batch) for batch in task.batches(batch_size)]
+    targets = Targets(run, task, ablation, max_bytes=0)
+    target_batches = [targets.prepare(batch) for batch in task.batches(batch_size)]
     loss_of = OBJECTIVES[task.objective]
-    return WholeCuts(run, lessons, loss_of), PartCuts(run, lessons, loss_of)
+    return FullCuts(run, target_batches, loss_of), PartialCuts(run, target_batches, loss_of)
 
 
 def graph_of(model: Any, split_qkv: bool = True) -> EdgeGraph:
@@ -108,9 +108,9 @@ def test_partial_runs_give_what_whole_runs_give(name, ablation, split_qkv, read,
 def test_every_architecture_runs_from_the_middle(name):
     model = model_zoo.load(name)
     with MaskedModel.attach(model) as run:
-        teacher = Teacher(run, model_zoo.pairs(model, 2))
-        lesson = teacher.lesson(next(teacher.task.batches(2)))
-        assert cuts.problem_of_partial_runs(run, lesson) is None
+        targets = Targets(run, model_zoo.pairs(model, 2))
+        target_batch = targets.prepare(next(targets.task.batches(2)))
+        assert cuts.problem_of_partial_runs(run, target_batch) is None
 
 
 @pytest.mark.slow
@@ -218,9 +218,9 @@ def test_side_by_side_is_one_at_a_time(monkeypatch):
     model = model_zoo.load("bridge-llama-gqa")
     task = random_task(model, n=2, lengths=(4, 5), seed=1)
     found = [acdc(model, task, threshold=0.01)]
-    monkeypatch.setattr(PartCuts, "candidates", lambda self, place: 1)
+    monkeypatch.setattr(PartialCuts, "candidates", lambda self, place: 1)
     found.append(acdc(model, task, threshold=0.01, batch_size=1))
-    monkeypatch.setattr(PartCuts, "candidates", lambda self, place: 5)
+    monkeypatch.setattr(PartialCuts, "candidates", lambda self, place: 5)
     found.append(acdc(model, task, threshold=0.01, batch_size=2))
     assert found[0] == found[1] == found[2]
     assert found[0].metadata["objective_at_end"] == pytest.approx(
@@ -253,7 +253,7 @@ def test_metadata_say_where_a_circuit_is_from():
 def stopped_after(monkeypatch, most: float) -> list[int]:
     """Groups of candidates that are tried from here on; the run is interrupted after so many."""
     tried: list[int] = []
-    losses = PartCuts.losses
+    losses = PartialCuts.losses
 
     def counted(self, place, candidates):
         if len(tried) >= most:
@@ -261,7 +261,7 @@ def stopped_after(monkeypatch, most: float) -> list[int]:
         tried.append(place)
         return losses(self, place, candidates)
 
-    monkeypatch.setattr(PartCuts, "losses", counted)
+    monkeypatch.setattr(PartialCuts, "losses", counted)
     return tried
 
 
@@ -288,7 +288,7 @@ def test_a_killed_run_goes_on_where_it_was(search, share, tmp_path, monkeypatch)
 SMALL = EdgeGraph(1, 2, 2)
 RISES = st.lists(st.floats(), min_size=SMALL.n_edges, max_size=SMALL.n_edges)
 SINGLES = st.builds(
-    Singles,
+    SingleEdges,
     RISES.map(lambda values: torch.tensor(values, dtype=torch.float64)),
     st.integers(0, len(SMALL.reads)),
     st.integers(0, 9),
@@ -300,7 +300,7 @@ SINGLES = st.builds(
 @example(Stage(0.0))  # groups of edges that are guessed to cost nothing
 def test_a_checkpoint_brings_every_stage_back(tmp_path_factory, stage):
     graph, path = SMALL, tmp_path_factory.mktemp("acdc") / "acdc.safetensors"
-    state = Mock(spec=WholeCuts, mask=torch.arange(graph.n_edges) % 3 > 0, runs=7, value=0.5)
+    state = Mock(spec=FullCuts, mask=torch.arange(graph.n_edges) % 3 > 0, runs=7, value=0.5)
     saved = Saved(path, {"method": "acdc"})
     saved._last = -math.inf
     acdc_module._reporter(state, tqdm(total=graph.n_edges, disable=True), saved)(4, stage)

@@ -18,7 +18,7 @@ from tl_edgeprune.methods.ifr import proximity
 from tl_edgeprune.methods.registry import METHODS, find_method
 from tl_edgeprune.methods.ugs import sample_window
 from tl_edgeprune.objectives import find_objective
-from tl_edgeprune.runs.targets import Teacher
+from tl_edgeprune.runs.targets import Targets
 from tl_edgeprune.training.regularisers import Attachment
 from tl_edgeprune.training.trainer import Trainer
 
@@ -191,14 +191,14 @@ def effects(stories: Any, she_he: Task) -> tuple[Tensor, Tensor]:
     sample = torch.randperm(graph.n_edges, generator=torch.Generator().manual_seed(0))[:100]
     loss_of, rises = find_objective("logit-diff", she_he), torch.zeros(len(sample))
     with torch.no_grad(), MaskedModel.attach(stories) as run:
-        teacher = Teacher(run, she_he)
+        targets = Targets(run, she_he)
         for batch in she_he.batches(16):
-            lesson = teacher.lesson(batch)
+            target_batch = targets.prepare(batch)
 
-            def loss(mask: Tensor, lesson: Any = lesson) -> Tensor:
-                batch = lesson.batch
-                logits = run(batch.clean, mask, lesson.reference, batch.positions)
-                return loss_of(logits, lesson.full, batch).sum()
+            def loss(mask: Tensor, target_batch: Any = target_batch) -> Tensor:
+                batch = target_batch.batch
+                logits = run(batch.clean, mask, target_batch.reference, batch.positions)
+                return loss_of(logits, target_batch.full, batch).sum()
 
             whole = loss(torch.ones(graph.n_edges))
             for place, edge in enumerate(sample):

@@ -17,8 +17,8 @@ from tl_edgeprune import EdgeGraph, EdgePruner, discover
 from tl_edgeprune.ablation.kinds import check_ablation
 from tl_edgeprune.methods.registry import METHODS
 from tl_edgeprune.runs import resume as saved_module
-from tl_edgeprune.runs.targets import Teacher
-from tl_edgeprune.search.partial_cuts import PartCuts
+from tl_edgeprune.runs.targets import Targets
+from tl_edgeprune.search.partial_cuts import PartialCuts
 
 SUMS = sorted(
     name
@@ -44,8 +44,8 @@ def stopped_after(most: int | None) -> Iterator[list[int]]:
         return look
 
     with (
-        patch.object(Teacher, "lesson", counted(Teacher.lesson)),
-        patch.object(PartCuts, "losses", counted(PartCuts.losses)),
+        patch.object(Targets, "target_batch", counted(Targets.target_batch)),
+        patch.object(PartialCuts, "losses", counted(PartialCuts.losses)),
     ):
         yield seen
 

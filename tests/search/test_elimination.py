@@ -18,10 +18,10 @@ from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.graph.reachability import leading_edges
 from tl_edgeprune.objectives import kl
 from tl_edgeprune.runs import resume as saved_state
-from tl_edgeprune.runs.targets import Teacher
+from tl_edgeprune.runs.targets import Targets
 from tl_edgeprune.search.cuts import find_cuts
 from tl_edgeprune.search.edge_effects import edge_effects
-from tl_edgeprune.search.full_cuts import WholeCuts
+from tl_edgeprune.search.full_cuts import FullCuts
 
 MODELS = ("bridge-gpt2", "bridge-llama-gqa")
 ONE_QUICK = (MODELS[0], pytest.param(MODELS[1], marks=pytest.mark.slow))
@@ -73,11 +73,11 @@ def test_edge_effects_are_what_the_model_does_without_the_edge(name: str, engine
     graph = EdgeGraph.from_model(model)
     mask = some_scores(name).top(graph.n_edges // 2).mask
     with MaskedModel.attach(model, graph) as run:
-        teacher = Teacher(run, task)
-        lessons = [teacher.lesson(batch) for batch in task.batches(2)]
-        cuts = WholeCuts(run, lessons, kl)
+        targets = Targets(run, task)
+        target_batches = [targets.prepare(batch) for batch in task.batches(2)]
+        cuts = FullCuts(run, target_batches, kl)
         if engine == "fastest":
-            cuts = find_cuts(run, teacher, kl, batch_size=2)
+            cuts = find_cuts(run, targets, kl, batch_size=2)
         cuts.set(mask)
         edges = mask.nonzero().flatten()[::9]
         rises = edge_effects(cuts, edges)
@@ -183,7 +183,7 @@ def singles_alone(model: Any, task: Any, circuit: Circuit) -> Tensor:
     """Every edge ranked by its own cut from the circuit."""
     ranks = torch.full((circuit.graph.n_edges,), -1e9)
     with MaskedModel.attach(model, circuit.graph) as run:
-        cuts = find_cuts(run, Teacher(run, task), kl)
+        cuts = find_cuts(run, Targets(run, task), kl)
         cuts.set(circuit.mask)
         edges = circuit.mask.nonzero().flatten()
         ranks[edges] = edge_effects(cuts, edges).float()

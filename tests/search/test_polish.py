@@ -14,7 +14,7 @@ from support import model_zoo
 from torch import Tensor
 
 from tl_edgeprune import Circuit, EdgeGraph, EdgeScores, discover, eliminate, evaluate
-from tl_edgeprune.search.polish import exchanged, polish
+from tl_edgeprune.search.polish import exchange_edges, polish
 
 
 @given(st.integers(2, 12), st.integers(1, 12), st.integers(0, 999))
@@ -22,7 +22,7 @@ def test_an_exchange_keeps_the_size_and_takes_the_best(n: int, count: int, seed:
     generator = torch.Generator().manual_seed(seed)
     guess = torch.randn(n, generator=generator)
     mask = torch.rand(n, generator=generator) < 0.5
-    other = exchanged(mask, guess, count)
+    other = exchange_edges(mask, guess, count)
     assert other.sum() == mask.sum()
     gone, come = mask & ~other, other & ~mask
     assert gone.sum() == come.sum() <= count
@@ -86,7 +86,7 @@ def test_no_round_tries_an_exchange_again(worth: int, monkeypatch) -> None:
     guess = mask.float() - 2 * (torch.arange(graph.n_edges) < worth).float()
     tried: list[int] = []
 
-    def loss(run: Any, teacher: Any, other: Tensor, *rest: Any) -> float:
+    def loss(run: Any, targets: Any, other: Tensor, *rest: Any) -> float:
         tried.append(int((other & ~mask).sum()))
         return 0.0
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from tl_edgeprune import EdgePruner, tasks
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.objectives import kl
-from tl_edgeprune.runs.targets import Teacher, sizes
+from tl_edgeprune.runs.targets import Targets, sizes
 from tl_edgeprune.tasks import Task, TaskStream
 from tl_edgeprune.tasks.permutation import Order
 from tl_edgeprune.training.batch_stream import BatchStream
@@ -211,7 +211,7 @@ def test_wrong_lines_name_file_and_line(tmp_path):
         stream.chunk(0)
 
 
-# ---------------------------------------------------------------------------------- the teacher
+# ---------------------------------------------------------------------------------- the targets
 
 
 @pytest.mark.parametrize("visits", [None, 3], ids=["kept", "lazy"])
@@ -219,21 +219,21 @@ def test_a_teacher_gives_the_same_kept_or_anew(visits):
     model = model_zoo.load(MODEL)
     task = model_zoo.pairs(model)
     with MaskedModel.attach(model) as run:
-        teacher = Teacher(run, task, visits=visits)
+        targets = Targets(run, task, visits=visits)
         for batch in task.batches(3, shuffle=True):
-            lesson = teacher.lesson(batch)
+            target_batch = targets.prepare(batch)
             logits = model(batch.clean)
             read = logits.gather(1, batch.positions[..., None].expand(-1, -1, logits.shape[-1]))
-            torch.testing.assert_close(lesson.full, read, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(target_batch.full, read, atol=1e-5, rtol=1e-5)
             reference = run.reference("counterfactual", corrupted=batch.corrupted)
-            torch.testing.assert_close(lesson.reference.streams, reference.streams)
+            torch.testing.assert_close(target_batch.reference.streams, reference.streams)
 
 
 def test_a_teachers_size_is_known_before_it_is_made():
     model = model_zoo.load(MODEL)
     task = model_zoo.pairs(model)
     with MaskedModel.attach(model) as run:
-        kept = Teacher(run, task)
+        kept = Targets(run, task)
         targets, references = sizes(run, task)
         assert targets == sum(t.numel() * t.element_size() for t in kept._full.values())
         assert references == sum(r.n_bytes for r in kept._references.values())
@@ -242,9 +242,9 @@ def test_a_teachers_size_is_known_before_it_is_made():
             (targets + references - 1, (True, False)),
             (targets - 1, (False, False)),
         ):
-            teacher = Teacher(run, task, visits=10**6, max_bytes=most)
-            assert (teacher._full is not None, teacher._references is not None) == keeps
-        assert Teacher(run, task, visits=len(task) - 1)._full is None
+            targets = Targets(run, task, visits=10**6, max_bytes=most)
+            assert (targets._full is not None, targets._references is not None) == keeps
+        assert Targets(run, task, visits=len(task) - 1)._full is None
 
 
 # ------------------------------------------------------------------------------------------- fit

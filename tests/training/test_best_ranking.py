@@ -15,7 +15,7 @@ from tl_edgeprune import Circuit, EdgePruner, evaluate
 from tl_edgeprune.distributed import Ranks
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.objectives import kl
-from tl_edgeprune.runs.targets import Teacher
+from tl_edgeprune.runs.targets import Targets
 from tl_edgeprune.training.best_ranking import LATE, N_PAIRS, BestRanking
 from tl_edgeprune.training.trainer import Trainer
 
@@ -61,9 +61,9 @@ def test_as_many_pairs_judge_however_they_are_batched_and_shared_out(n, batch_si
     model, task = model_zoo.load(MODEL), model_zoo.pairs(model_zoo.load(MODEL), n)
     found = []
     with MaskedModel.attach(model) as run:
-        teacher = Teacher(run, task, visits=0)
+        targets = Targets(run, task, visits=0)
         for ranks in (Ranks(), Ranks(0, 2), Ranks(1, 2), Ranks(4, 5)):
-            judges = BestRanking(run, teacher, kl, 20, batch_size, ranks)._evaluation_batches()
+            judges = BestRanking(run, targets, kl, 20, batch_size, ranks)._evaluation_batches()
             assert max(map(len, judges)) <= ranks.most_rows(batch_size)
             found.append(sorted(place for batch in judges for place in batch.indices.tolist()))
     assert len(set(found[0])) == len(found[0]) == min(N_PAIRS, n)

@@ -22,7 +22,7 @@ from tl_edgeprune import (
 )
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.objectives import kl
-from tl_edgeprune.runs.targets import Teacher
+from tl_edgeprune.runs.targets import Targets
 from tl_edgeprune.training.learned_constants import LearnedConstants
 
 MODEL = "bridge-gpt2"
@@ -43,12 +43,14 @@ def test_masks_and_constants_have_the_gradients_of_finite_differences(name: str)
     n_edges = EdgeGraph.from_model(model).n_edges
     mask = torch.rand(n_edges, dtype=torch.float64, generator=generator).requires_grad_()
     with MaskedModel.attach(model) as run:
-        lesson = Teacher(run, task, "zero").lesson(next(task.batches(2)))
+        target_batch = Targets(run, task, "zero").prepare(next(task.batches(2)))
         learned = LearnedConstants(run, task.corrupted, lr=0.1)
 
         def loss() -> torch.Tensor:
-            logits = run(lesson.batch.clean, mask, learned.reference(), lesson.batch.positions)
-            return kl(logits, lesson.full, lesson.batch).sum()
+            logits = run(
+                target_batch.batch.clean, mask, learned.reference(), target_batch.batch.positions
+            )
+            return kl(logits, target_batch.full, target_batch.batch).sum()
 
         loss().backward()
         for parameter in (mask, *learned.moves):

@@ -14,7 +14,7 @@ from tl_edgeprune.ablation.constants import Constants
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.methods.random_scores import random_scores
 from tl_edgeprune.objectives import kl
-from tl_edgeprune.runs.targets import Teacher
+from tl_edgeprune.runs.targets import Targets
 from tl_edgeprune.training.optimal_constants import optimal_constants
 
 MODEL = "bridge-gpt2"
@@ -49,12 +49,12 @@ def test_the_constants_gradient_is_that_of_finite_differences(name: str) -> None
     start = learn(model, task, steps=1)
     parts = {p: getattr(start, p).double().requires_grad_() for p in PARTS}
     with MaskedModel.attach(model) as run:
-        lesson = Teacher(run, task, "zero").lesson(next(task.batches(2)))
+        target_batch = Targets(run, task, "zero").prepare(next(task.batches(2)))
 
         def loss(constants: Constants) -> torch.Tensor:
             reference = constants.reference(run.sites, graph)
-            logits = run(lesson.batch.clean, mask, reference, lesson.batch.positions)
-            return kl(logits, lesson.full, lesson.batch).sum()
+            logits = run(target_batch.batch.clean, mask, reference, target_batch.batch.positions)
+            return kl(logits, target_batch.full, target_batch.batch).sum()
 
         constants = replace(start, **parts)
         grads = torch.autograd.grad(loss(constants), list(parts.values()), allow_unused=True)

@@ -23,7 +23,7 @@ from tl_edgeprune import (
     tasks,
 )
 from tl_edgeprune.circuits.scores import EdgeScores
-from tl_edgeprune.hooks.placement import placed
+from tl_edgeprune.hooks.placement import model_placed
 from tl_edgeprune.objectives import kl
 from tl_edgeprune.training import gate_group
 from tl_edgeprune.training.gates import rank_quantiles
@@ -172,7 +172,7 @@ def test_a_run_in_bfloat16_gives_the_weights_back(architecture):
 
 def test_an_exception_gives_the_weights_back():
     model = model_zoo.load(MODEL)
-    with pytest.raises(KeyError), placed(model, torch.float64):
+    with pytest.raises(KeyError), model_placed(model, torch.float64):
         assert {p.dtype for p in model.parameters()} == {torch.float64}
         raise KeyError
     assert {p.dtype for p in model.parameters()} == {torch.float32}

@@ -151,7 +151,7 @@ def test_a_checkpoint_is_looked_at_before_any_run_and_spares_the_warm_start(
 
     monkeypatch.setattr(first_gates, "path_scores", refuse)
     assert pruner(**warm).scores(model, task, "edge-pruning").tensor.equal(first.tensor)
-    monkeypatch.setattr(trainer, "Teacher", refuse)
+    monkeypatch.setattr(trainer, "Targets", refuse)
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
         pruner().fit(model, task, resume=tmp_path / "none")
     with pytest.raises(ValueError, match="its settings"):

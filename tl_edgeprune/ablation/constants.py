@@ -18,7 +18,7 @@ from tl_edgeprune.ablation.fixed import constant_reference
 from tl_edgeprune.ablation.reference import Reference
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.hooks.sites import Sites
-from tl_edgeprune.utils.reading import damaged, of_kind
+from tl_edgeprune.utils.reading import check_type, reporting_damage
 from tl_edgeprune.utils.tensor_files import floats, read_tensors
 from tl_edgeprune.utils.writing import write_whole
 
@@ -77,7 +77,7 @@ class Constants:
                 f"{path} is {values.get('kind')!r:.100} of format {values.get('format')!r:.100}, "
                 f"expected {KIND!r} of format {FORMAT}."
             )
-        with damaged(path):
+        with reporting_damage(path):
             graph = EdgeGraph.from_dict(note["graph"])
             n_mlps = graph.n_layers if graph.has_mlp else 0
             heads = (graph.n_layers, graph.n_heads)
@@ -86,7 +86,7 @@ class Constants:
             if graph.has_mlp and widths["mlp"] != widths["inputs"]:
                 raise ValueError(f"inputs and mlp are of two widths, {widths}")
             by_name = {n: floats(tensors, n, (*sources[n], widths[n])) for n in NAMES}
-            return cls(graph, **by_name, metadata=of_kind(note["metadata"], dict, "metadata"))
+            return cls(graph, **by_name, metadata=check_type(note["metadata"], dict, "metadata"))
 
     def detached(self) -> Constants:
         """The same numbers on the CPU, without the graph that learned them."""

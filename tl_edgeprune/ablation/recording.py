@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tl_edgeprune.ablation.reference import Reference
 from tl_edgeprune.graph.edge_graph import EdgeGraph
-from tl_edgeprune.hooks.attach import Hook, attached
+from tl_edgeprune.hooks.attach import Hook, hooks_attached
 from tl_edgeprune.hooks.sites import Sites
 
 
@@ -30,7 +30,7 @@ def record(
     tokens = tokens.to(sites.attention[0].output.device)  # a Bridge does not move tokens
     recorded: dict[str, Tensor] = {}
     recorders = _recorders(sites, recorded)
-    with torch.no_grad(), attached(model, [*recorders, *_cuts(sites, positions)]):
+    with torch.no_grad(), hooks_attached(model, [*recorders, *_cuts(sites, positions)]):
         try:
             logits = model(tokens)
         except _Recorded:

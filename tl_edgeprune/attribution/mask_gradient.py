@@ -34,8 +34,8 @@ from tl_edgeprune.objectives import (
 from tl_edgeprune.runs.chance_warning import ChanceWatch
 from tl_edgeprune.runs.resume import UNSAVED, Saved
 from tl_edgeprune.runs.session import open_session
-from tl_edgeprune.runs.targets import Lesson, Teacher
-from tl_edgeprune.runs.totals import each_lesson, total_over_pairs
+from tl_edgeprune.runs.targets import TargetBatch, Targets
+from tl_edgeprune.runs.totals import each_target_batch, total_over_pairs
 from tl_edgeprune.tasks.task import Task
 from tl_edgeprune.utils.grad_mode import with_gradients
 
@@ -68,10 +68,10 @@ def scores_along(
     """
     loss_of = find_objective(objective, task)
 
-    def scores(run: MaskedModel, teacher: Teacher, saved: Saved) -> Float[Tensor, " edge"]:
+    def scores(run: MaskedModel, targets: Targets, saved: Saved) -> Float[Tensor, " edge"]:
         return path_scores(
             run,
-            teacher,
+            targets,
             path,
             loss_of,
             batch_size=batch_size,
@@ -81,7 +81,7 @@ def scores_along(
         )
 
     metadata = {"objective": objective, "ablation": ablation, **metadata}
-    return scored(
+    return scores_of_run(
         scores,
         model,
         task,
@@ -89,13 +89,13 @@ def scores_along(
         positions=positions,
         metadata=metadata,
         batch_size=batch_size,
-        targets=loss_of not in WITHOUT_TARGETS,
+        needs_targets=loss_of not in WITHOUT_TARGETS,
         checkpoint=checkpoint,
     )
 
 
-def scored(
-    score: Callable[[MaskedModel, Teacher, Saved], Tensor],
+def scores_of_run(
+    score: Callable[[MaskedModel, Targets, Saved], Tensor],
     model: Any,
     task: Task,
     *,
@@ -103,7 +103,7 @@ def scored(
     metadata: dict[str, Any],
     batch_size: int = 8,
     by_magnitude: bool = True,
-    targets: bool = True,
+    needs_targets: bool = True,
     positions: str | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> EdgeScores:
@@ -114,7 +114,7 @@ def scored(
             saved state of a stopped run.
         metadata: method, ablation, objective and what else belongs to the scores.
         by_magnitude: whether edges are ranked by the scores' absolute values.
-        targets: whether the full model's logits are needed.
+        needs_targets: whether the full model's logits are needed.
 
     Raises ValueError for scores that are NaN or infinite.
     """
@@ -129,7 +129,7 @@ def scored(
         metadata={"ablation": "counterfactual", **metadata},
         settings={**metadata, "batch_size": batch_size},
         checkpoint=checkpoint,
-        targets=targets,
+        needs_targets=needs_targets,
         visits=0,
     ) as session:
         scores = score(session.run, session.targets, session.saved)
@@ -143,7 +143,7 @@ def scored(
 
 def path_scores(
     run: MaskedModel,
-    teacher: Teacher,
+    targets: Targets,
     path: Path,
     loss_of: Objective,
     *,
@@ -161,18 +161,18 @@ def path_scores(
         saved: the state that the sum continues from.
     """
 
-    def batch_scores(lesson: Lesson) -> Float[Tensor, " edge"]:
+    def batch_scores(target_batch: TargetBatch) -> Float[Tensor, " edge"]:
         per_point = [
-            -edge_gradient(run, lesson, point, loss_of, teacher.watch)
-            for point in path(run, lesson)
+            -edge_gradient(run, target_batch, point, loss_of, targets.watch)
+            for point in path(run, target_batch)
         ]
         signed = (p.abs() if magnitudes else p for p in per_point)
         return sum(signed, torch.zeros(())) / len(per_point)
 
     total, pairs = total_over_pairs(
         batch_scores,
-        torch.zeros(run.graph.n_edges, device=teacher.device),
-        teacher,
+        torch.zeros(run.graph.n_edges, device=targets.device),
+        targets,
         batch_size=batch_size,
         max_pairs=max_pairs,
         progress=progress,
@@ -183,7 +183,7 @@ def path_scores(
 
 def edge_gradient(
     run: MaskedModel,
-    lesson: Lesson,
+    target_batch: TargetBatch,
     point: Point,
     loss_of: Objective,
     watch: ChanceWatch | None = None,
@@ -195,10 +195,12 @@ def edge_gradient(
     full_mask = bool((point.mask == 1).all())
     mask = point.mask.to(run.device).requires_grad_()
     with with_gradients("this method"):
-        logits = run.logits(lesson, mask, held=point.held, contract=point.contract, whole=full_mask)
+        logits = run.logits(
+            target_batch, mask, held=point.held, contract=point.contract, whole=full_mask
+        )
         if watch is not None and full_mask and (point.held is None or point.held.share == 1):
-            watch.see(logits, lesson.batch)
-        loss = losses(loss_of, logits, lesson.full, lesson.batch).sum()
+            watch.see(logits, target_batch.batch)
+        loss = losses(loss_of, logits, target_batch.full, target_batch.batch).sum()
         (grad,) = torch.autograd.grad(loss, mask)
     return grad
 
@@ -227,7 +229,7 @@ def differentiable_at_one(
 
 def gate_scores(
     run: MaskedModel,
-    teacher: Teacher,
+    targets: Targets,
     loss_of: Objective,
     *,
     steps: int = 5,
@@ -240,27 +242,27 @@ def gate_scores(
     Every edge is kept. `max_pairs`: use about this many pairs at most, drawn at random.
     """
     total, pairs = torch.zeros(run.neuron_shape), 0
-    for lesson in each_lesson(
-        teacher,
+    for target_batch in each_target_batch(
+        targets,
         batch_size=batch_size,
         max_pairs=max_pairs,
         progress=progress,
         doing="scoring neurons",
     ):
-        pairs += len(lesson.batch)
+        pairs += len(target_batch.batch)
         for step in range(steps):
-            total -= _gate_gradient(run, lesson, (step + 0.5) / steps, loss_of) / steps
+            total -= _gate_gradient(run, target_batch, (step + 0.5) / steps, loss_of) / steps
     return total / pairs
 
 
 def _gate_gradient(
-    run: MaskedModel, lesson: Lesson, gate: float, loss_of: Objective
+    run: MaskedModel, target_batch: TargetBatch, gate: float, loss_of: Objective
 ) -> Float[Tensor, "place unit"]:
     """d (sum of the prompts' losses) / d gates, with every gate at the same value (on the CPU)."""
     mask = torch.ones(run.graph.n_edges, device=run.device)
     gates = mask.new_full(run.neuron_shape, gate).requires_grad_()
     with torch.enable_grad():
-        logits = run.logits(lesson, mask, whole=True, neurons=gates)
-        loss = losses(loss_of, logits, lesson.full, lesson.batch).sum()
+        logits = run.logits(target_batch, mask, whole=True, neurons=gates)
+        loss = losses(loss_of, logits, target_batch.full, target_batch.batch).sum()
         (grad,) = torch.autograd.grad(loss, gates)
     return grad.cpu()

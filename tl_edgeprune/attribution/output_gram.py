@@ -11,13 +11,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_edgeprune.ablation.constants import Ablation
-from tl_edgeprune.attribution.mask_gradient import scored
+from tl_edgeprune.attribution.mask_gradient import scores_of_run
 from tl_edgeprune.circuits.scores import EdgeScores
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.graph.spans import refuse_spans
 from tl_edgeprune.runs.resume import UNSAVED, Saved
-from tl_edgeprune.runs.targets import Lesson, Teacher
+from tl_edgeprune.runs.targets import TargetBatch, Targets
 from tl_edgeprune.runs.totals import total_over_pairs
 from tl_edgeprune.tasks.task import Task
 
@@ -43,11 +43,11 @@ def scores_of_gram(
     """
     refuse_spans(graph, method)
 
-    def scores(run: MaskedModel, teacher: Teacher, saved: Saved) -> Float[Tensor, " edge"]:
-        gram = output_gram(run, teacher, batch_size=batch_size, progress=progress, saved=saved)
+    def scores(run: MaskedModel, targets: Targets, saved: Saved) -> Float[Tensor, " edge"]:
+        gram = output_gram(run, targets, batch_size=batch_size, progress=progress, saved=saved)
         return score(run.graph, gram).float()
 
-    return scored(
+    return scores_of_run(
         scores,
         model,
         task,
@@ -55,14 +55,14 @@ def scores_of_gram(
         metadata={"method": method, "objective": "none", "ablation": ablation},
         batch_size=batch_size,
         by_magnitude=by_magnitude,
-        targets=False,
+        needs_targets=False,
         checkpoint=checkpoint,
     )
 
 
 def output_gram(
     run: MaskedModel,
-    teacher: Teacher,
+    targets: Targets,
     *,
     batch_size: int = 8,
     progress: bool = False,
@@ -70,11 +70,11 @@ def output_gram(
 ) -> Float[Tensor, "source source"]:
     """G[i, j] = sum over prompts and positions of (y_i - ref_i) . (y_j - ref_j), clean run, CPU."""
 
-    def products(lesson: Lesson) -> Float[Tensor, "source source"]:
-        rows = run.differences(lesson.batch.clean, lesson.reference).flatten(1).float()
+    def products(target_batch: TargetBatch) -> Float[Tensor, "source source"]:
+        rows = run.differences(target_batch.batch.clean, target_batch.reference).flatten(1).float()
         return (rows @ rows.T).double().cpu()
 
     zeros = torch.zeros(run.graph.n_sources, run.graph.n_sources, dtype=torch.float64)
     return total_over_pairs(
-        products, zeros, teacher, batch_size=batch_size, progress=progress, saved=saved
+        products, zeros, targets, batch_size=batch_size, progress=progress, saved=saved
     )[0]

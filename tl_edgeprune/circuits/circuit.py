@@ -18,14 +18,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_edgeprune.circuits.metadata import SCORED_BY, several
+from tl_edgeprune.circuits.metadata import SCORED_BY, values_in_metadata
 from tl_edgeprune.circuits.mib import read_circuit, write_circuit
 from tl_edgeprune.circuits.networkx_graph import to_networkx
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.graph.names import split_edge
 from tl_edgeprune.graph.reachability import alive_edges
 from tl_edgeprune.utils.lazy import late
-from tl_edgeprune.utils.reading import AGAIN, damaged, of_format, of_kind, read_json
+from tl_edgeprune.utils.reading import AGAIN, check_type, of_format, read_json, reporting_damage
 from tl_edgeprune.utils.versions import versions
 from tl_edgeprune.utils.writing import write_whole
 
@@ -173,7 +173,10 @@ class Circuit:
     def _combined(self, other: Circuit, mask: Tensor) -> Circuit:
         shared = {k: v for k, v in self.metadata.items() if other.metadata.get(k) == v}
         for name in SCORED_BY:
-            values = {*several(self.metadata, name), *several(other.metadata, name)}
+            values = {
+                *values_in_metadata(self.metadata, name),
+                *values_in_metadata(other.metadata, name),
+            }
             if values:
                 shared[name] = sorted(values) if len(values) > 1 else values.pop()
         return Circuit(self.graph, mask, shared)
@@ -210,10 +213,10 @@ class Circuit:
         file_type, advice = "circuit file", f"{AGAIN}, or find the circuit again"
         document = read_json(path, file_type, HINT)
         of_format(document, path, file_type, kind=KIND, format=FORMAT, hint=HINT, again=advice)
-        with damaged(path):
+        with reporting_damage(path):
             graph = EdgeGraph.from_dict(document["graph"])
-            edges = of_kind(document["edges"], list, "edges")
-            metadata = of_kind(document["metadata"], dict, "metadata")
+            edges = check_type(document["edges"], list, "edges")
+            metadata = check_type(document["metadata"], dict, "metadata")
             circuit = cls(graph, cls.from_edges(graph, edges).mask, metadata)
         if circuit.n_edges != document.get("n_edges"):
             raise ValueError(

@@ -8,7 +8,7 @@ from typing import Any
 SCORED_BY = ("ablation", "folded")  # what a circuit's measures depend on
 
 
-def several(metadata: Mapping[str, Any], name: str) -> list[Any]:
+def values_in_metadata(metadata: Mapping[str, Any], name: str) -> list[Any]:
     """The metadata value as a list; a combined circuit lists the values of its parts."""
     value = metadata.get(name)
     if value is None:
@@ -22,7 +22,7 @@ def ablation_of(metadata: Mapping[str, Any]) -> str:
     Raises:
         ValueError: the circuit combines circuits that were found under different ablations.
     """
-    kinds = several(metadata, "ablation") or ["counterfactual"]
+    kinds = values_in_metadata(metadata, "ablation") or ["counterfactual"]
     if len(kinds) > 1:
         raise ValueError(
             "the circuit combines circuits that were found under different ablations "

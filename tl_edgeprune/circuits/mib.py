@@ -58,7 +58,7 @@ from tl_edgeprune.circuits.mib_table import (
 )
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.graph.names import parse_destination
-from tl_edgeprune.utils.reading import check_file, damaged, first_line, read_json
+from tl_edgeprune.utils.reading import check_file, first_line, read_json, reporting_damage
 from tl_edgeprune.utils.writing import write_whole
 
 FILE = "file of EAP-IG's"
@@ -274,7 +274,7 @@ def _read(path: str | os.PathLike[str], graph: EdgeGraph) -> tuple[Table, dict[s
         raise ValueError(f"{path} is no file of EAP-IG's: it has no 'cfg'.")
     read = _table_of_json if _suffix(path) == ".json" else _table_of_pt
     width = {"d_model": config["d_model"]} if "d_model" in config else {}
-    with damaged(path):
+    with reporting_damage(path):
         _check_config(path, config, graph)
         origin = {"imported_from": Path(path).name, **width}
         return read(path, document, graph), origin

@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_edgeprune.graph.edge_graph import EdgeGraph
-from tl_edgeprune.utils.reading import damaged, of_format, of_kind, read_json
+from tl_edgeprune.utils.reading import check_type, of_format, read_json, reporting_damage
 from tl_edgeprune.utils.versions import versions
 from tl_edgeprune.utils.writing import write_whole
 
@@ -182,15 +182,15 @@ class Neurons:
         file_type = "file of neurons"
         document = read_json(path, file_type, HINT)
         of_format(document, path, file_type, kind=FILE_KIND, format=FORMAT, hint=HINT)
-        with damaged(path):
-            kind = of_kind(document["neurons"], str, "neurons")
+        with reporting_damage(path):
+            kind = check_type(document["neurons"], str, "neurons")
             check_kind(kind)
             graph = EdgeGraph.from_dict(document["graph"])
-            width, listed = of_kind(document["width"], int, "width"), document["kept"].items()
+            width, listed = check_type(document["width"], int, "width"), document["kept"].items()
             if not 0 < width <= MOST_NEURONS // max(1, len(places_of(graph, kind))):
                 raise ValueError(f"it says {width} neurons at each place")
             names = [f"{site}.{KINDS[kind]}{unit}" for site, units in listed for unit in units]
-            metadata = of_kind(document["metadata"], dict, "metadata")
+            metadata = check_type(document["metadata"], dict, "metadata")
             neurons = replace(cls.from_names(graph, kind, names, width), metadata=metadata)
         if neurons.n_neurons != document.get("n_neurons"):
             raise ValueError(

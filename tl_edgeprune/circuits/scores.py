@@ -24,7 +24,7 @@ from tl_edgeprune.circuits.circuit import Circuit, check_budget, check_scores
 from tl_edgeprune.circuits.mib import read_scores, write_scores
 from tl_edgeprune.graph.edge_counts import edge_counts, longest_run
 from tl_edgeprune.graph.edge_graph import EdgeGraph
-from tl_edgeprune.utils.reading import AGAIN, damaged, of_format, of_kind
+from tl_edgeprune.utils.reading import AGAIN, check_type, of_format, reporting_damage
 from tl_edgeprune.utils.tensor_files import floats, read_tensors
 from tl_edgeprune.utils.versions import versions
 from tl_edgeprune.utils.writing import write_whole
@@ -174,10 +174,10 @@ class EdgeScores:
         file_type, advice = "file of scores", f"{AGAIN}, or score the edges again"
         tensors, document = read_tensors(path, "tl_edgeprune", file_type, HINT)
         of_format(document, path, file_type, kind=KIND, format=FORMAT, hint=HINT, again=advice)
-        with damaged(path):
+        with reporting_damage(path):
             graph = EdgeGraph.from_dict(document["graph"])
-            metadata = of_kind(document["metadata"], dict, "metadata")
-            by_magnitude = of_kind(document["by_magnitude"], bool, "by_magnitude")
+            metadata = check_type(document["metadata"], dict, "metadata")
+            by_magnitude = check_type(document["by_magnitude"], bool, "by_magnitude")
             scores = floats(tensors, "scores", (graph.n_edges,))
             return cls(graph, scores, metadata, by_magnitude)
 

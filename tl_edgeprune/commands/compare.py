@@ -8,16 +8,16 @@ from typing import Annotated
 import typer
 
 from tl_edgeprune.commands.common import options
-from tl_edgeprune.commands.common.errors import told
+from tl_edgeprune.commands.common.errors import with_error_messages
 from tl_edgeprune.commands.common.inputs import Inputs
 from tl_edgeprune.commands.common.run_folder import Run
-from tl_edgeprune.commands.common.values import parsed, word
+from tl_edgeprune.commands.common.values import parse_assignments, word
 
 HALF = 0.5  # of the pairs is held out: what is judged is as large as what is found on
 METHODS = ["edge-pruning", "eap", "eap-ig", "mask-ig", "random"]
 
 
-@told
+@with_error_messages
 def compare(
     model: options.Model,
     task: options.TaskName,
@@ -74,14 +74,14 @@ def compare(
     from tl_edgeprune.commands.jobs.method_settings import compared_settings, runs_settings
 
     names = _listed(methods)
-    settings_of = runs_settings(names, parsed("--set", setting or []))
+    settings_of = runs_settings(names, parse_assignments("--set", setting or []))
     for name in names:
         compared_settings(name, settings_of.get(name, {}))
     check_ablation(ablation)
     if batch_size < 1:
         raise ValueError(f"--batch-size {batch_size}: expected 1 or more.")
-    task_options = parsed("--task-set", task_set or [])
-    inputs = Inputs(model, task, pairs, held_out, seed, dtype, device, cls, task_options).resolved()
+    task_options = parse_assignments("--task-set", task_set or [])
+    inputs = Inputs(model, task, pairs, held_out, seed, dtype, device, cls, task_options).resolve()
     sizes_of_circuits = _sizes(sizes or [])
     if not sizes_of_circuits:
         _check_no_ranking(names)
@@ -97,10 +97,10 @@ def compare(
     run = Run.new("compare", inputs, settings)
     check_same(out, run)
     if dry_run:
-        from tl_edgeprune.commands.jobs.dry_run import discovering, show_plan
+        from tl_edgeprune.commands.jobs.dry_run import plan_of_discover, show_plan
 
         runs = {name: settings_of.get(name, {}) for name in names}
-        plan = discovering(inputs, runs, sizes_of_circuits, pos)
+        plan = plan_of_discover(inputs, runs, sizes_of_circuits, pos)
         show_plan(plan | {"out": str(out)}, as_json)
         return
     compare_in(out, run, as_json=as_json, progress=progress)

@@ -7,10 +7,10 @@ from typing import Annotated, Literal
 
 import typer
 
-from tl_edgeprune.commands.common.errors import told
+from tl_edgeprune.commands.common.errors import with_error_messages
 
 
-@told
+@with_error_messages
 def demo(
     task: Annotated[Literal["ioi-t1", "ioi"], typer.Option(help="The task.")] = "ioi-t1",
     n_edges: Annotated[int, typer.Option(help="Edges to keep.")] = 1000,

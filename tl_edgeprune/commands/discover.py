@@ -8,13 +8,13 @@ from typing import Annotated, Any
 import typer
 
 from tl_edgeprune.commands.common import options
-from tl_edgeprune.commands.common.errors import told
+from tl_edgeprune.commands.common.errors import with_error_messages
 from tl_edgeprune.commands.common.inputs import HELD_OUT, Inputs
 from tl_edgeprune.commands.common.run_folder import Run, check_free
-from tl_edgeprune.commands.common.values import parsed, whole_path
+from tl_edgeprune.commands.common.values import parse_assignments, whole_path
 
 
-@told
+@with_error_messages
 def discover(
     model: options.Model,
     task: options.TaskName,
@@ -57,9 +57,9 @@ def discover(
     from tl_edgeprune.commands.jobs.method_settings import method_settings
     from tl_edgeprune.methods.registry import find_method
 
-    task_options = parsed("--task-set", task_set or [])
-    inputs = Inputs(model, task, pairs, held_out, seed, dtype, device, cls, task_options).resolved()
-    values = parsed("--set", setting or [])
+    task_options = parse_assignments("--task-set", task_set or [])
+    inputs = Inputs(model, task, pairs, held_out, seed, dtype, device, cls, task_options).resolve()
+    values = parse_assignments("--set", setting or [])
     if "seed" in find_method(method).parameters:
         values = {"seed": seed} | values
     if ablation is not None:
@@ -73,10 +73,12 @@ def discover(
     run = Run.new("discover", inputs, run_settings)
     check_free(out, run)
     if dry_run:
-        from tl_edgeprune.commands.jobs.dry_run import discovering, show_plan
+        from tl_edgeprune.commands.jobs.dry_run import plan_of_discover, show_plan
 
         sizes = [] if n_edges is None else [n_edges]
-        show_plan(discovering(inputs, {method: values}, sizes, pos) | {"out": str(out)}, as_json)
+        show_plan(
+            plan_of_discover(inputs, {method: values}, sizes, pos) | {"out": str(out)}, as_json
+        )
         return
     search_in(out, run, new=True, as_json=as_json, progress=progress)
 

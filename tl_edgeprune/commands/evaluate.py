@@ -10,13 +10,13 @@ from typing import Annotated, Any
 import typer
 
 from tl_edgeprune.commands.common import options
-from tl_edgeprune.commands.common.errors import told
+from tl_edgeprune.commands.common.errors import with_error_messages
 from tl_edgeprune.commands.common.inputs import CLASSES, DTYPES, Inputs
 from tl_edgeprune.commands.common.run_folder import CONSTANTS, NEURONS, SETTINGS, Run, write_json
-from tl_edgeprune.commands.common.values import parsed
+from tl_edgeprune.commands.common.values import parse_assignments
 
 
-@told
+@with_error_messages
 def evaluate(
     circuit: Annotated[Path, typer.Argument(help="A circuit.json.")],
     model: Annotated[str | None, typer.Option(help="Else that of the circuit's run.")] = None,
@@ -56,13 +56,15 @@ def evaluate(
     if batch_size < 1:
         raise ValueError(f"--batch-size {batch_size}: expected 1 or more.")
     circuit_of_file = load_circuit(circuit)
-    inputs = _inputs(circuit, model, task, pairs, seed, parsed("--task-set", task_set or []))
+    inputs = _inputs(
+        circuit, model, task, pairs, seed, parse_assignments("--task-set", task_set or [])
+    )
     inputs = replace(
         inputs,
         dtype=_one_of("--dtype", dtype or inputs.dtype, DTYPES),
         cls=_one_of("--cls", cls or inputs.cls, CLASSES),
         device=device,
-    ).resolved()
+    ).resolve()
     constants, neurons = _ablation(circuit, circuit_of_file, ablation), _neurons(circuit)
     loaded = inputs.load_model()
     all_pairs = inputs.load_pairs(loaded)

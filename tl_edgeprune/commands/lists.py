@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 
 from tl_edgeprune.commands.common import options
-from tl_edgeprune.commands.common.errors import told
+from tl_edgeprune.commands.common.errors import with_error_messages
 
 
-@told
+@with_error_messages
 def tasks(as_json: options.Json = False) -> None:
     """List the tasks that the other commands know by name.
 
@@ -19,7 +19,7 @@ def tasks(as_json: options.Json = False) -> None:
     _show(known.list(), "A .jsonl file of prompt pairs is a task too.", as_json)
 
 
-@told
+@with_error_messages
 def models(as_json: options.Json = False) -> None:
     """List the models that need no download, by name.
 
@@ -31,7 +31,7 @@ def models(as_json: options.Json = False) -> None:
     _show(known.list(), footer, as_json)
 
 
-@told
+@with_error_messages
 def methods(as_json: options.Json = False) -> None:
     """List the methods that discover and compare take.
 
@@ -43,7 +43,7 @@ def methods(as_json: options.Json = False) -> None:
     _show(tuple(METHODS), footer, as_json)
 
 
-@told
+@with_error_messages
 def ablations(as_json: options.Json = False) -> None:
     """List the ablations: what removed edges carry.
 

@@ -8,11 +8,11 @@ from typing import Annotated, Literal
 
 import typer
 
-from tl_edgeprune.commands.common.errors import told
+from tl_edgeprune.commands.common.errors import with_error_messages
 from tl_edgeprune.commands.common.options import Json
 
 
-@told
+@with_error_messages
 def plan(
     model: Annotated[str, typer.Option(help="gpt2, smollm2-135m, llama-3-8b or codellama-13b.")],
     gpu_memory: Annotated[float, typer.Option(help="The GPU's memory in GB (10^9 bytes).")],

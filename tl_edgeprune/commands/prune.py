@@ -8,14 +8,14 @@ from typing import Annotated, Any
 import typer
 
 from tl_edgeprune.commands.common import options
-from tl_edgeprune.commands.common.errors import told
+from tl_edgeprune.commands.common.errors import with_error_messages
 from tl_edgeprune.commands.common.inputs import HELD_OUT, Inputs
 from tl_edgeprune.commands.common.pruner_options import given_settings, with_pruner_options
 from tl_edgeprune.commands.common.run_folder import Run, check_free
-from tl_edgeprune.commands.common.values import parsed
+from tl_edgeprune.commands.common.values import parse_assignments
 
 
-@told
+@with_error_messages
 @with_pruner_options(after="paper")
 def prune(
     model: options.Model,
@@ -53,14 +53,14 @@ def prune(
     On several GPUs: torchrun --nproc-per-node 2 -m tl_edgeprune prune smollm2-135m ioi
     --n-edges 1000 --out runs/ioi
     """
-    task_options = parsed("--task-set", task_set or [])
-    inputs = Inputs(model, task, pairs, held_out, seed, dtype, device, cls, task_options).resolved()
+    task_options = parse_assignments("--task-set", task_set or [])
+    inputs = Inputs(model, task, pairs, held_out, seed, dtype, device, cls, task_options).resolve()
     run = _run(inputs, given_settings(settings), paper)
     check_free(out, run)
     if dry_run:
-        from tl_edgeprune.commands.jobs.dry_run import pruning, show_plan
+        from tl_edgeprune.commands.jobs.dry_run import plan_of_prune, show_plan
 
-        show_plan(pruning(run, pos) | {"out": str(out)}, as_json)
+        show_plan(plan_of_prune(run, pos) | {"out": str(out)}, as_json)
         return
     from tl_edgeprune.commands.jobs.prune import train
 
@@ -70,11 +70,11 @@ def prune(
 def _run(inputs: Inputs, given: dict[str, Any], paper: bool) -> Run:
     """The run with every setting resolved. Raises ValueError for settings that cannot work."""
     from tl_edgeprune.commands.jobs.prune import pruner_of
-    from tl_edgeprune.commands.jobs.pruner_settings import resolved
+    from tl_edgeprune.commands.jobs.pruner_settings import resolve_settings
     from tl_edgeprune.training.controllers import ExactBudget
 
     _check_objective(given.get("objective"))
-    settings = resolved(given, paper=paper)
+    settings = resolve_settings(given, paper=paper)
     if settings["init_scores"] == "none":
         settings["init_scores"] = None
     run = Run.new("prune", inputs, settings)

@@ -9,11 +9,11 @@ from typing import Annotated
 import typer
 
 from tl_edgeprune.commands.common import options
-from tl_edgeprune.commands.common.errors import told
+from tl_edgeprune.commands.common.errors import with_error_messages
 from tl_edgeprune.commands.common.run_folder import CIRCUIT, SCORES, Run
 
 
-@told
+@with_error_messages
 def resume(
     folder: Annotated[
         Path, typer.Argument(help="The --out of a prune, discover or compare that did not end.")

@@ -7,13 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
-from tl_edgeprune.commands.common.errors import told
+from tl_edgeprune.commands.common.errors import with_error_messages
 from tl_edgeprune.commands.common.run_folder import EVALUATION
-from tl_edgeprune.utils.reading import damaged, of_kind, read_json
+from tl_edgeprune.utils.reading import check_type, read_json, reporting_damage
 from tl_edgeprune.utils.writing import write_whole
 
 
-@told
+@with_error_messages
 def show(
     circuit: Annotated[Path, typer.Argument(help="A circuit.json.")],
     out: Annotated[
@@ -93,8 +93,8 @@ def _figures(circuit: Path) -> dict[str, Any] | None:
         return None
     hint = "Write it anew by tl-edgeprune evaluate --out."
     figures = read_json(path, "file of figures", hint)
-    with damaged(path, hint):
-        for name, value in of_kind(figures, dict, "the whole").items():
+    with reporting_damage(path, hint):
+        for name, value in check_type(figures, dict, "the whole").items():
             if value is not None:
-                of_kind(value, float, name)
+                check_type(value, float, name)
     return figures

@@ -32,8 +32,8 @@ from tl_edgeprune.methods.registry import Found
 from tl_edgeprune.runs.task_checks import check_tokens
 from tl_edgeprune.tasks.batch import Batch
 from tl_edgeprune.tasks.task import Task, prompts_differ
-from tl_edgeprune.utils.locks import held
-from tl_edgeprune.utils.profiling import Cost, measured
+from tl_edgeprune.utils.locks import locked_folder
+from tl_edgeprune.utils.profiling import Cost, measure_cost
 from tl_edgeprune.utils.suggest import did_you_mean
 
 METHODS = ("edge-pruning", "eap", "eap-ig", "mask-ig", "random")
@@ -86,7 +86,7 @@ def compare(
     _check(model, plan, methods, settings, runs)
     folder = _folder(path, model, plan)
     outcomes: list[_Done] = []
-    with nullcontext() if folder is None else held(folder.path):
+    with nullcontext() if folder is None else locked_folder(folder.path):
         if folder is not None:
             folder.check(runs)
         bar = tqdm(runs, "comparing", disable=not progress)
@@ -281,7 +281,7 @@ def _discover(
         file = folder.file(run, "checkpoint")
         arguments = registry.find_method(run.method).with_checkpoint(file, arguments)
     device = arguments.get("device") or next(iter(model.parameters())).device
-    with measured(device) as cost:
+    with measure_cost(device) as cost:
         result = registry.discover(model, plan.train, run.method, **arguments)
     if not result.metadata.get("finished", True):  # Edge Pruning keeps what Ctrl-C left it
         raise KeyboardInterrupt

@@ -21,7 +21,7 @@ from tl_edgeprune.methods.registry import Found
 from tl_edgeprune.runs.fingerprint import of_setting, of_task, of_weights
 from tl_edgeprune.tasks.task import Task
 from tl_edgeprune.utils.profiling import Cost
-from tl_edgeprune.utils.reading import damaged, of_kind, read_json
+from tl_edgeprune.utils.reading import check_type, read_json, reporting_damage
 from tl_edgeprune.utils.versions import versions
 from tl_edgeprune.utils.writing import write_whole
 
@@ -132,7 +132,7 @@ class Folder:
             raise ValueError(
                 f"{path} is no result of compare: give another path, or remove the file."
             )
-        with damaged(path, AGAIN):
+        with reporting_damage(path, AGAIN):
             _check_note(note)
         return note
 
@@ -144,17 +144,17 @@ def _has_every_measure(figures: Mapping[str, Any]) -> bool:
 
 def _check_note(note: dict[str, Any]) -> None:
     """Raise KeyError, TypeError or ValueError for values that `Folder.write` does not write."""
-    of_kind(note["identity"], dict, "identity")
+    check_type(note["identity"], dict, "identity")
     for name in ("began", "spent"):
-        of_kind(note.get(name, 0.0), float, name)
+        check_type(note.get(name, 0.0), float, name)
     if note["found"] not in (None, "circuit", "scores"):
         raise ValueError(f"found is {note['found']!r}")
     numbers = [note["cost"]] if note["found"] is not None else []
     for number in (*numbers, *(note["figures"] or ())):
-        for name, value in of_kind(number, dict, "figures").items():
+        for name, value in check_type(number, dict, "figures").items():
             if value is not None:
-                of_kind(value, float, name)
+                check_type(value, float, name)
     for cost in numbers:
         Cost(**cost)
-    for figures in of_kind(note["figures"] or [], list, "figures"):
+    for figures in check_type(note["figures"] or [], list, "figures"):
         Evaluation.from_dict(figures)

@@ -19,9 +19,9 @@ from tl_edgeprune.circuits.metadata import ablation_of
 from tl_edgeprune.circuits.neurons import Neurons
 from tl_edgeprune.evaluation.measures import MEASURES, Measure, standard_error, wrong_agreement
 from tl_edgeprune.objectives import find_measure
-from tl_edgeprune.runs.circuit_runs import Figures, PairFigures, sweep
+from tl_edgeprune.runs.circuit_runs import Figures, PairFigures, run_circuits
 from tl_edgeprune.runs.provenance import check_origin
-from tl_edgeprune.runs.targets import Lesson
+from tl_edgeprune.runs.targets import TargetBatch
 from tl_edgeprune.tasks.task import Task
 
 
@@ -151,7 +151,7 @@ def evaluate_all(
     if any(circuit.graph != graph for circuit in circuits):
         raise ValueError("circuits of different graphs cannot be evaluated together.")
     masks = [torch.zeros(graph.n_edges, dtype=torch.bool), *(c.mask for c in circuits)]
-    full, (empty, *of_circuits) = sweep(
+    full, (empty, *of_circuits) = run_circuits(
         model,
         graph,
         masks,
@@ -219,8 +219,8 @@ def figures_for(task: Task) -> Figures:
         if measure.for_task is not None and (function := measure.for_task(task)) is not None
     }
 
-    def figures(logits: Tensor, lesson: Lesson) -> Mapping[str, Tensor]:
-        batch, full = lesson.batch, lesson.full
+    def figures(logits: Tensor, target_batch: TargetBatch) -> Mapping[str, Tensor]:
+        batch, full = target_batch.batch, target_batch.full
         values = {
             measure.name: function(logits, full, batch)
             for measure, function in functions.items()

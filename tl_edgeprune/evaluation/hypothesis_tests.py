@@ -58,7 +58,7 @@ from tl_edgeprune.evaluation.statistics import (
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.graph.spans import refuse_spans
 from tl_edgeprune.objectives import Objective, find_measure
-from tl_edgeprune.runs.circuit_runs import Measured, measure_circuits
+from tl_edgeprune.runs.circuit_runs import PerPair, measure_circuits
 from tl_edgeprune.runs.provenance import check_origin
 from tl_edgeprune.tasks.task import Task
 
@@ -259,7 +259,7 @@ def _measured(
     measure: str | Objective | None,
     ablation: Ablation | None,
     batch_size: int,
-) -> Measured:
+) -> PerPair:
     check_origin(model, circuit.graph, circuit.metadata)
     objective = find_measure(measure, task)
     kind = ablation_of(circuit.metadata) if ablation is None else ablation

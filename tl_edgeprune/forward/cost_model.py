@@ -293,7 +293,7 @@ def masked_backward(shape: Shape, work: Work) -> Floor:
     return body + reads + unembedding(shape, work, work.pairs * work.reads)
 
 
-def recomputed(shape: Shape, work: Work) -> Floor:
+def recompute_cost(shape: Shape, work: Work) -> Floor:
     """What recomputation adds: mixes and half blocks again, heads only up to their z."""
     weights = shape.block_weights - shape.n_layers * shape.output
     return products(shape, work, weights) + attention(shape, work) + mixing(shape, work)
@@ -325,7 +325,7 @@ PASSES = {
     "plain backward": plain_backward,
     "masked forward": masked_forward,
     "masked backward": masked_backward,
-    "recomputed": recomputed,
+    "recomputed": recompute_cost,
     "reference recording": reference_run,
     "EAP": eap,
     "one circuit": one_circuit,
@@ -335,7 +335,7 @@ PASSES = {
 def step_floor(shape: Shape, work: Work) -> Floor:
     """A training step with blocks recomputed, its reference recorded anew."""
     forward = reference_run(shape, work) + masked_forward(shape, work)
-    return forward + recomputed(shape, work) + masked_backward(shape, work)
+    return forward + recompute_cost(shape, work) + masked_backward(shape, work)
 
 
 # ------------------------------------------------------------------------------------------ tables

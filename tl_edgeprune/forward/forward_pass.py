@@ -34,7 +34,7 @@ READS_AHEAD = 8
 
 
 @dataclass(frozen=True)
-class Held:
+class HeldSources:
     """Sources that write `share` of their difference, as constants: no gradient flows into them.
 
     The heads of a layer are held together. An input held at a share lies on the straight path from
@@ -46,13 +46,13 @@ class Held:
 
 
 @dataclass(frozen=True)
-class Inputs:
+class ForwardInputs:
     """What one forward runs with."""
 
     mask: Tensor
     reference: Reference
     positions: Tensor | None
-    held: Held | None = None
+    held: HeldSources | None = None
     contract: Tensor | None = None
     whole: bool = False
     spans: Tensor | None = None
@@ -68,12 +68,12 @@ class Forward:
         sites: Sites,
         pool: BufferPool,
         neuron_kind: str | None,
-        inputs: Inputs,
+        inputs: ForwardInputs,
         tokens: Tensor,
     ) -> None:
         self.graph, self.sites, self.pool = graph, sites, pool
         self.batch, self.pos = tokens.shape
-        self.reference = fitting(inputs.reference, tokens)
+        self.reference = reference_for(inputs.reference, tokens)
         weight = self.sites.attention[0].output  # mask and positions may come from another device
         self.positions = checked_positions(inputs.positions, tokens, weight.device)
         self.spans = spans_of(inputs.spans, tokens, self.graph, weight.device)
@@ -308,7 +308,7 @@ def rows_of(positions: Int[Tensor, "batch read"], n_positions: int) -> Int[Tenso
     return (positions + starts).flatten()  # [batch * read]
 
 
-def fitting(reference: Reference, tokens: Tensor) -> Reference:
+def reference_for(reference: Reference, tokens: Tensor) -> Reference:
     """The reference for these tokens' shape: expanded if it is a mean or zero."""
     batch, pos = tokens.shape
     if (reference.batch, reference.n_positions) == (batch, pos):

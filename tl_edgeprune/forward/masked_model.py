@@ -37,11 +37,17 @@ from tl_edgeprune.forward.call_checks import (
     refuse_dropout,
     refuse_generation,
 )
-from tl_edgeprune.forward.forward_pass import Forward, Held, Inputs
+from tl_edgeprune.forward.forward_pass import Forward, ForwardInputs, HeldSources
 from tl_edgeprune.forward.neuron_gates import check_constants, check_gates
 from tl_edgeprune.forward.self_check import check_neurons_once, check_once, hidden_shape
 from tl_edgeprune.graph.edge_graph import EdgeGraph
-from tl_edgeprune.hooks.attach import Hook, attached, prepared, refuse_conflicts, refuse_hooks
+from tl_edgeprune.hooks.attach import (
+    Hook,
+    hooks_attached,
+    model_prepared,
+    refuse_conflicts,
+    refuse_hooks,
+)
 from tl_edgeprune.hooks.find import find_sites, hidden_points
 from tl_edgeprune.hooks.modules import dropouts
 from tl_edgeprune.hooks.norms import identity
@@ -80,7 +86,7 @@ class MaskedModel:
         self.model, self.sites, self.graph = model, sites, graph
         self._dropouts = dropouts(model)
         self.pool = BufferPool()
-        self._inputs: Inputs | None = None
+        self._inputs: ForwardInputs | None = None
         self._forward: Any = None  # a Forward, or another handler of the hooks (`handled`)
         self.model_forward: Callable[..., Any] = model.forward
         self._parameter_names = list(inspect.signature(self.model_forward).parameters)
@@ -135,9 +141,9 @@ class MaskedModel:
             sites = replace(sites, hidden=hidden_points(model, sites))
         refuse_conflicts(model, sites)
         with ExitStack() as undo:
-            undo.enter_context(prepared(model, sites))
+            undo.enter_context(model_prepared(model, sites))
             run = cls(model, sites, graph)
-            undo.enter_context(attached(model, run._hooks()))
+            undo.enter_context(hooks_attached(model, run._hooks()))
             undo.callback(run._close)
             check_once(run)
             if kind is not None:
@@ -171,7 +177,7 @@ class MaskedModel:
         mask: Shaped[Tensor, " edge"],
         reference: Reference,
         positions: Int[Tensor, "batch read"] | None = None,
-        held: Held | None = None,
+        held: HeldSources | None = None,
         contract: Float[Tensor, "source row d_model"] | None = None,
         whole: bool = False,
         spans: Int[Tensor, "batch pos"] | None = None,
@@ -188,7 +194,7 @@ class MaskedModel:
             spans: the span of each position; ignored if the graph has no spans.
             neurons: gates, of the shape of the attached kind (`neuron_shape`).
         """
-        inputs = Inputs(mask, reference, positions, held, contract, whole, spans, neurons)
+        inputs = ForwardInputs(mask, reference, positions, held, contract, whole, spans, neurons)
         with self._inputs_set_to(inputs):
             return self._run(tokens)
 
@@ -225,7 +231,7 @@ class MaskedModel:
                 "spans=… belongs to a circuit or mask of a graph with spans, and this one's edges "
                 "are the same at every position: leave spans out, or give graph=graph.at(names)."
             )
-        self._inputs = Inputs(mask, reference, positions, spans=spans, neurons=neurons)
+        self._inputs = ForwardInputs(mask, reference, positions, spans=spans, neurons=neurons)
 
     def reference(
         self,
@@ -272,7 +278,7 @@ class MaskedModel:
             spans = torch.zeros_like(tokens)  # with every edge kept, the span changes nothing
         copies: list[Tensor] = []
         no_positions = tokens.new_empty((len(tokens), 0))
-        inputs = Inputs(mask, reference, no_positions, whole=unmasked, spans=spans)
+        inputs = ForwardInputs(mask, reference, no_positions, whole=unmasked, spans=spans)
         with torch.no_grad(), self._inputs_set_to(inputs):
             self._run(tokens, differences=copies)
         return copies[0]
@@ -324,7 +330,7 @@ class MaskedModel:
             self.sites = previous
 
     @contextmanager
-    def _inputs_set_to(self, inputs: Inputs | None) -> Iterator[None]:
+    def _inputs_set_to(self, inputs: ForwardInputs | None) -> Iterator[None]:
         """Inside this context the model runs with these inputs; None: unmasked."""
         previous, self._inputs = self._inputs, inputs
         try:

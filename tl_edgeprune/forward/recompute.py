@@ -36,10 +36,10 @@ from tl_edgeprune.circuits.neurons import Neurons
 from tl_edgeprune.forward.buffers import SOURCES_APART, BufferPool, add_rows
 from tl_edgeprune.forward.call_checks import check_mask
 from tl_edgeprune.forward.forward_pass import (
-    Held,
+    HeldSources,
     checked_positions,
-    fitting,
     mask_blocks,
+    reference_for,
     rows_of,
 )
 from tl_edgeprune.forward.half_blocks import Blocks, BrokenHalves, reporting_broken_halves
@@ -112,7 +112,7 @@ class RecomputedModel(MaskedModel):
         mask: Shaped[Tensor, " edge"],
         reference: Reference,
         positions: Int[Tensor, "batch read"] | None = None,
-        held: Held | None = None,
+        held: HeldSources | None = None,
         contract: Float[Tensor, "source row d_model"] | None = None,
         whole: bool = False,
         spans: Int[Tensor, "batch pos"] | None = None,
@@ -129,7 +129,7 @@ class RecomputedModel(MaskedModel):
             resid, embedding = self.halves.embedded(tokens)
             inputs = split_inputs(self.graph, resid, embedding)
         positions = checked_positions(positions, tokens, resid.device)
-        reference = fitting(reference, tokens)
+        reference = reference_for(reference, tokens)
         job = _Job(self, inputs, reference, positions, held, contract)
         return self.halves.logits(_HalfByHalf.apply(job, mask, *reference._tensors()))
 
@@ -162,7 +162,7 @@ class _Job:
         inputs: Float[Tensor, "input batch pos d_model"],
         reference: Reference,
         positions: Int[Tensor, "batch read"] | None,
-        held: Held | None,
+        held: HeldSources | None,
         contract: Float[Tensor, "source row d_model"] | None,
     ) -> None:
         self.run, self.graph, self.inputs = run, run.graph, inputs

@@ -57,12 +57,12 @@ def lead_to_logits(graph: EdgeGraph, mask: Bool[Tensor, " edge"]) -> Bool[Tensor
     leads = torch.zeros(graph.n_sources, graph.n_spans, dtype=torch.bool)
     for read in reversed(graph.reads):
         block = mask[read.edges].view(-1, graph.n_spans, read.n_sources)
-        destinations = leading(graph, read, leads).view(-1, graph.n_spans, 1)
+        destinations = destinations_reaching_logits(graph, read, leads).view(-1, graph.n_spans, 1)
         leads[: read.n_sources] |= (block & destinations).any(0).T
     return leads
 
 
-def leading(
+def destinations_reaching_logits(
     graph: EdgeGraph, read: Read, leads: Bool[Tensor, "source span"]
 ) -> Bool[Tensor, " destination"]:
     """Which destinations of a read flow into a source that leads to the logits.
@@ -85,5 +85,8 @@ def leading(
 def leading_edges(graph: EdgeGraph, mask: Bool[Tensor, " edge"]) -> Bool[Tensor, " edge"]:
     """Which edges, kept or not, end in a destination that leads to the logits by kept edges."""
     leads = lead_to_logits(graph, mask)
-    blocks = [leading(graph, read, leads).repeat_interleave(read.n_sources) for read in graph.reads]
+    blocks = [
+        destinations_reaching_logits(graph, read, leads).repeat_interleave(read.n_sources)
+        for read in graph.reads
+    ]
     return torch.cat(blocks)

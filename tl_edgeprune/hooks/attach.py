@@ -57,7 +57,7 @@ def _origins(point: Any) -> list[str]:
 
 
 @contextmanager
-def attached(model: Any, hooks: Sequence[Hook]) -> Iterator[None]:
+def hooks_attached(model: Any, hooks: Sequence[Hook]) -> Iterator[None]:
     """Inside this context the model has these forward hooks, besides those it has."""
     points = model.hook_dict
     with ExitStack() as undo:
@@ -74,7 +74,7 @@ def _remove(point: Any, handle: Any) -> None:
 
 
 @contextmanager
-def prepared(model: Any, sites: Sites) -> Iterator[None]:
+def model_prepared(model: Any, sites: Sites) -> Iterator[None]:
     """Inside this context the model has frozen weights and the flags that the sites need."""
     with ExitStack() as undo:
         for flag, value in _flags(sites):

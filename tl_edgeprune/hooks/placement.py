@@ -21,7 +21,7 @@ FLOAT32_BUFFERS = ("inv_freq", "original_inv_freq")
 
 
 @contextmanager
-def placed(
+def model_placed(
     model: Any,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,

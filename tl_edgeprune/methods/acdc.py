@@ -42,13 +42,13 @@ from tl_edgeprune.runs.resume import Saved
 from tl_edgeprune.runs.session import open_session
 from tl_edgeprune.runs.targets import BAR_AFTER
 from tl_edgeprune.search.cuts import find_cuts
-from tl_edgeprune.search.full_cuts import WholeCuts
+from tl_edgeprune.search.full_cuts import FullCuts
 from tl_edgeprune.search.grouped import Stage, in_groups
-from tl_edgeprune.search.partial_cuts import PartCuts
+from tl_edgeprune.search.partial_cuts import PartialCuts
 from tl_edgeprune.search.sequential import one_by_one
-from tl_edgeprune.search.single_edges import Singles
+from tl_edgeprune.search.single_edges import SingleEdges
 from tl_edgeprune.tasks.task import Task
-from tl_edgeprune.utils.reading import of_kind
+from tl_edgeprune.utils.reading import check_type
 
 SEARCHES = ("exact", "bisect")
 FIRST = Stage()
@@ -127,7 +127,7 @@ def acdc(
                     batch_size=batch_size,
                 )
     counts = {"runs": cuts.runs, "objective_at_end": cuts.value}
-    counts |= {"partial_runs": isinstance(cuts, PartCuts)}
+    counts |= {"partial_runs": isinstance(cuts, PartialCuts)}
     circuit = Circuit(graph, cuts.mask, session.metadata | counts)
     _warn_of_extremes(circuit, threshold)
     return circuit
@@ -157,7 +157,7 @@ def _warn_of_extremes(circuit: Circuit, threshold: float) -> None:
     )
 
 
-def _reporter(cuts: WholeCuts, bar: Any, saved: Saved) -> Callable[..., None]:
+def _reporter(cuts: FullCuts, bar: Any, saved: Saved) -> Callable[..., None]:
     """A function that shows and saves that the edges from `edge` on are decided."""
 
     def report(edge: int, stage: Stage = FIRST) -> None:
@@ -183,8 +183,8 @@ def _saved_search(saved: Saved, graph: EdgeGraph) -> tuple[Tensor, int, int, Sta
     tensors, values = state
     with saved.damaged():
         mask = tensors["kept"]
-        decided = of_kind(values["decided_from"], int, "decided_from")
-        runs = of_kind(values["runs"], int, "runs")
+        decided = check_type(values["decided_from"], int, "decided_from")
+        runs = check_type(values["runs"], int, "runs")
         stage = Stage(_checked_reach(values["reach"]), _singles(values["singles"], tensors, graph))
         if mask.dtype != torch.bool or mask.shape != (graph.n_edges,):
             raise ValueError(f"kept is {mask.dtype} of shape {tuple(mask.shape)}")
@@ -194,20 +194,22 @@ def _saved_search(saved: Saved, graph: EdgeGraph) -> tuple[Tensor, int, int, Sta
 
 
 def _checked_reach(reach: Any) -> float | None:
-    if reach is not None and not 0 <= of_kind(reach, float, "reach") < math.inf:
+    if reach is not None and not 0 <= check_type(reach, float, "reach") < math.inf:
         raise ValueError(f"it says that groups reach {reach}")
     return reach
 
 
-def _singles(note: Any, tensors: dict[str, Tensor], graph: EdgeGraph) -> Singles | None:
+def _singles(note: Any, tensors: dict[str, Tensor], graph: EdgeGraph) -> SingleEdges | None:
     """The state of trying edges by themselves."""
     if note is None:
         return None
-    values = of_kind(note, dict, "singles")
-    reads_left, removed = (of_kind(values[name], int, name) for name in ("reads_left", "removed"))
-    narrow, rises = of_kind(values["narrow"], bool, "narrow"), tensors["rises"]
+    values = check_type(note, dict, "singles")
+    reads_left, removed = (
+        check_type(values[name], int, name) for name in ("reads_left", "removed")
+    )
+    narrow, rises = check_type(values["narrow"], bool, "narrow"), tensors["rises"]
     if not 0 <= reads_left <= len(graph.reads) or removed < 0:
         raise ValueError(f"it says {reads_left} reads left, {removed} edges removed")
     if rises.dtype != torch.float64 or rises.shape != (graph.n_edges,):
         raise ValueError(f"rises is {rises.dtype} of shape {tuple(rises.shape)}")
-    return Singles(rises, reads_left, removed, narrow)
+    return SingleEdges(rises, reads_left, removed, narrow)

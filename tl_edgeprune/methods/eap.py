@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from tl_edgeprune.attribution.mask_gradient import differentiable_at_one, scores_along
-from tl_edgeprune.attribution.paths import whole
+from tl_edgeprune.attribution.paths import full_mask_path
 from tl_edgeprune.circuits.scores import EdgeScores
 from tl_edgeprune.methods.registry import register
 from tl_edgeprune.objectives import Objective
@@ -28,4 +28,6 @@ def eap(
     batch_size, progress.
     """
     objective = differentiable_at_one(objective, task, "EAP")
-    return scores_along(whole, model, task, objective, metadata={"method": "eap"}, **settings)
+    return scores_along(
+        full_mask_path, model, task, objective, metadata={"method": "eap"}, **settings
+    )

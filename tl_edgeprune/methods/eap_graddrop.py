@@ -17,11 +17,11 @@ import torch
 from tl_edgeprune.attribution.mask_gradient import differentiable_at_one, scores_along
 from tl_edgeprune.attribution.paths import Point
 from tl_edgeprune.circuits.scores import EdgeScores
-from tl_edgeprune.forward.forward_pass import Held
+from tl_edgeprune.forward.forward_pass import HeldSources
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.methods.registry import register
 from tl_edgeprune.objectives import Objective
-from tl_edgeprune.runs.targets import Lesson
+from tl_edgeprune.runs.targets import TargetBatch
 from tl_edgeprune.tasks.task import Task
 
 
@@ -47,10 +47,10 @@ def eap_graddrop(
     return replace(scores, tensor=scores.tensor * layers / max(1, layers - 1))
 
 
-def dropped_layers(run: MaskedModel, lesson: Lesson) -> Iterator[Point]:
+def dropped_layers(run: MaskedModel, target_batch: TargetBatch) -> Iterator[Point]:
     """The full model, each layer's sources held at what they are in turn."""
     graph = run.graph
     for layer in range(graph.n_layers):
         first = graph.first_head(layer)
-        heads = Held(range(first, first + graph.sources_per_layer), 1.0)
+        heads = HeldSources(range(first, first + graph.sources_per_layer), 1.0)
         yield Point(torch.ones(graph.n_edges), heads)

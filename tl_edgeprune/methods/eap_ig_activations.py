@@ -15,12 +15,12 @@ import torch
 from tl_edgeprune.attribution.mask_gradient import scores_along
 from tl_edgeprune.attribution.paths import Point, check_steps
 from tl_edgeprune.circuits.scores import EdgeScores
-from tl_edgeprune.forward.forward_pass import Held
+from tl_edgeprune.forward.forward_pass import HeldSources
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.methods.registry import register
 from tl_edgeprune.objectives import Objective
-from tl_edgeprune.runs.targets import Lesson
+from tl_edgeprune.runs.targets import TargetBatch
 from tl_edgeprune.tasks.task import Task
 
 
@@ -39,11 +39,11 @@ def eap_ig_activations(
     """
     check_steps(steps)
 
-    def path(run: MaskedModel, lesson: Lesson) -> Iterator[Point]:
-        contract = run.differences(lesson.batch.clean, lesson.reference)
+    def path(run: MaskedModel, target_batch: TargetBatch) -> Iterator[Point]:
+        contract = run.differences(target_batch.batch.clean, target_batch.reference)
         for sources in source_groups(run.graph):
             for step in range(1, steps + 1):
-                activations = Held(sources, step / steps)
+                activations = HeldSources(sources, step / steps)
                 yield Point(torch.ones(run.graph.n_edges), activations, contract)
 
     metadata = {"method": "eap-ig-activations", "steps": steps}

@@ -26,7 +26,7 @@ from tl_edgeprune.runs.targets import BAR_AFTER
 from tl_edgeprune.search.cuts import find_cuts
 from tl_edgeprune.search.edge_effects import each_effect
 from tl_edgeprune.tasks.task import Task
-from tl_edgeprune.utils.reading import of_kind
+from tl_edgeprune.utils.reading import check_type
 from tl_edgeprune.utils.tensor_files import floats
 
 
@@ -103,7 +103,7 @@ def _saved_scores(saved: Saved, graph: EdgeGraph, n_edges: int) -> tuple[Tensor,
     tensors, values = state
     with saved.damaged():
         scores = floats(tensors, "scores", (graph.n_edges,)).double()
-        n_scored, runs = (of_kind(values[name], int, name) for name in ("done", "runs"))
+        n_scored, runs = (check_type(values[name], int, name) for name in ("done", "runs"))
         if not 0 <= n_scored <= n_edges or runs < 0:
             raise ValueError(f"it says {n_scored} edges in {runs} runs")
     return scores, n_scored, runs

@@ -16,8 +16,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_edgeprune.ablation.constants import Ablation
-from tl_edgeprune.attribution.mask_gradient import differentiable_at_one, edge_gradient, scored
-from tl_edgeprune.attribution.paths import whole
+from tl_edgeprune.attribution.mask_gradient import (
+    differentiable_at_one,
+    edge_gradient,
+    scores_of_run,
+)
+from tl_edgeprune.attribution.paths import full_mask_path
 from tl_edgeprune.circuits.scores import EdgeScores
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.graph.edge_graph import EdgeGraph
@@ -26,7 +30,7 @@ from tl_edgeprune.graph.spans import refuse_spans
 from tl_edgeprune.methods.registry import register
 from tl_edgeprune.objectives import Objective, find_objective
 from tl_edgeprune.runs.resume import Saved
-from tl_edgeprune.runs.targets import Lesson, Teacher
+from tl_edgeprune.runs.targets import TargetBatch, Targets
 from tl_edgeprune.runs.totals import total_over_pairs
 from tl_edgeprune.tasks.task import Task
 
@@ -49,22 +53,22 @@ def hisp(
     objective = differentiable_at_one(objective, task, "HISP")
     loss_of = find_objective(objective, task)
 
-    def nodes(run: MaskedModel, teacher: Teacher, saved: Saved) -> Float[Tensor, " edge"]:
+    def nodes(run: MaskedModel, targets: Targets, saved: Saved) -> Float[Tensor, " edge"]:
         source_of, _ = edge_ends(run.graph)
         zeros = torch.zeros(run.graph.n_sources)
 
-        def importance(lesson: Lesson) -> Float[Tensor, " source"]:
-            (point,) = whole(run, lesson)
-            grad = edge_gradient(run, lesson, point, loss_of).cpu()
+        def importance(target_batch: TargetBatch) -> Float[Tensor, " source"]:
+            (point,) = full_mask_path(run, target_batch)
+            grad = edge_gradient(run, target_batch, point, loss_of).cpu()
             return torch.zeros_like(zeros).index_add_(0, source_of, grad).abs()
 
         total, pairs = total_over_pairs(
-            importance, zeros, teacher, batch_size=1, progress=progress, saved=saved
+            importance, zeros, targets, batch_size=1, progress=progress, saved=saved
         )
         return node_to_edge_scores(run.graph, total / pairs)
 
     metadata = {"method": "hisp", "objective": objective, "ablation": ablation}
-    return scored(nodes, model, task, graph=graph, metadata=metadata, checkpoint=checkpoint)
+    return scores_of_run(nodes, model, task, graph=graph, metadata=metadata, checkpoint=checkpoint)
 
 
 def node_to_edge_scores(

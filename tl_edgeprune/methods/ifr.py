@@ -15,14 +15,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_edgeprune.attribution.mask_gradient import scored
+from tl_edgeprune.attribution.mask_gradient import scores_of_run
 from tl_edgeprune.circuits.scores import EdgeScores
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.graph.spans import refuse_spans
 from tl_edgeprune.methods.registry import register
 from tl_edgeprune.runs.resume import Saved
-from tl_edgeprune.runs.targets import Teacher
+from tl_edgeprune.runs.targets import Targets
 from tl_edgeprune.runs.totals import total_over_pairs
 from tl_edgeprune.tasks.task import Task
 
@@ -43,12 +43,14 @@ def ifr(
     """
     refuse_spans(graph, "ifr")
 
-    def scores(run: MaskedModel, teacher: Teacher, saved: Saved) -> Float[Tensor, " edge"]:
+    def scores(run: MaskedModel, targets: Targets, saved: Saved) -> Float[Tensor, " edge"]:
         zeros = torch.zeros(run.graph.n_edges)
         total, pairs = total_over_pairs(
-            lambda lesson: edge_shares(run, lesson.batch.clean) * len(lesson.batch),
+            lambda target_batch: (
+                edge_shares(run, target_batch.batch.clean) * len(target_batch.batch)
+            ),
             zeros,
-            teacher,
+            targets,
             batch_size=batch_size,
             progress=progress,
             saved=saved,
@@ -56,14 +58,14 @@ def ifr(
         return total / pairs
 
     metadata = {"method": "ifr", "objective": "none"}
-    return scored(
+    return scores_of_run(
         scores,
         model,
         task,
         graph=graph,
         metadata=metadata,
         batch_size=batch_size,
-        targets=False,
+        needs_targets=False,
         checkpoint=checkpoint,
     )
 

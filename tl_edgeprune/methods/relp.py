@@ -21,17 +21,17 @@ import torch
 from torch import Tensor
 
 from tl_edgeprune.ablation.constants import Ablation
-from tl_edgeprune.attribution.mask_gradient import differentiable_at_one, path_scores, scored
-from tl_edgeprune.attribution.paths import whole
+from tl_edgeprune.attribution.mask_gradient import differentiable_at_one, path_scores, scores_of_run
+from tl_edgeprune.attribution.paths import full_mask_path
 from tl_edgeprune.circuits.scores import EdgeScores
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.graph.edge_graph import EdgeGraph
-from tl_edgeprune.hooks.attach import Hook, attached
+from tl_edgeprune.hooks.attach import Hook, hooks_attached
 from tl_edgeprune.hooks.norms import Norm, identity, norm_function
 from tl_edgeprune.methods.registry import register
 from tl_edgeprune.objectives import Objective, find_objective
 from tl_edgeprune.runs.resume import Saved
-from tl_edgeprune.runs.targets import Teacher
+from tl_edgeprune.runs.targets import Targets
 from tl_edgeprune.tasks.task import Task
 
 TINY = 1e-6
@@ -60,13 +60,13 @@ def relp(
     objective = differentiable_at_one(objective, task, "RelP")
     loss_of = find_objective(objective, task)
 
-    def relevance(run: MaskedModel, teacher: Teacher, saved: Saved) -> Tensor:
+    def relevance(run: MaskedModel, targets: Targets, saved: Saved) -> Tensor:
         how: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "saved": saved}
         with relevance_rules(run):
-            return path_scores(run, teacher, whole, loss_of, **how)
+            return path_scores(run, targets, full_mask_path, loss_of, **how)
 
     metadata = {"method": "relp", "objective": objective, "ablation": ablation}
-    return scored(
+    return scores_of_run(
         relevance,
         model,
         task,
@@ -86,7 +86,7 @@ def relevance_rules(run: MaskedModel) -> Iterator[None]:
     attention = tuple(_ruled(site, f"blocks.{i}") for i, site in enumerate(sites.attention))
     mlp = tuple(replace(s, norm=_frozen(s.norm, f"blocks.{i}")) for i, s in enumerate(sites.mlp))
     ruled_sites = replace(sites, attention=attention, mlp=mlp)
-    with run.with_sites(ruled_sites), attached(run.model, hooks):
+    with run.with_sites(ruled_sites), hooks_attached(run.model, hooks):
         yield
 
 

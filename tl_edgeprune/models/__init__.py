@@ -114,7 +114,7 @@ def _load(name: str, cls: str, device: torch.device, dtype: torch.dtype) -> nn.M
     if name == "smollm2-135m":
         return (smollm2.load_hooked if hooked else smollm2.load_bridge)(device, dtype)
     if name in tracr.NAMES:
-        return tracr.build(tracr.shipped(name), cls, device, dtype)
+        return tracr.build(tracr.load_shipped(name), cls, device, dtype)
     if name in semi_synthetic.NAMES:
         return semi_synthetic.load(name, cls, device, dtype)
     if not hooked and is_model_folder(name):

@@ -58,7 +58,7 @@ def known_circuit(name: str, ablation: str) -> frozenset[str] | None:
     return None if edges is None else frozenset(edges)
 
 
-def shipped(name: str) -> Compiled:
+def load_shipped(name: str) -> Compiled:
     """A program that comes with the package."""
     return Compiled(read_config(name), load_file(WEIGHTS / f"{name}.safetensors"))
 

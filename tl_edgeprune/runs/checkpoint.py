@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from tl_edgeprune.utils.reading import damaged, of_kind
+from tl_edgeprune.utils.reading import check_type, reporting_damage
 from tl_edgeprune.utils.tensor_files import floats, read_tensors
 from tl_edgeprune.utils.versions import versions
 from tl_edgeprune.utils.writing import write_whole
@@ -75,8 +75,8 @@ def load(path: str | os.PathLike[str]) -> SavedState:
             f"checkpoint {path} has format {file_format!r:.100}, this version reads {FORMAT}: "
             "start the run again."
         )
-    with damaged(path):
-        note = of_kind(document["note"], dict, "note")
+    with reporting_damage(path):
+        note = check_type(document["note"], dict, "note")
     groups: dict[str, dict[str, Tensor]] = {}
     for name, tensor in flat.items():
         label, _, key = name.partition("/")

@@ -21,22 +21,22 @@ from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.objectives import Objective, losses
 from tl_edgeprune.runs.session import open_session
-from tl_edgeprune.runs.targets import Lesson
+from tl_edgeprune.runs.targets import TargetBatch
 from tl_edgeprune.tasks.task import Task
 
-Figures = Callable[[Tensor, Lesson], Mapping[str, Tensor]]
-"""(logits [batch, read, vocab], lesson) -> figures by name, each [batch]."""
+Figures = Callable[[Tensor, TargetBatch], Mapping[str, Tensor]]
+"""(logits [batch, read, vocab], target_batch) -> figures by name, each [batch]."""
 PairFigures = dict[str, Float[Tensor, " pair"]]
 
 
-class Measured(NamedTuple):
+class PerPair(NamedTuple):
     """One measure of the full model and of several circuits, on every pair of a task."""
 
     full: Float[Tensor, " pair"]
     circuits: Float[Tensor, "circuit pair"]
 
 
-def sweep(
+def run_circuits(
     model: Any,
     graph: EdgeGraph,
     masks: Sequence[Bool[Tensor, " edge"]],
@@ -77,11 +77,11 @@ def sweep(
         gates = run.gates_of(neurons)
         with tqdm(total=len(masks) * len(task), disable=not progress, leave=False) as bar:
             for batch in targets.task.batches(batch_size):
-                lesson = targets.lesson(batch)
-                of_full.add(figures(lesson.full, lesson), lesson)
+                target_batch = targets.prepare(batch)
+                of_full.add(figures(target_batch.full, target_batch), target_batch)
                 for mask, of_mask in zip(masks, of_masks, strict=True):
-                    logits = _logits(run, mask, lesson, gates)
-                    of_mask.add(figures(logits, lesson), lesson)
+                    logits = _logits(run, mask, target_batch, gates)
+                    of_mask.add(figures(logits, target_batch), target_batch)
                     bar.update(len(batch))
     return of_full.in_order(), [of_mask.in_order() for of_mask in of_masks]
 
@@ -93,26 +93,28 @@ def measure_circuits(
     task: Task,
     objective: Objective,
     **settings: Any,
-) -> Measured:
+) -> PerPair:
     """Minus an objective (so that higher is better) of the full model and of each mask."""
 
-    def figures(logits: Tensor, lesson: Lesson) -> dict[str, Tensor]:
-        return {"measure": -losses(objective, logits, lesson.full, lesson.batch)}
+    def figures(logits: Tensor, target_batch: TargetBatch) -> dict[str, Tensor]:
+        return {"measure": -losses(objective, logits, target_batch.full, target_batch.batch)}
 
-    of_full, of_masks = sweep(model, graph, masks, task, figures, **settings)
+    of_full, of_masks = run_circuits(model, graph, masks, task, figures, **settings)
     rows = [of_mask["measure"] for of_mask in of_masks]
     if not all(bool(torch.isfinite(row).all()) for row in rows):
         raise ValueError(
             f"a circuit of task {task.name!r} measures NaN or infinite: check the model's weights "
             "and dtype, or the measure."
         )
-    return Measured(of_full["measure"], torch.stack(rows) if rows else torch.empty(0, len(task)))
+    return PerPair(of_full["measure"], torch.stack(rows) if rows else torch.empty(0, len(task)))
 
 
-def _logits(run: MaskedModel, mask: Tensor, lesson: Lesson, gates: Tensor | None) -> Tensor:
-    if lesson.corrupted_logits is not None and not bool(mask.any()):
-        return lesson.corrupted_logits
-    return run.logits(lesson, mask.to(run.device), neurons=gates)
+def _logits(
+    run: MaskedModel, mask: Tensor, target_batch: TargetBatch, gates: Tensor | None
+) -> Tensor:
+    if target_batch.corrupted_logits is not None and not bool(mask.any()):
+        return target_batch.corrupted_logits
+    return run.logits(target_batch, mask.to(run.device), neurons=gates)
 
 
 class _Collected:
@@ -125,8 +127,8 @@ class _Collected:
         self._batches: dict[str, list[Tensor]] = {}
         self._indices: list[Tensor] = []
 
-    def add(self, figures: Mapping[str, Tensor], lesson: Lesson) -> None:
-        self._indices.append(lesson.batch.indices)
+    def add(self, figures: Mapping[str, Tensor], target_batch: TargetBatch) -> None:
+        self._indices.append(target_batch.batch.indices)
         for name, values in figures.items():
             self._batches.setdefault(name, []).append(
                 values.to(torch.float64, copy=True)  # not a view of all logits

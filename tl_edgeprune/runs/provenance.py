@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tl_edgeprune.circuits.metadata import several
+from tl_edgeprune.circuits.metadata import values_in_metadata
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.hooks.modules import is_folded
 from tl_edgeprune.tasks.task import Task
@@ -40,7 +40,7 @@ def check_origin(
         raise ValueError(
             f"the {what} is for another model: its graph is {graph}, this model's is {actual}."
         )
-    kinds, folded = several(metadata, "ablation"), several(metadata, "folded")
+    kinds, folded = values_in_metadata(metadata, "ablation"), values_in_metadata(metadata, "folded")
     fixed_kinds = [kind for kind in kinds if kind != "counterfactual"]
     if fixed_kinds and folded and folded != [is_folded(model)]:
         found_on = " and one with ".join(

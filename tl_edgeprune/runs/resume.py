@@ -19,8 +19,8 @@ from tl_edgeprune.runs import checkpoint as checkpoints
 from tl_edgeprune.runs.checkpoint import SavedState
 from tl_edgeprune.runs.fingerprint import differences, of_setting, of_task, of_weights
 from tl_edgeprune.tasks.stream import AnyTask
-from tl_edgeprune.utils.locks import held_file
-from tl_edgeprune.utils.reading import damaged, of_kind
+from tl_edgeprune.utils.locks import locked_file
+from tl_edgeprune.utils.reading import check_type, reporting_damage
 
 SAVE_SECONDS = 30.0
 HINT = "Remove it to start again."
@@ -53,8 +53,8 @@ class Saved:
         if "about" not in note:
             raise ValueError(f"{self._path} is of a run of EdgePruner: give another path.")
         with self.damaged():
-            about = of_kind(note["about"], dict, "about")
-            state = of_kind(note["state"], dict, "state")
+            about = check_type(note["about"], dict, "about")
+            state = check_type(note["state"], dict, "state")
         if about != self._about:
             names = sorted(differences(about, self._about))
             raise ValueError(
@@ -65,7 +65,7 @@ class Saved:
 
     def damaged(self) -> AbstractContextManager[None]:
         """Turns errors from wrong values in this block into a ValueError that names the file."""
-        return nullcontext() if self._path is None else damaged(self._path, HINT)
+        return nullcontext() if self._path is None else reporting_damage(self._path, HINT)
 
     def save(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         """Write the state, unless it was written less than SAVE_SECONDS ago."""
@@ -82,7 +82,7 @@ UNSAVED = Saved(None, {})
 
 
 @contextmanager
-def saving(
+def saved_state(
     path: str | os.PathLike[str] | None,
     about: dict[str, Any],
     settings: dict[str, Any],
@@ -100,5 +100,5 @@ def saving(
     identity = about | {"settings": of_setting(settings), "graph": run.graph.to_dict()}
     identity |= {"pairs": of_task(task), "weights": of_weights(run.model)}
     writes = Ranks.current().first or not is_sharded(run.model)
-    with held_file(path) if writes else nullcontext():
+    with locked_file(path) if writes else nullcontext():
         yield Saved(path, identity, writes=writes)

@@ -26,8 +26,8 @@ from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.objectives import Objective, find_objective
 from tl_edgeprune.runs.provenance import check_origin, origin
-from tl_edgeprune.runs.resume import Saved, saving
-from tl_edgeprune.runs.targets import Teacher
+from tl_edgeprune.runs.resume import Saved, saved_state
+from tl_edgeprune.runs.targets import Targets
 from tl_edgeprune.runs.task_checks import check_tokens, graph_at
 from tl_edgeprune.tasks.task import Task
 
@@ -64,19 +64,19 @@ class Session:
         return find_objective(self.objective, self.task)
 
     @cached_property
-    def targets(self) -> Teacher:
+    def targets(self) -> Targets:
         """The full model's logits and the references of the task's pairs."""
         return self._targets(self.task)
 
-    def targets_of(self, task: Task) -> Teacher:
+    def targets_of(self, task: Task) -> Targets:
         """Likewise of other pairs, after the same checks."""
         find_objective(self.objective or self.task.objective, task)
         check_tokens(task, self.run.model)
         return self._targets(task)
 
-    def _targets(self, task: Task) -> Teacher:
+    def _targets(self, task: Task) -> Targets:
         options = {"batch_size": self.batch_size, **self.target_options}
-        return Teacher(self.run, task, self.ablation, **options)
+        return Targets(self.run, task, self.ablation, **options)
 
 
 @contextmanager
@@ -110,7 +110,7 @@ def open_session(
         metadata: the method and its settings, for the metadata of the run's result.
         settings: what a run must have in common with another one to continue from its checkpoint.
         checkpoint: the file that the state is saved to.
-        target_options: other arguments of `Teacher`, such as `max_bytes`.
+        target_options: other arguments of `Targets`, such as `max_bytes`.
 
     Raises ValueError for an objective or tokens that the pairs or the model do not have, a result
     of another model, spans that the task does not have, and the checkpoint of another run.
@@ -129,6 +129,6 @@ def open_session(
     about = origin(model, task, **fields)
     with (
         MaskedModel.attach(model, graph, neurons) as run,
-        saving(checkpoint, about, dict(settings or {}), run, task) as saved,
+        saved_state(checkpoint, about, dict(settings or {}), run, task) as saved,
     ):
         yield Session(run, task, objective, ablation, batch_size, about, saved, target_options)

@@ -33,7 +33,7 @@ BAR_AFTER = 1.0  # seconds: shorter runs show no progress bar
 
 
 @dataclass
-class Lesson:
+class TargetBatch:
     """A batch with what to reproduce and what to replace removed edges by.
 
     `full`: the full model's logits; without a vocabulary if they were not asked for.
@@ -46,7 +46,7 @@ class Lesson:
     corrupted_logits: Float[Tensor, "batch read vocab"] | None = None
 
 
-class Teacher:
+class Targets:
     """Targets and references of a task, for batches in any composition."""
 
     def __init__(
@@ -57,7 +57,7 @@ class Teacher:
         *,
         batch_size: int = 16,
         max_bytes: int = MAX_BYTES,
-        targets: bool = True,
+        needs_targets: bool = True,
         progress: bool = False,
         visits: int | None = None,
         evaluating: bool = False,
@@ -71,7 +71,7 @@ class Teacher:
             ablation: what removed edges carry.
             batch_size: pairs per forward pass.
             max_bytes: the most memory that stored targets and references take.
-            targets: whether the full model's logits are needed.
+            needs_targets: whether the full model's logits are needed.
             visits: how many pairs will be asked for, with repetitions; None stores the targets
                 whatever memory they take.
             evaluating: whether circuits are only evaluated. Under counterfactual ablation, the
@@ -86,13 +86,13 @@ class Teacher:
             _report_same_prompts(task.name, evaluating)
         self.run, self.task, self.ablation = run, any_task_for(task, run.graph), ablation
         self.device = run.device
-        self._gives_targets = targets
+        self._gives_targets = needs_targets
         self._gives_corrupted_logits = evaluating and counterfactual
         self.watch = ChanceWatch(task.name, len(task))
         self._fixed: Reference | None = None
         if not counterfactual:
             self._fixed = run.reference(ablation, prompts=sample(task).corrupted)
-        self._full: dict[int, Tensor] | None = {} if targets else None
+        self._full: dict[int, Tensor] | None = {} if needs_targets else None
         self._references: dict[int, Reference] | None = (
             {} if self._fixed is None and max_bytes > 0 else None
         )
@@ -101,13 +101,13 @@ class Teacher:
         if self._full is not None or self._references is not None:
             self._precompute(batch_size, max_bytes, progress)
 
-    def lesson(self, batch: Batch) -> Lesson:
+    def prepare(self, batch: Batch) -> TargetBatch:
         """The batch on the model's device, with its targets and its reference."""
         pairs, batch = batch.indices.tolist(), batch.to(self.device)
         full = self._targets(batch, pairs)
         if self._gives_corrupted_logits:
-            return Lesson(batch, full, *self.run.record(batch.corrupted, batch.positions))
-        return Lesson(batch, full, self._reference(batch, pairs))
+            return TargetBatch(batch, full, *self.run.record(batch.corrupted, batch.positions))
+        return TargetBatch(batch, full, self._reference(batch, pairs))
 
     def _targets(self, batch: Batch, pairs: list[int]) -> Float[Tensor, "batch read vocab"]:
         if not self._gives_targets:
@@ -142,7 +142,7 @@ class Teacher:
 
     def _precompute(self, batch_size: int, max_bytes: int, progress: bool) -> None:
         n_bytes, batches = 0, self.task.batches(batch_size)
-        for batch in shown(batches, "full model", len(self.task), progress):
+        for batch in with_progress(batches, "full model", len(self.task), progress):
             pairs, batch = batch.indices.tolist(), batch.to(self.device)
             if self._full is not None:
                 self._full |= zip(pairs, self._watched_logits(batch), strict=True)
@@ -172,7 +172,7 @@ def _report_same_prompts(name: str, evaluating: bool) -> None:
     )
 
 
-def shown(
+def with_progress(
     batches: Iterable[Batch], label: str, pairs: int, progress: bool, done: int = 0
 ) -> Iterator[Batch]:
     """The batches, under a progress bar that counts pairs (from `done` on) if they take long."""

@@ -8,16 +8,16 @@ from itertools import islice
 from torch import Tensor
 
 from tl_edgeprune.runs.resume import UNSAVED, Saved
-from tl_edgeprune.runs.targets import Lesson, Teacher, shown
+from tl_edgeprune.runs.targets import TargetBatch, Targets, with_progress
 from tl_edgeprune.tasks.batch import Batch
-from tl_edgeprune.utils.reading import of_kind
+from tl_edgeprune.utils.reading import check_type
 from tl_edgeprune.utils.tensor_files import floats
 
 
 def total_over_pairs(
-    part: Callable[[Lesson], Tensor],
+    part: Callable[[TargetBatch], Tensor],
     zeros: Tensor,
-    teacher: Teacher,
+    targets: Targets,
     *,
     batch_size: int,
     max_pairs: int | None = None,
@@ -33,36 +33,36 @@ def total_over_pairs(
         saved: the state to continue from and to save.
     """
     total, n_batches, n_pairs = _saved_total(saved, zeros)
-    lessons = each_lesson(
-        teacher, batch_size=batch_size, max_pairs=max_pairs, progress=progress, done=n_batches
+    target_batches = each_target_batch(
+        targets, batch_size=batch_size, max_pairs=max_pairs, progress=progress, done=n_batches
     )
-    for lesson in lessons:
-        total += part(lesson)
-        n_batches, n_pairs = n_batches + 1, n_pairs + len(lesson.batch)
+    for target_batch in target_batches:
+        total += part(target_batch)
+        n_batches, n_pairs = n_batches + 1, n_pairs + len(target_batch.batch)
         saved.save({"total": total}, {"batches": n_batches, "pairs": n_pairs})
     return total, n_pairs
 
 
-def each_lesson(
-    teacher: Teacher,
+def each_target_batch(
+    targets: Targets,
     *,
     batch_size: int,
     max_pairs: int | None = None,
     progress: bool = False,
     doing: str = "scoring edges",
     done: int = 0,
-) -> Iterator[Lesson]:
+) -> Iterator[TargetBatch]:
     """Every pair once, batch by batch, with targets and references, after the first `done` batches.
 
     `max_pairs`: about this many pairs at most, drawn at random.
     """
-    batches = teacher.task.batches(batch_size, shuffle=max_pairs is not None)
+    batches = targets.task.batches(batch_size, shuffle=max_pairs is not None)
     if max_pairs is not None:
         batches = _enough(batches, max_pairs)
     n_done = sum(len(batch) for batch in islice(batches, done))
-    n_pairs = min(len(teacher.task), max_pairs or len(teacher.task))
-    for batch in shown(batches, doing, n_pairs, progress, n_done):
-        yield teacher.lesson(batch)
+    n_pairs = min(len(targets.task), max_pairs or len(targets.task))
+    for batch in with_progress(batches, doing, n_pairs, progress, n_done):
+        yield targets.prepare(batch)
 
 
 def _enough(batches: Iterator[Batch], pairs: int) -> Iterator[Batch]:
@@ -82,7 +82,7 @@ def _saved_total(saved: Saved, zeros: Tensor) -> tuple[Tensor, int, int]:
     tensors, values = state
     with saved.damaged():
         total = floats(tensors, "total", tuple(zeros.shape)).to(zeros)
-        n_batches, n_pairs = (of_kind(values[name], int, name) for name in ("batches", "pairs"))
+        n_batches, n_pairs = (check_type(values[name], int, name) for name in ("batches", "pairs"))
         if not 0 < n_batches <= n_pairs:
             raise ValueError(f"it says {n_batches} batches of {n_pairs} pairs")
     return total, n_batches, n_pairs

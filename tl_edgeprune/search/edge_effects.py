@@ -8,11 +8,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_edgeprune.search.full_cuts import WholeCuts
+from tl_edgeprune.search.full_cuts import FullCuts
 
 
 def each_effect(
-    cuts: WholeCuts, edges: Iterable[int]
+    cuts: FullCuts, edges: Iterable[int]
 ) -> Iterator[tuple[Int[Tensor, " edge"], Float[Tensor, " edge"]]]:
     """Edges that run side by side, and how much the mean objective of the current mask rises if
     each is cut by itself (float64, CPU). Edges come in the order of the graph.
@@ -26,6 +26,6 @@ def each_effect(
             yield chunk, (cuts.losses(index, cut) - cuts.per_pair).mean(1)
 
 
-def edge_effects(cuts: WholeCuts, edges: Int[Tensor, " edge"]) -> Float[Tensor, " edge"]:
+def edge_effects(cuts: FullCuts, edges: Int[Tensor, " edge"]) -> Float[Tensor, " edge"]:
     """`each_effect` of all these edges (in the order of the graph) at once."""
     return torch.cat([effects for _, effects in each_effect(cuts, edges.tolist())])

@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 
 from tl_edgeprune.ablation.constants import Ablation
 from tl_edgeprune.attribution.mask_gradient import path_scores
-from tl_edgeprune.attribution.paths import at
+from tl_edgeprune.attribution.paths import path_at
 from tl_edgeprune.circuits.circuit import Circuit
 from tl_edgeprune.circuits.metadata import ablation_of
 from tl_edgeprune.circuits.scores import EdgeScores
@@ -39,13 +39,13 @@ from tl_edgeprune.graph.reachability import leading_edges
 from tl_edgeprune.objectives import Objective
 from tl_edgeprune.runs.resume import Saved
 from tl_edgeprune.runs.session import open_session
-from tl_edgeprune.runs.targets import Teacher
+from tl_edgeprune.runs.targets import Targets
 from tl_edgeprune.search.cuts import find_cuts
 from tl_edgeprune.search.edge_effects import edge_effects
-from tl_edgeprune.search.full_cuts import WholeCuts
+from tl_edgeprune.search.full_cuts import FullCuts
 from tl_edgeprune.search.grouped import GRADIENT_RUNS
 from tl_edgeprune.tasks.task import Task
-from tl_edgeprune.utils.reading import of_kind
+from tl_edgeprune.utils.reading import check_type
 
 CUTS_PER_EDGE, MIN_CUT = 3, 8
 TOLERANCE = 1.5
@@ -126,8 +126,8 @@ class _Elimination:
     removed in the next round.
     """
 
-    cuts: WholeCuts
-    targets: Teacher
+    cuts: FullCuts
+    targets: Targets
     stop: int
     share: float
     batch_size: int
@@ -140,7 +140,7 @@ class _Elimination:
         size = int(self.cuts.mask.sum())
         self.removed, self.reach = _saved_rounds(self.saved, self.cuts.mask) or ([], size)
         if self.removed:
-            self.cuts.set(without(self.cuts.mask, self.removed))
+            self.cuts.set(mask_without(self.cuts.mask, self.removed))
         self._drop_dead()
         with tqdm(total=size - self.stop, unit="edge", disable=not progress) as bar:
             bar.set_description("eliminating")
@@ -159,7 +159,7 @@ class _Elimination:
         edges, effects = self._least_harmful(max(MIN_CUT, CUTS_PER_EDGE * count))
         while True:
             removed = edges[:count].tolist()
-            self.cuts.set(without(mask, removed))
+            self.cuts.set(mask_without(mask, removed))
             expected = float(effects[:count].clamp(min=0).sum())
             if count == 1 or self.cuts.value - value <= TOLERANCE * expected + NOISE:
                 self.removed += removed
@@ -172,7 +172,7 @@ class _Elimination:
         """
         cuts = self.cuts
         cuts.runs += GRADIENT_RUNS
-        path = at(cuts.mask)
+        path = path_at(cuts.mask)
         guess = path_scores(cuts.run, self.targets, path, cuts.loss_of, batch_size=self.batch_size)
         guess[~cuts.mask] = torch.inf
         lowest = guess.topk(min(count, int(cuts.mask.sum())), largest=False).indices
@@ -198,7 +198,7 @@ class _Elimination:
         self.cuts.drop(dead)
 
 
-def without(mask: Bool[Tensor, " edge"], edges: list[int]) -> Bool[Tensor, " edge"]:
+def mask_without(mask: Bool[Tensor, " edge"], edges: list[int]) -> Bool[Tensor, " edge"]:
     """The mask minus these edges."""
     smaller = mask.clone()
     smaller[edges] = False
@@ -212,7 +212,7 @@ def _ranks(
     those that are left.
     """
     order = ranking.argsort(stable=True)
-    kept = without(highest, removed)
+    kept = mask_without(highest, removed)
     in_removal_order = torch.tensor(removed, dtype=torch.long)
     new_order = torch.cat([order[~highest[order]], in_removal_order, order[kept[order]]])
     ranks = torch.empty_like(ranking, dtype=torch.float32)
@@ -226,7 +226,7 @@ def _saved_rounds(saved: Saved, highest: Bool[Tensor, " edge"]) -> tuple[list[in
     if state is None:
         return None
     with saved.damaged():
-        edges, reach = state[0]["gone"], of_kind(state[1]["reach"], int, "reach")
+        edges, reach = state[0]["gone"], check_type(state[1]["reach"], int, "reach")
         distinct = edges.dtype == torch.long and edges.ndim == 1
         distinct = distinct and len(edges.unique()) == len(edges)
         if not distinct or not bool(highest[edges].all()) or reach < 1:

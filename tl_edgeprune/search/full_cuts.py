@@ -17,17 +17,19 @@ from tl_edgeprune.forward.forward_pass import mask_blocks
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.graph.reachability import lead_to_logits
 from tl_edgeprune.objectives import Objective, losses
-from tl_edgeprune.runs.targets import Lesson
+from tl_edgeprune.runs.targets import TargetBatch
 
 
-class WholeCuts:
+class FullCuts:
     """Candidate cuts by definition: whole masked runs, one candidate at a time."""
 
-    def __init__(self, run: MaskedModel, lessons: Sequence[Lesson], loss_of: Objective) -> None:
+    def __init__(
+        self, run: MaskedModel, target_batches: Sequence[TargetBatch], loss_of: Objective
+    ) -> None:
         self.run, self.graph, self.loss_of = run, run.graph, loss_of
-        self.lessons = list(lessons)
+        self.target_batches = list(target_batches)
         self.device = run.device
-        self.heads_interact = heads_interact(run, self.lessons[0])
+        self.heads_interact = heads_interact(run, self.target_batches[0])
         self.runs = 0
         self.mask: Bool[Tensor, " edge"] = torch.ones(self.graph.n_edges, dtype=torch.bool)
         self.per_pair: Float[Tensor, " pair"] = torch.zeros(0)
@@ -44,7 +46,9 @@ class WholeCuts:
         """Start from this mask: one whole run."""
         self.mask, self._last, self._alive = mask.detach().cpu().clone(), None, None
         self.runs += 1
-        self.per_pair = self._cat([self._start(lesson) for lesson in self.lessons])
+        self.per_pair = self._cat(
+            [self._start(target_batch) for target_batch in self.target_batches]
+        )
 
     @torch.no_grad()
     def losses(
@@ -52,7 +56,7 @@ class WholeCuts:
     ) -> Float[Tensor, "candidate pair"]:
         """Each pair's objective (in float64) if a candidate's edges of this read were removed.
 
-        Pairs are in the order of the lessons. Edges that are removed already may be cut again.
+        Pairs are in the order of the batches. Edges that are removed already may be cut again.
         """
         cuts = cuts.cpu()
         self.runs += len(cuts)
@@ -94,15 +98,17 @@ class WholeCuts:
 
     # ---------------------------------------------------------------------------- one mask, one run
 
-    def _start(self, lesson: Lesson) -> Float[Tensor, " pair"]:
-        return self._whole(lesson, self.mask)
+    def _start(self, target_batch: TargetBatch) -> Float[Tensor, " pair"]:
+        return self._whole(target_batch, self.mask)
 
     def _losses(self, read_index: int, cuts: Tensor) -> Float[Tensor, "candidate pair"]:
         rows = []
         for cut in cuts:
             mask = self.mask.clone()
             mask[self.graph.reads[read_index].edges] &= ~cut.flatten()
-            rows.append(self._cat([self._whole(lesson, mask) for lesson in self.lessons]))
+            rows.append(
+                self._cat([self._whole(target_batch, mask) for target_batch in self.target_batches])
+            )
         return torch.stack(rows)
 
     def _advance(self, read_index: int, cuts: Tensor, candidate: int) -> None:
@@ -112,9 +118,9 @@ class WholeCuts:
         self._alive = None
         self.mask[self.graph.reads[read_index].edges] &= ~cut.flatten()
 
-    def _whole(self, lesson: Lesson, mask: Tensor) -> Float[Tensor, " pair"]:
-        logits = self.run.logits(lesson, mask.to(self.device))
-        return losses(self.loss_of, logits, lesson.full, lesson.batch)
+    def _whole(self, target_batch: TargetBatch, mask: Tensor) -> Float[Tensor, " pair"]:
+        logits = self.run.logits(target_batch, mask.to(self.device))
+        return losses(self.loss_of, logits, target_batch.full, target_batch.batch)
 
     @staticmethod
     def _cat(batches: list[Tensor]) -> Float[Tensor, "*candidate pair"]:
@@ -122,7 +128,7 @@ class WholeCuts:
 
 
 @torch.no_grad()
-def heads_interact(run: MaskedModel, lesson: Lesson) -> bool:
+def heads_interact(run: MaskedModel, target_batch: TargetBatch) -> bool:
     """Whether what one head reads changes what another head of its layer writes.
 
     It does if a norm follows the sum of the heads (Gemma 2), or if one norm is over all heads'
@@ -133,22 +139,22 @@ def heads_interact(run: MaskedModel, lesson: Lesson) -> bool:
         return False
     if any(site.post is not None for site in run.sites.attention):
         return True
-    lesson = first_pairs(lesson)
-    mask = torch.ones(graph.n_edges, dtype=torch.bool, device=lesson.full.device)
+    target_batch = first_pairs(target_batch)
+    mask = torch.ones(graph.n_edges, dtype=torch.bool, device=target_batch.full.device)
     first_head, blocks = graph.first_head(0), mask_blocks(graph, mask)
     blocks[-1][..., first_head] = False
     for block in blocks[1:-1]:  # a0.h0 leads nowhere
         block[..., first_head : first_head + 1] = False  # none, if the block reads no heads
-    expected = run.logits(lesson, mask)
+    expected = run.logits(target_batch, mask)
     blocks[0][0] = False  # and its queries read nothing
-    difference = (run.logits(lesson, mask) - expected).abs().max()
+    difference = (run.logits(target_batch, mask) - expected).abs().max()
     return float(difference) > 1e-4 * float(expected.abs().max())
 
 
-def first_pairs(lesson: Lesson, pairs: int = 2) -> Lesson:
-    """The first pairs of a lesson."""
-    batch = lesson.batch.first(pairs)
-    rows = torch.arange(len(batch), device=lesson.full.device)
-    fixed = lesson.reference.any_batch
-    reference = lesson.reference if fixed else lesson.reference.select(rows)
-    return Lesson(batch, lesson.full[:pairs], reference)
+def first_pairs(target_batch: TargetBatch, pairs: int = 2) -> TargetBatch:
+    """The first pairs of a target_batch."""
+    batch = target_batch.batch.first(pairs)
+    rows = torch.arange(len(batch), device=target_batch.full.device)
+    fixed = target_batch.reference.any_batch
+    reference = target_batch.reference if fixed else target_batch.reference.select(rows)
+    return TargetBatch(batch, target_batch.full[:pairs], reference)

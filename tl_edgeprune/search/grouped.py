@@ -29,11 +29,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_edgeprune.attribution.mask_gradient import path_scores
-from tl_edgeprune.attribution.paths import Path, at, mask_path
-from tl_edgeprune.runs.targets import Teacher
-from tl_edgeprune.search.full_cuts import WholeCuts
+from tl_edgeprune.attribution.paths import Path, mask_path, path_at
+from tl_edgeprune.runs.targets import Targets
+from tl_edgeprune.search.full_cuts import FullCuts
 from tl_edgeprune.search.sequential import to_decide
-from tl_edgeprune.search.single_edges import Singles, try_each
+from tl_edgeprune.search.single_edges import SingleEdges, try_each
 
 ORDER_STEPS = 5
 GRADIENT_RUNS = 3  # a forward and a backward pass under masks count as this many runs
@@ -52,7 +52,7 @@ class Stage:
     """
 
     reach: float | None = None
-    singles: Singles | None = None
+    singles: SingleEdges | None = None
 
 
 Report = Callable[[int, Stage], None]
@@ -60,8 +60,8 @@ Report = Callable[[int, Stage], None]
 
 
 def in_groups(
-    cuts: WholeCuts,
-    teacher: Teacher,
+    cuts: FullCuts,
+    targets: Targets,
     threshold: float,
     start: int,
     stage: Stage,
@@ -74,7 +74,7 @@ def in_groups(
     With any `start` and `stage` that were reported, and the mask then, a search continues as if it
     had never stopped.
     """
-    guess = _gradient(cuts, teacher, mask_path(ORDER_STEPS), ORDER_STEPS, batch_size).clamp(min=0)
+    guess = _gradient(cuts, targets, mask_path(ORDER_STEPS), ORDER_STEPS, batch_size).clamp(min=0)
     singles = stage.singles
     if singles is None:
         groups = _Groups(cuts, guess, threshold, stage.reach)
@@ -82,8 +82,8 @@ def in_groups(
             edges = [edge for edge in to_decide(cuts, read_index) if edge < start]
             groups.remove(read_index, sorted(edges, key=lambda edge: float(guess[edge])))
             report(min(start, cuts.graph.reads[read_index].first_edge), Stage(groups.reach))
-        _restore(cuts, teacher, threshold, batch_size)
-        singles = Singles.first(cuts)
+        _restore(cuts, targets, threshold, batch_size)
+        singles = SingleEdges.first(cuts)
         report(0, Stage(singles=singles))
     try_each(cuts, threshold, guess, singles, lambda: report(0, Stage(singles=singles)))
 
@@ -93,7 +93,7 @@ class _Groups:
 
     def __init__(
         self,
-        cuts: WholeCuts,
+        cuts: FullCuts,
         guess: Float[Tensor, " edge"],
         threshold: float,
         reach: float | None,
@@ -145,18 +145,18 @@ class _Groups:
 
 
 def _gradient(
-    cuts: WholeCuts, teacher: Teacher, path: Path, points: int, batch_size: int
+    cuts: FullCuts, targets: Targets, path: Path, points: int, batch_size: int
 ) -> Float[Tensor, " edge"]:
     """The predicted rise of each edge."""
     cuts.runs += GRADIENT_RUNS * points
-    return path_scores(cuts.run, teacher, path, cuts.loss_of, batch_size=batch_size)
+    return path_scores(cuts.run, targets, path, cuts.loss_of, batch_size=batch_size)
 
 
-def _restore(cuts: WholeCuts, teacher: Teacher, threshold: float, batch_size: int) -> None:
+def _restore(cuts: FullCuts, targets: Targets, threshold: float, batch_size: int) -> None:
     """Restore the removed edges with the highest predictions, if that lowers the objective."""
     if not cuts.mask.any() or bool(cuts.mask.all()):
         return
-    guess = _gradient(cuts, teacher, at(cuts.mask), 1, batch_size)
+    guess = _gradient(cuts, targets, path_at(cuts.mask), 1, batch_size)
     guess[cuts.mask] = -torch.inf
     best = guess.topk(math.ceil(RESTORED * int(cuts.mask.sum())))
     restored = best.indices[best.values >= threshold]
@@ -170,7 +170,7 @@ def _restore(cuts: WholeCuts, teacher: Teacher, threshold: float, batch_size: in
         cuts.set(mask)
 
 
-def _cut(cuts: WholeCuts, read_index: int, edges: Sequence[int]) -> Tensor:
+def _cut(cuts: FullCuts, read_index: int, edges: Sequence[int]) -> Tensor:
     """One candidate that cuts these edges, [1, destination, source]."""
     read = cuts.graph.reads[read_index]
     cut = torch.zeros(read.n_destinations * read.n_sources, dtype=torch.bool)

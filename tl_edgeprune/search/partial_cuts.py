@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_edgeprune.forward.forward_pass import fitting, mask_blocks, rows_of
+from tl_edgeprune.forward.forward_pass import mask_blocks, reference_for, rows_of
 from tl_edgeprune.forward.half_blocks import Blocks
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.graph.edge_graph import Read
@@ -29,8 +29,8 @@ from tl_edgeprune.hooks.projections import head_index
 from tl_edgeprune.hooks.shards import one_block_at_a_time
 from tl_edgeprune.hooks.sites import AttentionSite
 from tl_edgeprune.objectives import Objective, losses
-from tl_edgeprune.runs.targets import Lesson
-from tl_edgeprune.search.full_cuts import WholeCuts
+from tl_edgeprune.runs.targets import TargetBatch
+from tl_edgeprune.search.full_cuts import FullCuts
 from tl_edgeprune.search.partial_runs import (
     BatchRun,
     Change,
@@ -45,19 +45,19 @@ MAX_CANDIDATES = 16
 MAX_LOGITS = 2**25
 
 
-class PartCuts(WholeCuts):
+class PartialCuts(FullCuts):
     """Candidate cuts by partial runs. Memory: the differences of all pairs, and `max_bytes`."""
 
     def __init__(
         self,
         run: MaskedModel,
-        lessons: Sequence[Lesson],
+        target_batches: Sequence[TargetBatch],
         loss_of: Objective,
         *,
         max_bytes: int = MAX_BYTES,
         max_candidates: int = MAX_CANDIDATES,
     ) -> None:
-        super().__init__(run, lessons, loss_of)
+        super().__init__(run, target_batches, loss_of)
         self.max_bytes, self.max_candidates = max_bytes, max_candidates
         self.blocks = Blocks(run)
         self._batch_runs: list[BatchRun] = []
@@ -95,15 +95,23 @@ class PartCuts(WholeCuts):
 
     # -------------------------------------------------------------------------------- a partial run
 
-    def _start(self, lesson: Lesson) -> Float[Tensor, " pair"]:
-        batch, reference = lesson.batch, fitting(lesson.reference, lesson.batch.clean)
+    def _start(self, target_batch: TargetBatch) -> Float[Tensor, " pair"]:
+        batch, reference = (
+            target_batch.batch,
+            reference_for(target_batch.reference, target_batch.batch.clean),
+        )
         mask = self.mask.to(self.device)
-        differences = self.run.differences(batch.clean, lesson.reference, mask, batch.spans)
+        differences = self.run.differences(batch.clean, target_batch.reference, mask, batch.spans)
         rows = rows_of(batch.positions, batch.clean.shape[1])
         spans = batch.spans.flatten() if self.graph.spans and batch.spans is not None else None
         read_spans = None if spans is None else spans[rows]
         batch_run = BatchRun(
-            lesson, reference, rows, differences, rows_by_span(spans), rows_by_span(read_spans)
+            target_batch,
+            reference,
+            rows,
+            differences,
+            rows_by_span(spans),
+            rows_by_span(read_spans),
         )
         self._batch_runs.append(batch_run)
         self._refresh()
@@ -166,7 +174,7 @@ class PartCuts(WholeCuts):
 
     def _mlp(self, change: Change, layer: int, inputs: Inputs) -> None:
         x = torch.cat([inputs(candidate)[0] for candidate in range(change.n_candidates)])
-        n_prompts = change.n_candidates * len(change.batch_run.lesson.batch)
+        n_prompts = change.n_candidates * len(change.batch_run.target_batch.batch)
         self._record(change)
         y = self.blocks.mlp(layer, x.view(n_prompts, -1, x.shape[-1]))
         reference = change.batch_run.reference.mlp[layer].flatten(0, 1)
@@ -206,7 +214,7 @@ class PartCuts(WholeCuts):
         self, change: Change, site: AttentionSite
     ) -> list[Float[Tensor, "candidate pair pos _head d_head"]]:
         """Queries, keys and values of all candidates: zeros, which heads that are not run keep."""
-        shape = (change.n_candidates, *change.batch_run.lesson.batch.clean.shape)
+        shape = (change.n_candidates, *change.batch_run.target_batch.batch.clean.shape)
         return [w.new_zeros(*shape, w.shape[0], w.shape[2]) for w in site.weights]
 
     def _fill(
@@ -263,15 +271,17 @@ class PartCuts(WholeCuts):
 
     def _objective(self, change: Change, inputs: Inputs) -> Float[Tensor, "candidate pair"]:
         """Each pair's objective if the logits read the inputs."""
-        lesson = change.batch_run.lesson
-        pairs, read = lesson.batch.positions.shape
+        target_batch = change.batch_run.target_batch
+        pairs, read = target_batch.batch.positions.shape
         size = max(1, MAX_LOGITS // (pairs * read * int(self.run.model.cfg.d_vocab)))
         values = []
         for chunk in torch.arange(change.n_candidates).split(size):
             x = torch.cat([inputs(candidate)[0] for candidate in chunk.tolist()])
             logits = self.blocks.logits(x.view(-1, read, x.shape[-1]))
             for of_candidate in logits.view(len(chunk), pairs, read, -1):
-                values.append(losses(self.loss_of, of_candidate, lesson.full, lesson.batch))
+                values.append(
+                    losses(self.loss_of, of_candidate, target_batch.full, target_batch.batch)
+                )
         return torch.stack(values)
 
     # ------------------------------------------------------------------------------- bookkeeping
@@ -329,7 +339,7 @@ class PartCuts(WholeCuts):
 
     def _record(self, change: Change) -> None:
         """Record how the blocks are called with this many candidates."""
-        self.blocks.record(change.batch_run.lesson.batch.clean.repeat(change.n_candidates, 1))
+        self.blocks.record(change.batch_run.target_batch.batch.clean.repeat(change.n_candidates, 1))
 
     def _buffer(self, batch_run: BatchRun, read_index: int, n_candidates: int) -> Tensor:
         """Room for the sources that may change, [source, candidate * row, d_model]."""

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_edgeprune.ablation.reference import Reference
-from tl_edgeprune.runs.targets import Lesson
+from tl_edgeprune.runs.targets import TargetBatch
 
 Inputs = Callable[[int], Tensor]  # candidate -> what destinations read, [dst, row, d_model]
 
@@ -33,7 +33,7 @@ class BatchRun:
         spans, read_spans: the spans of all rows, and of those that the task reads.
     """
 
-    lesson: Lesson
+    target_batch: TargetBatch
     reference: Reference
     rows: Int[Tensor, " read_row"]
     differences: Float[Tensor, "source row d_model"]

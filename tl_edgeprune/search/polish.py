@@ -18,13 +18,13 @@ from torch import Tensor
 
 from tl_edgeprune.ablation.constants import Ablation
 from tl_edgeprune.attribution.mask_gradient import path_scores
-from tl_edgeprune.attribution.paths import at
+from tl_edgeprune.attribution.paths import path_at
 from tl_edgeprune.circuits.circuit import Circuit
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.objectives import Objective, losses
 from tl_edgeprune.runs.session import open_session
-from tl_edgeprune.runs.targets import Teacher
-from tl_edgeprune.runs.totals import each_lesson
+from tl_edgeprune.runs.targets import Targets
+from tl_edgeprune.runs.totals import each_target_batch
 from tl_edgeprune.tasks.task import Task
 
 
@@ -72,9 +72,9 @@ def polish(
         count, scores = max(1, round(swap * int(mask.sum()))), None
         for _ in range(rounds):
             if scores is None:
-                path = at(mask)
+                path = path_at(mask)
                 scores = path_scores(run, session.targets, path, loss_of, batch_size=batch_size)
-            new_mask = exchanged(mask, scores, count)
+            new_mask = exchange_edges(mask, scores, count)
             n_exchanged = int((new_mask & ~mask).sum())
             if n_exchanged == 0:
                 break
@@ -91,7 +91,7 @@ def polish(
     return Circuit(circuit.graph, mask, metadata)
 
 
-def exchanged(
+def exchange_edges(
     mask: Bool[Tensor, " edge"], scores: Float[Tensor, " edge"], count: int
 ) -> Bool[Tensor, " edge"]:
     """The mask, with up to `count` of its lowest edges exchanged for higher removed ones."""
@@ -120,13 +120,13 @@ def _check(circuit: Circuit, rounds: int, swap: float) -> None:
 @torch.no_grad()
 def _mean_loss(
     run: MaskedModel,
-    targets: Teacher,
+    targets: Targets,
     mask: Bool[Tensor, " edge"],
     loss_of: Objective,
     batch_size: int,
 ) -> float:
     total, device_mask = 0.0, mask.float().to(run.device)
-    for lesson in each_lesson(targets, batch_size=batch_size):
-        logits = run.logits(lesson, device_mask)
-        total += float(losses(loss_of, logits, lesson.full, lesson.batch).sum())
+    for target_batch in each_target_batch(targets, batch_size=batch_size):
+        logits = run.logits(target_batch, device_mask)
+        total += float(losses(loss_of, logits, target_batch.full, target_batch.batch).sum())
     return total / len(targets.task)

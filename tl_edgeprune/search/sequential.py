@@ -16,22 +16,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_edgeprune.graph.reachability import leading
-from tl_edgeprune.search.full_cuts import WholeCuts
+from tl_edgeprune.graph.reachability import destinations_reaching_logits
+from tl_edgeprune.search.full_cuts import FullCuts
 
 RECENT = 16  # how many decisions the guess of the next ones depends on
 
 
-def one_by_one(
-    cuts: WholeCuts, threshold: float, start: int, report: Callable[[int], None]
-) -> None:
+def one_by_one(cuts: FullCuts, threshold: float, start: int, report: Callable[[int], None]) -> None:
     """Decide the edges before `start`, from the last to the first."""
     for read_index in reversed(range(len(cuts.graph.reads))):
         edges = [edge for edge in to_decide(cuts, read_index) if edge < start]
         decide(cuts, read_index, edges, threshold, report=report)
 
 
-def to_decide(cuts: WholeCuts, read_index: int) -> list[int]:
+def to_decide(cuts: FullCuts, read_index: int) -> list[int]:
     """The read's kept edges from last to first, without those that lead nowhere, which are removed
     at once.
     """
@@ -39,7 +37,7 @@ def to_decide(cuts: WholeCuts, read_index: int) -> list[int]:
     edges = (cuts.mask[read.edges].nonzero().flatten() + read.first_edge).flip(0).tolist()
     if cuts.heads_interact:
         return edges
-    leads = leading(cuts.graph, read, alive).tolist()
+    leads = destinations_reaching_logits(cuts.graph, read, alive).tolist()
     first, width = read.first_edge, read.n_sources
     dead = [edge for edge in edges if not leads[(edge - first) // width]]
     if dead:
@@ -48,7 +46,7 @@ def to_decide(cuts: WholeCuts, read_index: int) -> list[int]:
 
 
 def decide(
-    cuts: WholeCuts,
+    cuts: FullCuts,
     read_index: int,
     edges: Sequence[int],
     threshold: float,
@@ -95,9 +93,7 @@ def decide(
     return removed
 
 
-def _nested(
-    cuts: WholeCuts, read_index: int, chunk: Sequence[int], guess: Sequence[bool]
-) -> Tensor:
+def _nested(cuts: FullCuts, read_index: int, chunk: Sequence[int], guess: Sequence[bool]) -> Tensor:
     """Each edge's cut and the guessed cuts before it, [candidate, destination, source]."""
     read = cuts.graph.reads[read_index]
     nested = torch.zeros(len(chunk), read.n_destinations * read.n_sources, dtype=torch.bool)

@@ -13,14 +13,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_edgeprune.search.full_cuts import WholeCuts
+from tl_edgeprune.search.full_cuts import FullCuts
 from tl_edgeprune.search.sequential import decide, to_decide
 
 CLEAR = 3.0
 
 
 @dataclass
-class Singles:
+class SingleEdges:
     """How far the passes are.
 
     Attributes:
@@ -36,17 +36,17 @@ class Singles:
     narrow: bool = False
 
     @classmethod
-    def first(cls, cuts: WholeCuts) -> Singles:
+    def first(cls, cuts: FullCuts) -> SingleEdges:
         """Before the first pass."""
         rises = torch.zeros(cuts.graph.n_edges, dtype=torch.float64)
         return cls(rises, len(cuts.graph.reads))
 
 
 def try_each(
-    cuts: WholeCuts,
+    cuts: FullCuts,
     threshold: float,
     guess: Float[Tensor, " edge"],
-    state: Singles,
+    state: SingleEdges,
     report: Callable[[], None],
 ) -> None:
     """Try kept edges one by one, from `state` on, which is updated.
@@ -62,10 +62,10 @@ def try_each(
 
 
 def _finish_pass(
-    cuts: WholeCuts,
+    cuts: FullCuts,
     threshold: float,
     guess: Float[Tensor, " edge"],
-    state: Singles,
+    state: SingleEdges,
     report: Callable[[], None],
 ) -> None:
     while state.reads_left:

@@ -4,7 +4,7 @@
      "corrupted": "Anna met Paul. Luke thanked<predict> Eva</predict>", "split": "train"}
 
 1. The text between the tags is the answer. Its k tokens give k read positions: each is the position
-   that predicts the token, with the answer's earlier tokens before it (teacher forcing). A space
+   that predicts the token, with the answer's earlier tokens before it (targets forcing). A space
    before the opening tag belongs to the answer. What follows the closing tag is dropped: a causal
    model does not see it from there.
 2. The corrupted text may also mark an answer: its tokens are the distractors if there are as many.

@@ -114,7 +114,7 @@ class TaskStream:
 AnyTask = Task | TaskStream
 
 
-def checked(task: AnyTask, check: Callable[[Task], Any]) -> AnyTask:
+def check_pairs(task: AnyTask, check: Callable[[Task], Any]) -> AnyTask:
     """The task with `check` applied: to a Task now, to a stream's chunks as they are read.
 
     Raises:

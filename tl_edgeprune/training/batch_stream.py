@@ -12,7 +12,7 @@ from typing import Any
 from tl_edgeprune.tasks.batch import Batch
 from tl_edgeprune.tasks.stream import AnyTask
 from tl_edgeprune.tasks.task import Task
-from tl_edgeprune.utils.reading import of_kind
+from tl_edgeprune.utils.reading import check_type
 
 Cursor = tuple[int, int, int]
 START: Cursor = (0, 0, 0)
@@ -46,8 +46,8 @@ class BatchStream:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Move to a saved cursor. Raises KeyError or ValueError if it is not one."""
-        cursor = of_kind(state["place"], list, "place")
-        epoch, chunk, n_taken = (of_kind(number, int, "place") for number in cursor)
+        cursor = check_type(state["place"], list, "place")
+        epoch, chunk, n_taken = (check_type(number, int, "place") for number in cursor)
         if min(cursor) < 0 or max(cursor) > 2**53:
             raise ValueError(f"place is {cursor}")
         self._move_to((epoch, chunk, n_taken))

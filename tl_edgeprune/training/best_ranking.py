@@ -21,7 +21,7 @@ from tl_edgeprune.distributed import Ranks
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.objectives import Objective, losses
 from tl_edgeprune.runs.checkpoint import Stateful
-from tl_edgeprune.runs.targets import Teacher
+from tl_edgeprune.runs.targets import Targets
 from tl_edgeprune.tasks.batch import Batch
 from tl_edgeprune.training.settings import PrunerSettings
 
@@ -35,15 +35,15 @@ class BestRanking(Stateful):
     """The ranking whose circuit of `size` edges had the lowest objective so far."""
 
     run: MaskedModel
-    teacher: Teacher  # its task is what rankings are evaluated on
+    targets: Targets  # its task is what rankings are evaluated on
     loss_of: Objective
     size: int
     batch_size: int  # pairs per forward pass, over all processes
     ranks: Ranks  # the first of them decides
 
     def __post_init__(self) -> None:
-        self.ranking = torch.zeros(self.run.graph.n_edges, device=self.teacher.device)
-        self.loss = torch.tensor(NOT_EVALUATED, device=self.teacher.device)
+        self.ranking = torch.zeros(self.run.graph.n_edges, device=self.targets.device)
+        self.loss = torch.tensor(NOT_EVALUATED, device=self.targets.device)
         self._batches: list[Batch] = []
 
     @staticmethod
@@ -71,11 +71,13 @@ class BestRanking(Stateful):
     @torch.no_grad()
     def _loss_of(self, ranking: Float[Tensor, " edge"]) -> float:
         circuit = Circuit.top(self.run.graph, ranking.cpu(), self.size)
-        mask, total, n_pairs = circuit.mask.float().to(self.teacher.device), 0.0, 0
+        mask, total, n_pairs = circuit.mask.float().to(self.targets.device), 0.0, 0
         for batch in self._evaluation_batches():
-            lesson = self.teacher.lesson(batch)
-            logits = self.run.logits(lesson, mask)  # [batch, read, vocab]
-            total += float(losses(self.loss_of, logits, lesson.full, lesson.batch).sum())
+            target_batch = self.targets.prepare(batch)
+            logits = self.run.logits(target_batch, mask)  # [batch, read, vocab]
+            total += float(
+                losses(self.loss_of, logits, target_batch.full, target_batch.batch).sum()
+            )
             n_pairs += len(batch)
         return total / n_pairs
 
@@ -86,7 +88,7 @@ class BestRanking(Stateful):
         """
         if not self._batches:
             n_missing = N_PAIRS
-            for batch in self.teacher.task.batches(self.batch_size, True, 0):
+            for batch in self.targets.task.batches(self.batch_size, True, 0):
                 batch = batch.first(n_missing)
                 self._batches += [batch.select(rows) for rows in self.ranks.rows_of_all(len(batch))]
                 n_missing -= len(batch)

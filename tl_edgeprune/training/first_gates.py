@@ -19,7 +19,7 @@ from tl_edgeprune.attribution.paths import mask_path
 from tl_edgeprune.circuits.scores import EdgeScores
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.objectives import Objective
-from tl_edgeprune.runs.targets import Teacher
+from tl_edgeprune.runs.targets import Targets
 from tl_edgeprune.training.gate_group import GateGroup
 from tl_edgeprune.training.gates import first_log_alpha, mixed_seed
 from tl_edgeprune.training.settings import PrunerSettings
@@ -31,7 +31,7 @@ EDGES, SOURCES, NEURONS = -1, -2, -3  # instead of a step, for the seeds of the 
 def first_gates(
     pruner: PrunerSettings,
     run: MaskedModel,
-    teacher: Teacher,
+    targets: Targets,
     loss_of: Objective,
     *,
     progress: bool,
@@ -53,13 +53,13 @@ def first_gates(
         kind: int, spread: tuple[float, float], n_gates: int, scores: Tensor | None = None
     ) -> Float[Tensor, " gate"]:
         generator = torch.Generator().manual_seed(mixed_seed(pruner.seed, kind))
-        return first_log_alpha(spread, n_gates, scores, generator).to(teacher.device)
+        return first_log_alpha(spread, n_gates, scores, generator).to(targets.device)
 
     scores, n_edges = None, run.graph.n_edges
     if warm:
         scores = _given_scores(pruner.init_scores, run)
         if scores is None:
-            scores = path_scores(run, teacher, mask_path(WARM_STEPS), loss_of, **options).abs()
+            scores = path_scores(run, targets, mask_path(WARM_STEPS), loss_of, **options).abs()
         _check_scores(scores, n_edges)
     start = log_alpha(EDGES, pruner.init_log_alpha, n_edges, scores)
     edges = GateGroup("", start, pruner.controller, pruner.n_edges, **common)
@@ -72,7 +72,7 @@ def first_gates(
     if pruner.neurons is not None:
         scores = None
         if warm:
-            scores = gate_scores(run, teacher, loss_of, steps=WARM_STEPS, **options)
+            scores = gate_scores(run, targets, loss_of, steps=WARM_STEPS, **options)
             scores = scores.flatten().abs()  # [place * unit]
         start = log_alpha(NEURONS, pruner.init_log_alpha, math.prod(run.neuron_shape), scores)
         neurons = GateGroup("neuron_", start, pruner.neuron_controller, pruner.n_neurons, **common)

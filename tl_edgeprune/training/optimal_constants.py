@@ -76,10 +76,10 @@ def optimal_constants(
         batches = _endless_batches(session.targets.task, batch_size, seed)
         bar = tqdm(range(steps), "learning constants", disable=not progress)
         for step in bar:
-            lesson = session.targets.lesson(next(batches))
+            target_batch = session.targets.prepare(next(batches))
             mask = _mask_of_step(circuit, session.graph, generator).to(session.run.device)
-            logits = session.run.logits(lesson, mask, learned.reference())
-            loss = losses(session.loss_of, logits, lesson.full, lesson.batch).mean()
+            logits = session.run.logits(target_batch, mask, learned.reference())
+            loss = losses(session.loss_of, logits, target_batch.full, target_batch.batch).mean()
             if not bool(torch.isfinite(loss)):
                 raise ValueError(f"the objective is {loss.item()} at step {step}: try a lower lr.")
             loss.backward()

@@ -32,18 +32,18 @@ from tl_edgeprune.forward.recompute import RecomputedModel
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.hooks.find import find_sites
 from tl_edgeprune.hooks.modules import model_kind
-from tl_edgeprune.hooks.placement import placed
+from tl_edgeprune.hooks.placement import model_placed
 from tl_edgeprune.objectives import find_objective
 from tl_edgeprune.runs.fingerprint import of_weights
 from tl_edgeprune.runs.task_checks import check_tokens, graph_at
-from tl_edgeprune.tasks.stream import AnyTask, checked, sample
+from tl_edgeprune.tasks.stream import AnyTask, check_pairs, sample
 from tl_edgeprune.tasks.task import Task
 from tl_edgeprune.training.controllers import Lagrangian
 from tl_edgeprune.training.result import PruneResult
 from tl_edgeprune.training.settings import Optimizer, PrunerSettings
 from tl_edgeprune.training.trainer import Trainer
 from tl_edgeprune.utils.grad_mode import needs_gradients
-from tl_edgeprune.utils.locks import held_file
+from tl_edgeprune.utils.locks import locked_file
 
 
 class EdgePruner(PrunerSettings):
@@ -147,7 +147,7 @@ class EdgePruner(PrunerSettings):
         LostProcess if another process of the group ends or hangs.
         """
         model_kind(model)
-        task = checked(task, self._check_pairs(model))
+        task = check_pairs(task, self._check_pairs(model))
         loss_of = find_objective(self.objective, sample(task))
         graph = EdgeGraph.from_model(
             model, split_qkv=self.split_qkv, split_embeddings=self._has_two_embeddings(model)
@@ -159,8 +159,8 @@ class EdgePruner(PrunerSettings):
         writes = self.checkpoint if Ranks.current().first else None
         weights = of_weights(model) if self.checkpoint or resume else None
         with (
-            held_file(writes) if writes else nullcontext(),
-            placed(model, self.dtype, self.device),
+            locked_file(writes) if writes else nullcontext(),
+            model_placed(model, self.dtype, self.device),
             engine.attach(model, graph, self.neurons) as run,
         ):
             if self.n_neurons is not None:

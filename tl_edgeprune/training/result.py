@@ -17,7 +17,7 @@ from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.hooks.modules import is_folded
 from tl_edgeprune.tasks.stream import AnyTask
 from tl_edgeprune.training.settings import PrunerSettings
-from tl_edgeprune.utils.reading import of_kind
+from tl_edgeprune.utils.reading import check_type
 
 
 @dataclass(frozen=True, repr=False)
@@ -99,11 +99,11 @@ NEURON_FIGURES = ("neurons", "neuron_target")
 def history_from(values: Any) -> History:
     """A history read from JSON. Raises KeyError, TypeError or ValueError if it is not one."""
     history = []
-    for step, entry in enumerate(of_kind(values, list, "history")):
+    for step, entry in enumerate(check_type(values, list, "history")):
         if entry["step"] != step:
             raise ValueError(f"history has step {entry['step']} instead of {step}")
         names = (*FIGURES, *(name for name in NEURON_FIGURES if name in entry))
-        history.append({name: of_kind(entry[name], float, name) for name in names})
+        history.append({name: check_type(entry[name], float, name) for name in names})
     return history
 
 

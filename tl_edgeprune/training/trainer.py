@@ -26,7 +26,7 @@ from tl_edgeprune.objectives import Objective, losses
 from tl_edgeprune.runs import checkpoint as checkpoints
 from tl_edgeprune.runs.checkpoint import Stateful
 from tl_edgeprune.runs.fingerprint import digest
-from tl_edgeprune.runs.targets import Teacher
+from tl_edgeprune.runs.targets import Targets
 from tl_edgeprune.runs.task_checks import any_task_for
 from tl_edgeprune.tasks.stream import AnyTask, sample
 from tl_edgeprune.training.batch_stream import BatchStream
@@ -83,7 +83,7 @@ class Trainer:
         saved = self.identity.state_to_resume(pruner.checkpoint, resume)
 
         self.constants = _learned_constants(pruner, run, task)
-        self.teacher = Teacher(
+        self.targets = Targets(
             run,
             task,
             pruner.ablation if self.constants is None else self.constants.constants().detached(),
@@ -91,16 +91,16 @@ class Trainer:
             progress=self.progress,
             visits=pruner.steps * pruner.accumulate * self.ranks.most_rows(pruner.batch_size),
         )
-        self.source_of_edge = edge_ends(self.graph, self.teacher.device)[0]
+        self.source_of_edge = edge_ends(self.graph, self.targets.device)[0]
 
         self.edges, self.sources, self.neurons = first_gates(
-            pruner, run, self.teacher, loss_of, progress=self.progress, resumes=saved is not None
+            pruner, run, self.targets, loss_of, progress=self.progress, resumes=saved is not None
         )
         self._groups = [g for g in (self.edges, self.sources, self.neurons) if g is not None]
         best, edges_only = None, self.constants is None and self.neurons is None
         if pruner.n_edges is not None and pruner.candidates and edges_only:
             best = BestRanking(
-                run, self.teacher, loss_of, pruner.n_edges, pruner.batch_size, self.ranks
+                run, self.targets, loss_of, pruner.n_edges, pruner.batch_size, self.ranks
             )
         self.final_ranking = FinalRanking(self.edges.log_alpha, pruner, best)
         self.optimizers, self._rates = _make_optimizers(pruner, self._groups)
@@ -122,7 +122,7 @@ class Trainer:
     def synchronise(self) -> None:
         """Check that all processes do the same run, and give all the first one's masks."""
         run = digest([self.identity.shared, len(self.history)])
-        self.ranks.check_same(run, self.teacher.device)
+        self.ranks.check_same(run, self.targets.device)
         self.ranks.broadcast(self._learned())
 
     # -------------------------------------------------------------------------------- the loop
@@ -152,13 +152,13 @@ class Trainer:
         pruner, progress = self.pruner, step / self.pruner.steps
         rate = pruner.optimizer.rate(step, pruner.steps)
         generator = torch.Generator().manual_seed(mixed_seed(pruner.seed, step))
-        targets = self._targets(progress, generator)
+        gate_targets = self._targets(progress, generator)
         for label, optimizer in self.optimizers.items():
             for group in optimizer.param_groups:
                 group["lr"] = self._rates[label] * rate
             optimizer.zero_grad()
         batch_losses = [
-            self._backward(targets, progress, generator) for _ in range(pruner.accumulate)
+            self._backward(gate_targets, progress, generator) for _ in range(pruner.accumulate)
         ]
         loss = self.ranks.all_reduce(self._learned(), sum(batch_losses) / len(batch_losses))
         self._check_loss(loss, step)
@@ -168,7 +168,7 @@ class Trainer:
             self.constants.step(rate)
         self.ranks.broadcast(self._learned())
         self.final_ranking.add(self._ranking_now(), step)
-        self._record(step, loss, targets)
+        self._record(step, loss, gate_targets)
         self.state.finish_step()
         self.between_steps = True
 
@@ -182,37 +182,41 @@ class Trainer:
             0.0 if self.neurons is None else self.neurons.target(progress, uniform()),
         )
 
-    def _backward(self, targets: GateTargets, progress: float, generator: torch.Generator) -> float:
+    def _backward(
+        self, gate_targets: GateTargets, progress: float, generator: torch.Generator
+    ) -> float:
         """Add the gradients of one batch; returns this process's part of its loss."""
         batch = next(self.stream)
         rows, share = self.ranks.rows(len(batch))
-        lesson = self.teacher.lesson(batch.select(rows))
-        mask, neuron_gates, penalty = self._draw(targets, progress, generator)
+        target_batch = self.targets.prepare(batch.select(rows))
+        mask, neuron_gates, penalty = self._draw(gate_targets, progress, generator)
         reference = None if self.constants is None else self.constants.reference()
-        logits = self.run.logits(lesson, mask, reference, neurons=neuron_gates)
-        loss = losses(self.loss_of, logits, lesson.full, lesson.batch).mean() * share
+        logits = self.run.logits(target_batch, mask, reference, neurons=neuron_gates)
+        loss = losses(self.loss_of, logits, target_batch.full, target_batch.batch).mean() * share
         ((loss + penalty / self.ranks.size) / self.pruner.accumulate).backward()
         return float(loss.detach())
 
     def _draw(
-        self, targets: GateTargets, progress: float, generator: torch.Generator
+        self, gate_targets: GateTargets, progress: float, generator: torch.Generator
     ) -> tuple[Float[Tensor, " edge"], Float[Tensor, "place unit"] | None, Tensor | float]:
         """A mask and gates on neurons for one forward pass, and the penalty on them."""
         hard = self.edges.is_hard(progress)
-        edges = self.edges.draw(targets.edges, generator, self._ranking_now() if hard else None)
+        edges = self.edges.draw(
+            gate_targets.edges, generator, self._ranking_now() if hard else None
+        )
         mask, penalty = edges.gates, edges.penalty
         if self.pruner.attachment is not None:
             open_share = open_probability(edges.log_alpha)
             penalty = penalty + self.pruner.attachment(open_share, self.graph)
         if self.sources is not None and not hard:  # the gates of sources don't reach a hard mask
-            sources = self.sources.draw(targets.sources, generator)
+            sources = self.sources.draw(gate_targets.sources, generator)
             mask = mask * sources.gates[self.source_of_edge]  # [edge]
             penalty = penalty + sources.penalty
         if self.neurons is None:
             return mask, None, penalty
         hard = self.neurons.is_hard(progress)
         neurons = self.neurons.draw(
-            targets.neurons, generator, self.neurons.log_alpha.detach() if hard else None
+            gate_targets.neurons, generator, self.neurons.log_alpha.detach() if hard else None
         )
         neuron_gates = neurons.gates.view(self.run.neuron_shape)  # [place, unit]
         return mask, neuron_gates, penalty + neurons.penalty
@@ -240,17 +244,17 @@ class Trainer:
                 "infinite logits under masks. Try float32, or a lower learning rate."
             )
 
-    def _record(self, step: int, loss: float, targets: GateTargets) -> None:
+    def _record(self, step: int, loss: float, gate_targets: GateTargets) -> None:
         entry = {
             "step": step,
             "loss": loss,
             "edges": self.edges.expected_open(self.edges.last_drawn),
-            "target": targets.edges,
+            "target": gate_targets.edges,
             "seconds": self.state.seconds(),
         }
         if self.neurons is not None:
-            n_open = self.neurons.expected_open(self.neurons.shifted(targets.neurons))
-            entry |= {"neurons": n_open, "neuron_target": targets.neurons}
+            n_open = self.neurons.expected_open(self.neurons.shifted(gate_targets.neurons))
+            entry |= {"neurons": n_open, "neuron_target": gate_targets.neurons}
         self.history.append(entry)
 
     def _show(self, bar: Any) -> None:

@@ -24,7 +24,7 @@ from tl_edgeprune.tasks.stream import AnyTask
 from tl_edgeprune.training.batch_stream import BatchStream
 from tl_edgeprune.training.result import History, history_from
 from tl_edgeprune.training.settings import PrunerSettings
-from tl_edgeprune.utils.reading import damaged, of_kind
+from tl_edgeprune.utils.reading import check_type, reporting_damage
 
 
 @dataclass(frozen=True)
@@ -119,9 +119,9 @@ class TrainerState:
 
     def load_state_dict(self, saved: SavedState) -> None:
         """Continue from a checkpoint. Raises ValueError for a damaged one."""
-        with damaged(saved.path, "Start the run again."):
+        with reporting_damage(saved.path, "Start the run again."):
             self.history[:] = history_from(saved.note["history"])
-            self.earlier_seconds = of_kind(saved.note["seconds"], float, "seconds")
+            self.earlier_seconds = check_type(saved.note["seconds"], float, "seconds")
             for stateful in self.parts:
                 stateful.load_state_dict(saved.tensors)
             for label, optimizer in self.optimizers.items():

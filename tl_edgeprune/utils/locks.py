@@ -13,7 +13,7 @@ from tl_edgeprune.utils.writing import clear_leftovers
 
 
 @contextmanager
-def held(folder: str | os.PathLike[str]) -> Iterator[None]:
+def locked_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
     """Keep other processes out of the folder; the same thread may hold it twice.
 
     Args:
@@ -33,7 +33,7 @@ def held(folder: str | os.PathLike[str]) -> Iterator[None]:
 
 
 @contextmanager
-def held_file(path: str | os.PathLike[str]) -> Iterator[None]:
+def locked_file(path: str | os.PathLike[str]) -> Iterator[None]:
     """Keep other processes from a file that this one writes repeatedly. Raises as `held` does."""
     path = Path(path)
     with _locked(path.with_name(f".{path.name}.lock"), f"another run writes {path}", "path"):

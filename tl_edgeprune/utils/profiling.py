@@ -73,7 +73,7 @@ class Cost:
 
 
 @contextmanager
-def measured(device: torch.device | str = "cpu") -> Iterator[Cost]:
+def measure_cost(device: torch.device | str = "cpu") -> Iterator[Cost]:
     """The cost of the block on this device; its fields are set when the block ends."""
     cost = Cost()
     _return_free_memory()

@@ -93,7 +93,7 @@ def of_format(
 
 
 @contextmanager
-def damaged(path: AnyPath, hint: str = "") -> Iterator[None]:
+def reporting_damage(path: AnyPath, hint: str = "") -> Iterator[None]:
     """Turn errors that a wrong value raises in this block into a ValueError with the path."""
     try:
         yield
@@ -103,7 +103,7 @@ def damaged(path: AnyPath, hint: str = "") -> Iterator[None]:
         raise ValueError(f"{path} is damaged: {first_line(error)}. {hint}".rstrip()) from None
 
 
-def of_kind(value: Any, kind: type, what: str) -> Any:
+def check_type(value: Any, kind: type, what: str) -> Any:
     """The value, if it is of exactly this type (an int passes as a float); else ValueError."""
     if type(value) is not kind and not (kind is float and type(value) is int):
         raise ValueError(f"{what} is of type {type(value).__name__}, expected {kind.__name__}")

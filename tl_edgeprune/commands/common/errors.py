@@ -34,7 +34,7 @@ Debug = Annotated[
 ]
 
 
-def told(command: Callable[..., None]) -> Callable[..., None]:
+def with_error_messages(command: Callable[..., None]) -> Callable[..., None]:
     """The command with --plugin, --config and --debug, its errors told in one line."""
     signature = inspect.signature(command, eval_str=True)
     added = {"plugin": (Plugin, None), "config": (Config, None), "debug": (Debug, False)}
@@ -67,7 +67,7 @@ def told(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @contextmanager
-def processes() -> Iterator[Any]:
+def process_group() -> Iterator[Any]:
     """torchrun's processes (Ranks), or this one alone. What all ran into, the first one tells."""
     from tl_edgeprune.distributed import started
 

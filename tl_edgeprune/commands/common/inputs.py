@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tl_edgeprune.commands.common.values import checked
-from tl_edgeprune.utils.reading import of_kind
+from tl_edgeprune.commands.common.values import check_values
+from tl_edgeprune.utils.reading import check_type
 from tl_edgeprune.utils.suggest import did_you_mean
 
 PAIRS, HELD_OUT = 256, 0.25
@@ -39,7 +39,7 @@ class Inputs:
     cls: str = "bridge"
     options: dict[str, Any] = field(default_factory=dict)
 
-    def resolved(self) -> Inputs:
+    def resolve(self) -> Inputs:
         """The same with paths made whole, the device chosen, and everything checked that can be
         without loading. Raises ValueError and FileNotFoundError.
         """
@@ -56,7 +56,7 @@ class Inputs:
             model=checked_model(self.model),
             task=task,
             device=checked_device(self.device),
-            options=checked("--task-set", self.options, task_options(task)),
+            options=check_values("--task-set", self.options, task_options(task)),
         )
 
     def load_model(self) -> Any:
@@ -101,11 +101,11 @@ class Inputs:
     @classmethod
     def from_dict(cls, fields: Any) -> Inputs:
         """The inputs that `to_dict` described. Raises ValueError or TypeError for other fields."""
-        values = of_kind(fields, dict, "inputs")
+        values = check_type(fields, dict, "inputs")
         kinds = {"held_out": float, "seed": int, "pairs": int, "options": dict}
         for name, value in values.items():
             if value is not None or name not in ("pairs", "device"):
-                of_kind(value, kinds.get(name, str), name)
+                check_type(value, kinds.get(name, str), name)
         for name, choices in (("dtype", DTYPES), ("cls", CLASSES)):
             if values.get(name, choices[0]) not in choices:
                 raise ValueError(f"{name} {values[name]!r}, expected one of {', '.join(choices)}")

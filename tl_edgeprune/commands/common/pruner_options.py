@@ -12,7 +12,7 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from tl_edgeprune.commands.common.values import parsed, whole_path
+from tl_edgeprune.commands.common.values import parse_assignments, whole_path
 
 Command = Callable[..., None]
 
@@ -133,4 +133,4 @@ def _parameter(name: str, option: PrunerOption) -> inspect.Parameter:
 
 def _fields(option: str, texts: list[str]) -> dict[str, Any]:
     """Fields by name; a word without "=" is the kind."""
-    return parsed(option, [text if "=" in text else f"kind={text}" for text in texts])
+    return parse_assignments(option, [text if "=" in text else f"kind={text}" for text in texts])

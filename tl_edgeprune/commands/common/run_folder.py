@@ -16,7 +16,7 @@ from typing import Any
 
 from tl_edgeprune.commands.common.errors import MISTAKES
 from tl_edgeprune.commands.common.inputs import Inputs
-from tl_edgeprune.utils.reading import damaged, of_kind, read_json
+from tl_edgeprune.utils.reading import check_type, read_json, reporting_damage
 from tl_edgeprune.utils.writing import write_whole
 
 FORMAT, KIND = 1, "tl_edgeprune run"
@@ -59,15 +59,15 @@ class Run:
                 "prune, discover or compare wrote (--out)."
             )
         document = read_json(path, "file of settings", AGAIN)
-        with damaged(path, AGAIN):
+        with reporting_damage(path, AGAIN):
             if (document["kind"], document["format"]) != (KIND, FORMAT):
                 raise ValueError(f"kind {document['kind']!r}, format {document['format']!r}")
             return cls(
-                of_kind(document["command"], str, "command"),
+                check_type(document["command"], str, "command"),
                 Inputs.from_dict(document["inputs"]),
-                of_kind(document["settings"], dict, "settings"),
-                of_kind(document["versions"], dict, "versions"),
-                of_kind(document["command_line"], str, "command_line"),
+                check_type(document["settings"], dict, "settings"),
+                check_type(document["versions"], dict, "versions"),
+                check_type(document["command_line"], str, "command_line"),
             )
 
     def to_dict(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 from tl_edgeprune.utils.suggest import did_you_mean
 
 
-def parsed(option: str, texts: Iterable[str]) -> dict[str, Any]:
+def parse_assignments(option: str, texts: Iterable[str]) -> dict[str, Any]:
     """The values by name: JSON where it is JSON, else the text. Raises ValueError without "="."""
     values = {}
     for text in texts:
@@ -38,7 +38,9 @@ def known_name(option: str, name: str, known: Iterable[str]) -> str:
     raise ValueError(f"{option}: unknown name {name!r}, {expected}.{did_you_mean(name, names)}")
 
 
-def checked(option: str, values: Mapping[str, Any], hints: Mapping[str, Any]) -> dict[str, Any]:
+def check_values(
+    option: str, values: Mapping[str, Any], hints: Mapping[str, Any]
+) -> dict[str, Any]:
     """The values, lists as tuples. Raises ValueError for an unknown name, and for a value of
     another type than its hint says.
     """

@@ -10,8 +10,8 @@ from tl_edgeprune.commands.common.run_folder import AGAIN, PICTURE, SETTINGS, TA
 from tl_edgeprune.commands.jobs.method_settings import compared_settings
 from tl_edgeprune.evaluation.compare import compare
 from tl_edgeprune.evaluation.comparison import Comparison
-from tl_edgeprune.utils.locks import held
-from tl_edgeprune.utils.reading import damaged, of_kind
+from tl_edgeprune.utils.locks import locked_folder
+from tl_edgeprune.utils.reading import check_type, reporting_damage
 from tl_edgeprune.utils.writing import write_whole
 
 KINDS = {"methods": list, "sizes": list, "settings": dict, "absolute": bool, "alive": bool}
@@ -39,11 +39,11 @@ def check_same(folder: Path, run: Run) -> None:
 def compare_in(folder: Path, run: Run, *, as_json: bool, progress: bool = True) -> None:
     """Make what is not in the folder yet, and write the table and the picture."""
     settings, inputs = dict(run.settings), run.inputs
-    with damaged(folder / SETTINGS, AGAIN):
+    with reporting_damage(folder / SETTINGS, AGAIN):
         _check_kinds(settings)
         methods, of_methods = settings.pop("methods"), settings.pop("settings")
         compared = {name: compared_settings(name, values) for name, values in of_methods.items()}
-    with held(folder), run.begun(folder, new=False):
+    with locked_folder(folder), run.begun(folder, new=False):
         model = inputs.load_model()
         train, held_out = inputs.split(inputs.load_pairs(model))
         try:
@@ -69,7 +69,7 @@ def compare_in(folder: Path, run: Run, *, as_json: bool, progress: bool = True) 
 def _check_kinds(settings: dict[str, Any]) -> None:
     """Raise KeyError or ValueError for settings that no comparison has."""
     for name, kind in KINDS.items():
-        of_kind(settings[name], kind, name)
+        check_type(settings[name], kind, name)
     if set(settings) - set(KINDS):
         raise ValueError(f"settings of a comparison are {', '.join(KINDS)}")
 

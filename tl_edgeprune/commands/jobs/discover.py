@@ -9,28 +9,28 @@ from typing import Any
 
 from tl_edgeprune.circuits.circuit import check_budget
 from tl_edgeprune.commands.common.run_folder import AGAIN, CHECKPOINT, SETTINGS, Run
-from tl_edgeprune.commands.jobs.discover_files import circuit_of, judged, write
+from tl_edgeprune.commands.jobs.discover_files import circuit_of, evaluate_found, write
 from tl_edgeprune.commands.jobs.method_settings import method_settings
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.methods.registry import discover, find_method
 from tl_edgeprune.runs.task_checks import graph_at
 from tl_edgeprune.tasks import Task
-from tl_edgeprune.utils.locks import held
-from tl_edgeprune.utils.reading import damaged, of_kind
+from tl_edgeprune.utils.locks import locked_folder
+from tl_edgeprune.utils.reading import check_type, reporting_damage
 
 
 def search_in(folder: Path, run: Run, *, new: bool, as_json: bool, progress: bool = True) -> None:
     """Begin the folder's search, or go on with it, and write what it finds."""
-    with nullcontext() if new else damaged(folder / SETTINGS, AGAIN):
+    with nullcontext() if new else reporting_damage(folder / SETTINGS, AGAIN):
         run_settings, inputs = run.settings, run.inputs
-        method, n_edges = of_kind(run_settings["method"], str, "method"), run_settings["n_edges"]
+        method, n_edges = check_type(run_settings["method"], str, "method"), run_settings["n_edges"]
         how = {name: run_settings[name] for name in ("absolute", "alive")}
         _check_kinds(n_edges, **how)
-        settings = method_settings(method, of_kind(run_settings["settings"], dict, "settings"))
+        settings = method_settings(method, check_type(run_settings["settings"], dict, "settings"))
     if "progress" in find_method(method).parameters:
         settings.setdefault("progress", progress and not as_json)
     checkpoint = folder / CHECKPOINT
-    with held(folder), run.begun(folder, new=True) if new else nullcontext():
+    with locked_folder(folder), run.begun(folder, new=True) if new else nullcontext():
         try:
             loaded = inputs.load_model()
             found_on, judged_on = inputs.split(inputs.load_pairs(loaded))
@@ -40,7 +40,7 @@ def search_in(folder: Path, run: Run, *, new: bool, as_json: bool, progress: boo
             if not result.metadata.get("finished", True):  # Edge Pruning keeps what Ctrl-C left it
                 raise KeyboardInterrupt
             circuit = circuit_of(result, n_edges, **how)
-            figures = judged(loaded, circuit, judged_on, settings.get("ablation"))
+            figures = evaluate_found(loaded, circuit, judged_on, settings.get("ablation"))
         except KeyError as error:
             if "edges" not in settings:
                 raise
@@ -70,7 +70,7 @@ def _check_size(model: Any, task: Task, n_edges: int | None, settings: dict[str,
 def _check_kinds(n_edges: Any, absolute: Any, alive: Any) -> None:
     """Raise ValueError for values that `discover` does not write."""
     if n_edges is not None:
-        of_kind(n_edges, int, "n_edges")
+        check_type(n_edges, int, "n_edges")
     if absolute is not None:
-        of_kind(absolute, bool, "absolute")
-    of_kind(alive, bool, "alive")
+        check_type(absolute, bool, "absolute")
+    check_type(alive, bool, "alive")

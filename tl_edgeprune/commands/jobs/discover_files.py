@@ -29,7 +29,7 @@ def circuit_of(
     return None if n_edges is None else found.top(n_edges, absolute=absolute, alive=alive)
 
 
-def judged(
+def evaluate_found(
     model: Any, circuit: Circuit | None, pairs: Task, ablation: Ablation | None
 ) -> Evaluation | None:
     """The circuit's figures, where there is one."""

@@ -30,7 +30,7 @@ from tl_edgeprune.forward.cost_model import (
     masked_backward,
     masked_forward,
     one_circuit,
-    recomputed,
+    recompute_cost,
     reference_run,
     step_bytes,
 )
@@ -40,7 +40,7 @@ from tl_edgeprune.methods.registry import find_method
 UNKNOWN = "known once it is loaded"
 
 
-def pruning(run: Run, tokens: int | None) -> dict[str, Any]:
+def plan_of_prune(run: Run, tokens: int | None) -> dict[str, Any]:
     """What a run of Edge Pruning would be. tokens: of a prompt; None for those of the task."""
     lengths = _lengths(run.inputs, tokens)
     settings, shape = run.settings, shape_of(run.inputs.model)
@@ -63,7 +63,7 @@ def pruning(run: Run, tokens: int | None) -> dict[str, Any]:
     }
 
 
-def discovering(
+def plan_of_discover(
     inputs: Inputs,
     methods: Mapping[str, Mapping[str, Any]],
     sizes: Iterable[int],
@@ -161,7 +161,7 @@ def _work(inputs: Inputs, pairs: int, pos: int) -> Work:
 def _steps(shape: Shape, work: Work, steps: int, recompute: bool) -> Floor:
     """So many forwards and backwards, the reference recorded anew for each."""
     floor = reference_run(shape, work) + masked_forward(shape, work) + masked_backward(shape, work)
-    return _times(floor + recomputed(shape, work) if recompute else floor, steps)
+    return _times(floor + recompute_cost(shape, work) if recompute else floor, steps)
 
 
 def _finding(

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from tl_edgeprune.ablation.kinds import check_ablation
-from tl_edgeprune.commands.common.values import checked, known_name
-from tl_edgeprune.commands.jobs.pruner_settings import made
+from tl_edgeprune.commands.common.values import check_values, known_name
+from tl_edgeprune.commands.jobs.pruner_settings import build_setting
 from tl_edgeprune.methods.registry import find_method
 
 
@@ -21,12 +21,12 @@ def method_settings(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
     values = {}
     for name, value in given.items():
         known_name(option, name, hints)
-        values[name] = made(name, value) if record.trained or name == "ablation" else value
+        values[name] = build_setting(name, value) if record.trained or name == "ablation" else value
         if name == "dtype" and isinstance(value, str):
             values[name] = getattr(torch, value, value)
     if "ablation" in values:
         check_ablation(values["ablation"])
-    return checked(option, values, hints)
+    return check_values(option, values, hints)
 
 
 def runs_settings(methods: Iterable[str], given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -59,4 +59,4 @@ def compared_settings(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
 def _per_size(given: Mapping[str, Any]) -> dict[str, Any]:
     if "per_size" not in given:
         return {}
-    return checked("--set", {"per_size": given["per_size"]}, {"per_size": bool})
+    return check_values("--set", {"per_size": given["per_size"]}, {"per_size": bool})

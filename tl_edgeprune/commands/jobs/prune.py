@@ -14,7 +14,7 @@ from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
-from tl_edgeprune.commands.common.errors import processes
+from tl_edgeprune.commands.common.errors import process_group
 from tl_edgeprune.commands.common.run_folder import (
     AGAIN,
     CHECKPOINT,
@@ -29,21 +29,21 @@ from tl_edgeprune.commands.common.run_folder import (
     Run,
     write_json,
 )
-from tl_edgeprune.commands.jobs.pruner_settings import made
+from tl_edgeprune.commands.jobs.pruner_settings import build_setting
 from tl_edgeprune.evaluation.evaluate import Evaluation, evaluate
 from tl_edgeprune.report import plot_history
 from tl_edgeprune.report.circuit.labels import title_of
 from tl_edgeprune.tasks import Task
 from tl_edgeprune.training.pruner import EdgePruner
 from tl_edgeprune.training.result import PruneResult
-from tl_edgeprune.utils.locks import held
-from tl_edgeprune.utils.reading import damaged
+from tl_edgeprune.utils.locks import locked_folder
+from tl_edgeprune.utils.reading import reporting_damage
 
 
 def pruner_of(run: Run, folder: Path, progress: bool = True) -> EdgePruner:
     """The run's EdgePruner. Raises ValueError for settings that cannot work."""
     return EdgePruner(
-        **{name: made(name, value) for name, value in run.settings.items()},
+        **{name: build_setting(name, value) for name, value in run.settings.items()},
         seed=run.inputs.seed,
         checkpoint=folder / CHECKPOINT,
         progress=progress,
@@ -52,9 +52,13 @@ def pruner_of(run: Run, folder: Path, progress: bool = True) -> EdgePruner:
 
 def train(folder: Path, run: Run, *, new: bool, as_json: bool, progress: bool = True) -> None:
     """Begin the folder's run, or go on with it, and write what it finds."""
-    with nullcontext() if new else damaged(folder / SETTINGS, AGAIN):
+    with nullcontext() if new else reporting_damage(folder / SETTINGS, AGAIN):
         pruner = pruner_of(run, folder, progress=progress and not as_json)
-    with processes() as ranks, held(folder) if ranks.first else nullcontext(), ExitStack() as stack:
+    with (
+        process_group() as ranks,
+        locked_folder(folder) if ranks.first else nullcontext(),
+        ExitStack() as stack,
+    ):
         if new and ranks.first:
             stack.enter_context(run.begun(folder, new=True))
         model = run.inputs.load_model()

@@ -13,7 +13,7 @@ from typing import Any, get_type_hints
 
 from tl_edgeprune.ablation.constants import Constants
 from tl_edgeprune.circuits.scores import EdgeScores
-from tl_edgeprune.commands.common.values import checked, known_name
+from tl_edgeprune.commands.common.values import check_values, known_name
 from tl_edgeprune.training.controllers import ExactBudget, Lagrangian, Penalty
 from tl_edgeprune.training.pruner import EdgePruner, Optimizer
 from tl_edgeprune.training.regularisers import Attachment
@@ -29,7 +29,7 @@ NAMES = tuple(n for n in inspect.signature(EdgePruner).parameters if n not in EL
 SAFETENSORS = ".safetensors"
 
 
-def resolved(given: Mapping[str, Any], *, paper: bool = False) -> dict[str, Any]:
+def resolve_settings(given: Mapping[str, Any], *, paper: bool = False) -> dict[str, Any]:
     """Every setting: those given, over EdgePruner's own or those of `EdgePruner.paper`."""
     new, n_edges = EdgePruner.paper if paper else EdgePruner, given.get("n_edges")
     start = new(n_edges)
@@ -37,17 +37,17 @@ def resolved(given: Mapping[str, Any], *, paper: bool = False) -> dict[str, Any]
         controller = given["controller"]
         if isinstance(controller, Mapping):
             controller = _over(_plain(start.controller), controller)
-        start = new(n_edges, controller=made("controller", controller))
+        start = new(n_edges, controller=build_setting("controller", controller))
     settings = {name: _plain(getattr(start, name)) for name in NAMES}
     for name, value in given.items():
         if isinstance(value, Mapping):
-            settings[name] = _plain(made(name, _over(settings[name], value)))
+            settings[name] = _plain(build_setting(name, _over(settings[name], value)))
         else:
             settings[name] = value
     return settings
 
 
-def made(name: str, value: Any) -> Any:
+def build_setting(name: str, value: Any) -> Any:
     """A setting as EdgePruner takes it. Raises ValueError for one that it does not take."""
     option = f"--{name.replace('_', '-')}"
     if name.endswith("controller") and isinstance(value, str | Mapping):
@@ -77,7 +77,7 @@ def _controller(option: str, values: dict[str, Any]) -> Any:
 
 def _built(option: str, cls: Any, values: Mapping[str, Any]) -> Any:
     hints = get_type_hints(cls)
-    return cls(**checked(option, values, {name: hints[name] for name in _fields(cls)}))
+    return cls(**check_values(option, values, {name: hints[name] for name in _fields(cls)}))
 
 
 def _fields(cls: Any) -> list[str]:

@@ -23,15 +23,15 @@ from tl_edgeprune.ablation.constants import Ablation
 from tl_edgeprune.circuits.circuit import Circuit
 from tl_edgeprune.evaluation.explain.explanation import Explanation, Row
 from tl_edgeprune.evaluation.explain.logit_lens import Score, answer_direction, answer_score
-from tl_edgeprune.evaluation.explain.position_means import Layout, Slots
-from tl_edgeprune.forward.forward_pass import fitting
+from tl_edgeprune.evaluation.explain.position_means import Layout, PositionMeans
+from tl_edgeprune.forward.forward_pass import reference_for
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.graph.names import kind_of
-from tl_edgeprune.hooks.attach import attached
+from tl_edgeprune.hooks.attach import hooks_attached
 from tl_edgeprune.objectives import Objective
 from tl_edgeprune.runs.session import open_session
-from tl_edgeprune.runs.targets import Lesson
+from tl_edgeprune.runs.targets import TargetBatch
 from tl_edgeprune.search.cuts import find_cuts
 from tl_edgeprune.search.edge_effects import each_effect
 from tl_edgeprune.tasks.task import Task
@@ -94,8 +94,8 @@ def explain(
                 bar.update(len(chunk))
         heads = _heads_at_the_ends(circuit, explained)
         circuit_run = _CircuitRun(session.run, circuit, heads, answer_score(task))
-        for lesson in cuts.lessons:
-            circuit_run.add(lesson)
+        for target_batch in cuts.target_batches:
+            circuit_run.add(target_batch)
     about = session.metadata | {"value": cuts.value, "score": circuit_run.score}
     text_of = _text_of(getattr(model, "tokenizer", None))
     texts = _RowText(circuit_run, text_of, circuit.graph)
@@ -114,22 +114,22 @@ class _CircuitRun:
         self.run, self.graph, self.answers = run, run.graph, score
         self.heads = tuple(heads)
         self.mask = circuit.mask.to(run.device)
-        self.slots = Slots()
+        self.slots = PositionMeans()
         self._effects: list[Float[Tensor, "source pair"]] = []
         self._scores: list[Float[Tensor, " pair"]] = []
 
     @torch.no_grad()
-    def add(self, lesson: Lesson) -> None:
+    def add(self, target_batch: TargetBatch) -> None:
         """Run one batch of pairs, and add it to the means."""
-        batch = lesson.batch
+        batch = target_batch.batch
         patterns: dict[int, Tensor] = {}  # by layer
         layers = sorted({_layer_and_head(head)[0] for head in self.heads})
         with ExitStack() as undo:
             points = [(f"blocks.{n}.attn.hook_pattern", _keep_pattern(patterns, n)) for n in layers]
-            undo.enter_context(attached(self.run.model, points))
-            differences = self.run.differences(batch.clean, lesson.reference, self.mask)
+            undo.enter_context(hooks_attached(self.run.model, points))
+            differences = self.run.differences(batch.clean, target_batch.reference, self.mask)
         differences = differences.unflatten(1, batch.clean.shape)  # [source, pair, pos, d_model]
-        self._add_direct_effects(lesson, differences)
+        self._add_direct_effects(target_batch, differences)
         sizes = differences.float().square().sum(-1).transpose(0, 1)  # [pair, source, pos]
         total = sizes.sum(-1, keepdim=True)
         values = {"carries": torch.where(total > 0, sizes / total, 0.0)}
@@ -140,13 +140,13 @@ class _CircuitRun:
                 values[head] = patterns[layer][:, number].gather(1, index)  # [pair, read, pos]
         self.slots.add(batch, values)
 
-    def _add_direct_effects(self, lesson: Lesson, differences: Tensor) -> None:
+    def _add_direct_effects(self, target_batch: TargetBatch, differences: Tensor) -> None:
         if self.answers is None:
             return
-        batch = lesson.batch
+        batch = target_batch.batch
         index = batch.positions[..., None].expand(-1, -1, differences.shape[-1])
         carried = torch.stack([source.gather(1, index) for source in differences])
-        stream = fitting(lesson.reference, batch.clean).streams[-1].gather(1, index)
+        stream = reference_for(target_batch.reference, batch.clean).streams[-1].gather(1, index)
         into_logits = self.mask[self.graph.reads[-1].edges].to(carried)
         x = stream + torch.einsum("s,sbrd->brd", into_logits, carried)
         scores, direction = answer_direction(self.run.model, x, batch, self.answers)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tl_edgeprune.utils.lazy import late
-from tl_edgeprune.utils.reading import damaged, of_format, of_kind, read_json
+from tl_edgeprune.utils.reading import check_type, of_format, read_json, reporting_damage
 from tl_edgeprune.utils.writing import write_whole
 
 FORMAT = 1
@@ -103,10 +103,10 @@ class Explanation:
         """Read what `save` wrote as .json. Raises ValueError for any other file."""
         document = read_json(path, "explanation", HINT)
         document = of_format(document, path, "explanation", kind=KIND, format=FORMAT, hint=HINT)
-        with damaged(path):
-            rows = tuple(_filled(row) for row in of_kind(document["edges"], list, "edges"))
-            patterns = tuple(map(_pattern, of_kind(document["patterns"], list, "patterns")))
-            return cls(rows, patterns, of_kind(document["about"], dict, "about"))
+        with reporting_damage(path):
+            rows = tuple(_filled(row) for row in check_type(document["edges"], list, "edges"))
+            patterns = tuple(map(_pattern, check_type(document["patterns"], list, "patterns")))
+            return cls(rows, patterns, check_type(document["about"], dict, "about"))
 
     def __repr__(self) -> str:
         about = self.about
@@ -126,11 +126,11 @@ def _filled(row: Any) -> Row:
     kinds = {name: float if name in ("rise", "direct_effect") else str for name in COLUMNS}
     empty: dict[type, float | str] = {float: math.nan, str: ""}
     return {
-        name: empty[kind] if row[name] is None else of_kind(row[name], kind, name)
+        name: empty[kind] if row[name] is None else check_type(row[name], kind, name)
         for name, kind in kinds.items()
     }
 
 
 def _pattern(row: Any) -> Row:
     kinds = {"head": str, "token": str, "weight": float}
-    return {name: of_kind(row[name], kinds.get(name, int), name) for name in PATTERN_COLUMNS}
+    return {name: check_type(row[name], kinds.get(name, int), name) for name in PATTERN_COLUMNS}

@@ -39,7 +39,7 @@ class Layout:
         return [f"{n}[{at}]" if names.count(n) > 1 else n for at, n in enumerate(names)]
 
 
-class Slots:
+class PositionMeans:
     """Layouts, filled batch by batch."""
 
     def __init__(self) -> None:

@@ -35,7 +35,7 @@ from tl_edgeprune.report.circuit.layout import (
     Layout,
     circuit_layout,
 )
-from tl_edgeprune.report.plots.history_curves import curves_of, thinned
+from tl_edgeprune.report.plots.history_curves import curves_of, thin_out
 
 CURVE_POINTS = 300  # training steps on a page, at most
 
@@ -177,7 +177,7 @@ def page_of(
             for label, each, live, lines in zip(labels, drawn, alive, figures, strict=True)
         ],
         first=order.index(0),
-        curves=thinned(curves_of(history), CURVE_POINTS) if history else None,
+        curves=thin_out(curves_of(history), CURVE_POINTS) if history else None,
         settings=setting_lines(_settings(circuit) if settings is None else settings),
     )
 

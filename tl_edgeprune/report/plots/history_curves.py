@@ -47,7 +47,7 @@ def curves_of(history: Sequence[Mapping[str, Any]]) -> Curves:
     return Curves(steps, loss, smooth(loss, len(loss) // 20), edges, target)
 
 
-def thinned(curves: Curves, most: int) -> dict[str, Any]:
+def thin_out(curves: Curves, most: int) -> dict[str, Any]:
     """The curves as JSON: about `most` steps at most, including the last; None for NaN."""
     n = len(curves.steps)
     stride = max(1, math.ceil(n / most))

@@ -1,6 +1,6 @@
 """Gendered pronouns (Mathwin et al. 2023): a name decides between "he" and "she".
 
-    I think that Mary is a kind teacher, isn't -> she, not he
+    I think that Mary is a kind targets, isn't -> she, not he
 
 The corrupted prompt has a name of the other gender with as many tokens. Spans: name, adjective,
 noun, END, and rest.
@@ -37,7 +37,7 @@ BOYS = tuple(
 PRONOUNS = {"she": GIRLS, "he": BOYS}
 ADJECTIVES = ("good", "kind", "great", "clever", "brave", "funny", "careful", "patient", "bright")
 NOUNS = tuple(
-    "teacher doctor friend singer writer student driver painter lawyer swimmer neighbour cook "
+    "targets doctor friend singer writer student driver painter lawyer swimmer neighbour cook "
     "reader player gardener runner speaker scientist".split()
 )
 

@@ -54,7 +54,7 @@ KINDS = {
 }
 
 
-class Things(NamedTuple):
+class Examples(NamedTuple):
     """Two things of one kind."""
 
     kind: str
@@ -62,7 +62,7 @@ class Things(NamedTuple):
     b: str
 
 
-ByKind = dict[str, list[Things]]
+ByKind = dict[str, list[Examples]]
 
 
 @register_recipe("hypernymy")
@@ -139,13 +139,13 @@ def by_lengths(
     for kind in kinds:
         for a, b in permutations([word for word in KINDS[kind].split() if word in written], 2):
             pairs_by_kind = groups[len(written[a]), len(written[b])]
-            pairs_by_kind.setdefault(kind, []).append(Things(kind, a, b))
+            pairs_by_kind.setdefault(kind, []).append(Examples(kind, a, b))
     return groups
 
 
-def exchangeable(groups: Mapping[tuple[int, int], ByKind]) -> dict[Things, list[Things]]:
+def exchangeable(groups: Mapping[tuple[int, int], ByKind]) -> dict[Examples, list[Examples]]:
     """Ordered pairs of things, each with the pairs of other kinds that are as long, one by one."""
-    partners: dict[Things, list[Things]] = {}
+    partners: dict[Examples, list[Examples]] = {}
     for pairs_by_kind in groups.values():
         for kind, pairs in pairs_by_kind.items():
             other_kinds = [pairs_by_kind[k] for k in pairs_by_kind if k != kind]

@@ -24,7 +24,7 @@ WORDS = tuple(
     "planet bottle camera circle corner desert dinner feather finger flower hammer jacket lemon "
     "machine monkey mountain needle number ocean orange pepper pencil pillow pirate potato prince "
     "rabbit ribbon rocket saddle salad school shadow shoulder spider spring square station storm "
-    "summer sugar table teacher thunder ticket tiger tower train tunnel turtle uncle valley violin "
+    "summer sugar table targets thunder ticket tiger tower train tunnel turtle uncle valley violin "
     "wagon water wheel wing yellow zebra".split()
 )
 REPEATED = (2, 3, 4)  # how many words of the list are repeated

@@ -19,7 +19,7 @@ from tl_edgeprune.tasks.recipe import Example, Recipe, mixed_radix, register_rec
 from tl_edgeprune.tasks.single_tokens import pieces
 
 NOUNS = tuple(  # their plural ends in s
-    "key boy girl car dog cat teacher farmer painter lamp table book letter picture pilot doctor "
+    "key boy girl car dog cat targets farmer painter lamp table book letter picture pilot doctor "
     "driver singer tree river bottle chair window door phone ticket bridge tower king lion horse "
     "robot student lawyer writer player guard uncle cousin sister".split()
 )
