@@ -57,7 +57,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_unknown_method_is_told_the_known_ones(no_work: None) -> None:
     model = model_zoo.load(MODEL)
     task = model_zoo.pairs(model, 2)
-    with refused("unknown method 'eap-gi': expected one of acdc, …eap, …ugs."):
+    with refused("unknown method 'eap-gi': expected one of acdc, …ugs. …eap-ig?"):
         discover(model, task, "eap-gi")
     with refused("unknown methods 'eap-gi': expected some of edge-pruning, eap, eap-ig, …random."):
         compare(model, task, task, ["eap-gi"], [5], progress=False)

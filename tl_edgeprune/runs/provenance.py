@@ -48,6 +48,7 @@ def check_origin(
         )
         raise ValueError(
             f"the {what} was found under {' and '.join(fixed_kinds)} ablation on a model with "
-            f"{found_on} norm weights, and this model's are {'' if is_folded(model) else 'un'}folded: "
-            "what an ablated source leaves differs between the two. Load the model as it was then."
+            f"{found_on} norm weights, and this model's are "
+            f"{'' if is_folded(model) else 'un'}folded: what an ablated source leaves differs "
+            "between the two. Load the model as it was then."
         )
