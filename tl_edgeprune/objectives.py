@@ -13,7 +13,7 @@ from typing import Protocol, runtime_checkable
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_edgeprune.tasks.answer_logits import _at, _log_softmax, logit_diff, prob_diff
+from tl_edgeprune.tasks.answer_logits import log_probabilities, logit_diff, prob_diff, values_at
 from tl_edgeprune.tasks.batch import Batch
 from tl_edgeprune.tasks.task import Task
 
@@ -29,7 +29,7 @@ def kl(
     logits: Float[Tensor, "batch read vocab"], full: Float[Tensor, "batch read vocab"], batch: Batch
 ) -> Float[Tensor, " batch"]:
     """KL(full model || circuit), mean over read positions, in nats (Bhaskar et al. 2024, eq. 4)."""
-    log_full, log_circuit = _log_softmax(full), _log_softmax(logits)
+    log_full, log_circuit = log_probabilities(full), log_probabilities(logits)
     return (log_full.exp() * (log_full - log_circuit)).sum(-1).mean(-1)
 
 
@@ -53,7 +53,7 @@ def negative_log_prob(
     logits: Float[Tensor, "batch read vocab"], full: Tensor, batch: Batch
 ) -> Float[Tensor, " batch"]:
     """Minus the log-probability of the answer's tokens, mean over read positions, in nats."""
-    return -_at(_log_softmax(logits), batch.answers).mean(-1)
+    return -values_at(log_probabilities(logits), batch.answers).mean(-1)
 
 
 def negative_prob_diff(

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
+from tl_edgeprune.graph.names import split_edge
 from tl_edgeprune.siit.causal import CausalModel
 from tl_edgeprune.siit.network import State, fresh_weights, run
 from tl_edgeprune.utils.grad_mode import needs_gradients
@@ -49,7 +50,7 @@ class Draws:
         self.causal = causal
         self.generator = torch.Generator().manual_seed(seed)
         self.circuit = torch.tensor([causal.graph.index(edge) for edge in causal.edges])
-        sources = [edge.partition("->")[0] for edge in causal.edges]
+        sources = [split_edge(edge)[0] for edge in causal.edges]
         self.from_same = torch.tensor([[a == b for b in sources] for a in sources])
 
     def prompts(self, n: int) -> Tensor:

@@ -11,8 +11,8 @@ from tl_edgeprune.tasks.batch import NO_TOKEN, Batch
 
 def logit_diff(logits: Float[Tensor, "batch read vocab"], batch: Batch) -> Float[Tensor, " batch"]:
     """Logit of the answer minus logit of the distractor, in logits."""
-    answer = _at(logits, batch.answers)
-    return (answer - _at(logits, batch.distractors)).squeeze(1)
+    answer = values_at(logits, batch.answers)
+    return (answer - values_at(logits, batch.distractors)).squeeze(1)
 
 
 def prob_diff(logits: Float[Tensor, "batch read vocab"], batch: Batch) -> Float[Tensor, " batch"]:
@@ -21,11 +21,13 @@ def prob_diff(logits: Float[Tensor, "batch read vocab"], batch: Batch) -> Float[
     At the single read position. Hanna, Liu and Variengien 2023, "How does GPT-2 compute
     greater-than?".
     """
-    probabilities = _log_softmax(logits)[:, 0].exp()
+    probabilities = log_probabilities(logits)[:, 0].exp()
     return _mass(probabilities, batch.right) - _mass(probabilities, batch.wrong)
 
 
-def _log_softmax(logits: Float[Tensor, "batch read vocab"]) -> Float[Tensor, "batch read vocab"]:
+def log_probabilities(
+    logits: Float[Tensor, "batch read vocab"],
+) -> Float[Tensor, "batch read vocab"]:
     """Log probabilities, in float32 at least: half precision is too coarse.
 
     Raises ValueError for a single output, whose probability is always 1.
@@ -38,7 +40,10 @@ def _log_softmax(logits: Float[Tensor, "batch read vocab"]) -> Float[Tensor, "ba
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 
-def _at(values: Float[Tensor, "batch read vocab"], tokens: Int[Tensor, "batch read"]) -> Tensor:
+def values_at(
+    values: Float[Tensor, "batch read vocab"], tokens: Int[Tensor, "batch read"]
+) -> Tensor:
+    """The values of the given tokens, [batch, read]."""
     return torch.gather(values, 2, tokens.to(values.device).unsqueeze(-1)).squeeze(-1)
 
 

@@ -27,8 +27,7 @@ from tl_edgeprune.evaluation.explain.position_means import Layout, PositionMeans
 from tl_edgeprune.forward.forward_pass import reference_for
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.graph.edge_graph import EdgeGraph
-from tl_edgeprune.graph.names import kind_of
-from tl_edgeprune.hooks.attach import hooks_attached
+from tl_edgeprune.graph.names import kind_of, split_edge
 from tl_edgeprune.objectives import Objective
 from tl_edgeprune.runs.session import open_session
 from tl_edgeprune.runs.targets import TargetBatch
@@ -203,7 +202,7 @@ class _RowText:
 
     def row(self, edge: int, rise: float) -> Row:
         name = self.graph.edges[edge]
-        source, _, destination = name.partition("->")
+        source, destination = split_edge(name)
         index, kind = self.source_index[source], kind_of(destination)
         into = self.graph.owner(destination) if kind not in ("mlp", "logits") else ()
         return {
@@ -253,7 +252,7 @@ def _heads_at_the_ends(circuit: Circuit, edges: Sequence[int]) -> list[str]:
     """The heads that the edges leave or enter, in the graph's order."""
     graph, ends = circuit.graph, set()
     for edge in edges:
-        source, _, destination = graph.edges[edge].partition("->")
+        source, destination = split_edge(graph.edges[edge])
         ends |= {source, *graph.owner(destination)}
     return [name for name in graph.sources if name in ends and name.startswith("a")]
 
