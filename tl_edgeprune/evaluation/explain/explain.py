@@ -28,6 +28,7 @@ from tl_edgeprune.forward.forward_pass import reference_for
 from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.graph.names import kind_of, split_edge
+from tl_edgeprune.hooks.attach import hooks_attached
 from tl_edgeprune.objectives import Objective
 from tl_edgeprune.runs.session import open_session
 from tl_edgeprune.runs.targets import TargetBatch
