@@ -76,7 +76,7 @@ def evaluation_rows(model: Any, task: Task) -> Steps:
     def circuit() -> float:
         with torch.no_grad(), MaskedModel.attach(model, graph) as run:
             given = run.reference("counterfactual", corrupted=batch.corrupted)
-            return seconds(lambda: run(batch.clean, mask, given, batch.positions))
+            return seconds(lambda: run(batch.clean, mask, given, batch.read_positions))
 
     return {"reference run": reference, "a circuit": circuit}
 

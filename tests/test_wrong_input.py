@@ -189,7 +189,7 @@ def test_positions_that_do_not_fit(name: str) -> None:
         (torch.tensor([[-1], [2]]), "positions go from -1 to 2, expected 0 to 6"),
         (torch.tensor([[1], [2], [3]]), "positions has shape (3, 1), expected whole numbers [2,"),
     ):
-        with masked(model, ones(model), ablation="zero", positions=positions):
+        with masked(model, ones(model), ablation="zero", read_positions=positions):
             with refused(message):
                 model(clean)
 
@@ -199,7 +199,7 @@ def test_losses_of_some_positions(name: str) -> None:
     """A loss compares each position with the next token: it has no meaning for a few of them."""
     model = model_zoo.load(name)
     positions = torch.tensor([[6, 1], [2, 3]])
-    with masked(model, ones(model), ablation="zero", positions=positions):
+    with masked(model, ones(model), ablation="zero", read_positions=positions):
         for return_type in ("loss", "both"):
             with refused("a loss needs the logits at every position"):
                 model(model_zoo.tokens(model), return_type=return_type)

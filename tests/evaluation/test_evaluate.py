@@ -77,7 +77,7 @@ def by_hand(model, circuit: Circuit, task: Task, **ablation) -> dict[str, float]
     for pair in range(len(task)):
         clean, corrupted = task.clean[pair][None], task.corrupted[pair][None]
         own = {} if ablation else {"corrupted": corrupted}
-        read = task.positions[pair]
+        read = task.read_positions[pair]
         with torch.no_grad():
             full = model(clean)[0, read].double()
             with masked(model, circuit, **own, **ablation):
@@ -175,7 +175,7 @@ def test_faithfulness_is_by_the_tasks_own_objective():
     for run in (None, circuit, nothing):
         found = []
         for clean, corrupted, read, answer in zip(
-            task.clean, task.corrupted, task.positions, task.answers, strict=True
+            task.clean, task.corrupted, task.read_positions, task.answers, strict=True
         ):
             with nullcontext() if run is None else masked(model, run, corrupted=corrupted[None]):
                 logits = model(clean[None])[0, read]
@@ -243,7 +243,7 @@ def test_one_number_has_no_probabilities(objective):
     task = dataclasses.replace(
         numbers,
         objective=objective,
-        answers=[torch.zeros(len(p), dtype=torch.long) for p in numbers.positions],
+        answers=[torch.zeros(len(p), dtype=torch.long) for p in numbers.read_positions],
     )
     circuit = Circuit.from_edges(EdgeGraph.from_model(model), ["input->m0", "m0->a1.h0<v>"])
     assert evaluate(model, circuit, task) == evaluate(model, circuit, numbers)

@@ -231,7 +231,7 @@ def test_pairs_of_a_batch_may_be_read_at_different_positions():
     task = Task("reads", clean, clean, [torch.tensor([1]), torch.tensor([2]), torch.tensor([1])])
     slots = PositionMeans()
     for batch in task.batches(8):
-        slots.add(batch, {"at": batch.positions.double().expand(-1, 3)})
+        slots.add(batch, {"at": batch.read_positions.double().expand(-1, 3)})
     found = {
         tuple(x.read.tolist()): (x.n_pairs, x.means["at"][0].item()) for x in slots.layouts.values()
     }

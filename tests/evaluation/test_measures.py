@@ -115,7 +115,7 @@ def test_sets_follow_their_pairs():
     assert long.to("cpu").right.tolist() == [[2, 3, 4], [0, 1, NO_TOKEN]]
     assert next(years([([], [])]).batches(1)).right is None
     aligned = Task.aligned(
-        "years", [*task.clean[:1], torch.tensor([1])], task.corrupted[:2], task.positions[:2],
+        "years", [*task.clean[:1], torch.tensor([1])], task.corrupted[:2], task.read_positions[:2],
         right=task.right[:2], wrong=task.wrong[:2],
     )  # fmt: skip
     assert [tokens.tolist() for tokens in aligned.right] == [[1]]

@@ -342,7 +342,7 @@ def test_positions_choose_among_the_logits(
     results = []
     for wanted in (None, positions):
         mask = random_mask(model, graph, seed).requires_grad_()
-        with masked(model, mask, **options(model, "counterfactual"), positions=wanted):
+        with masked(model, mask, **options(model, "counterfactual"), read_positions=wanted):
             logits = model(clean)
         if wanted is None:
             logits = logits.gather(1, positions[..., None].expand(-1, -1, logits.shape[-1]))

@@ -48,16 +48,18 @@ def gradients(
 @given(
     seed=st.integers(0, 2**16),
     ablation=st.sampled_from(["counterfactual", "zero", "zero-with-biases", "mean-positional"]),
-    positions=st.sampled_from([None, torch.tensor([[6], [6]]), torch.tensor([[2, 5], [3, 3]])]),
+    read_positions=st.sampled_from(
+        [None, torch.tensor([[6], [6]]), torch.tensor([[2, 5], [3, 3]])]
+    ),
 )
 def test_gradients_are_those_without_recomputation(
-    name: str, seed: int, ablation: str, positions: Tensor | None
+    name: str, seed: int, ablation: str, read_positions: Tensor | None
 ) -> None:
     model = model_zoo.load(name)
     graph = EdgeGraph.from_model(model)
     mask = random_mask(model, graph, seed).float()
     both = [
-        gradients(kind, model, graph, mask, ablation, positions=positions)
+        gradients(kind, model, graph, mask, ablation, read_positions=read_positions)
         for kind in (MaskedModel, RecomputedModel)
     ]
     for theirs, mine in zip(*both, strict=True):

@@ -163,7 +163,7 @@ def naive_value(model: Any, task: Task, mask: Tensor, ablation: str, graph: Edge
     losses = []
     for batch in task.batches(1):
         other = {"corrupted": batch.corrupted} if ablation == "counterfactual" else {}
-        place = batch.positions.unsqueeze(-1)
+        place = batch.read_positions.unsqueeze(-1)
         with torch.no_grad():
             full = model(batch.clean)
             with masked(model, mask, ablation=ablation, graph=graph, **other):

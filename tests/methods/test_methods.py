@@ -197,7 +197,7 @@ def effects(stories: Any, she_he: Task) -> tuple[Tensor, Tensor]:
 
             def loss(mask: Tensor, target_batch: Any = target_batch) -> Tensor:
                 batch = target_batch.batch
-                logits = run(batch.clean, mask, target_batch.reference, batch.positions)
+                logits = run(batch.clean, mask, target_batch.reference, batch.read_positions)
                 return loss_of(logits, target_batch.full, batch).sum()
 
             whole = loss(torch.ones(graph.n_edges))

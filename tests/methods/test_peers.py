@@ -191,7 +191,7 @@ def test_transformer_lens_gives_the_same_attribution(
 
 
 def _read(task: Task) -> tuple[Any, Any, Any]:
-    return task.positions, task.answers, task.distractors
+    return task.read_positions, task.answers, task.distractors
 
 
 def _vector(values: dict[str, float], names: Any) -> Tensor:

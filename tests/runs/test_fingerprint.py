@@ -45,7 +45,7 @@ def task(model: Any) -> Task:
 CHANGES: dict[str, Any] = {
     "clean": lambda t: {"clean": t.corrupted, "corrupted": t.clean},
     "corrupted": lambda t: {"corrupted": t.clean},
-    "positions": lambda t: {"positions": [p - 1 for p in t.positions]},
+    "read_positions": lambda t: {"read_positions": [p - 1 for p in t.read_positions]},
     "answers": lambda t: {"answers": t.distractors, "distractors": t.answers},
     "right": lambda t: {"right": t.wrong, "wrong": t.right},
     "objective": lambda t: {"objective": "logit-diff"},

@@ -129,7 +129,7 @@ def test_ioi_pairs_go_by_their_place_and_clean_prompts_differ():
     )
     cut = replace(stream, chunk_size=30).chunk(8)
     whole = stream.chunk(0)
-    for field in ("clean", "corrupted", "positions", "answers", "distractors"):
+    for field in ("clean", "corrupted", "read_positions", "answers", "distractors"):
         for ours, theirs in zip(getattr(cut, field), getattr(whole, field)[240:270], strict=True):
             assert ours.equal(theirs)
     assert cut.groups == whole.groups[240:270] and len(set(whole.groups)) > 20
@@ -185,7 +185,7 @@ def test_a_streamed_file_has_the_pairs_of_the_file(tmp_path, split):
         cut = replace(stream, chunk_size=size)
         for index in reversed(range(cut.n_chunks)):
             chunk = cut.chunk(index)
-            for field in ("clean", "corrupted", "positions", "answers", "distractors"):
+            for field in ("clean", "corrupted", "read_positions", "answers", "distractors"):
                 part = getattr(whole, field)[size * index : size * index + size]
                 assert all(a.equal(b) for a, b in zip(getattr(chunk, field), part, strict=True))
 
@@ -223,7 +223,9 @@ def test_a_teacher_gives_the_same_kept_or_anew(visits):
         for batch in task.batches(3, shuffle=True):
             target_batch = targets.prepare(batch)
             logits = model(batch.clean)
-            read = logits.gather(1, batch.positions[..., None].expand(-1, -1, logits.shape[-1]))
+            read = logits.gather(
+                1, batch.read_positions[..., None].expand(-1, -1, logits.shape[-1])
+            )
             torch.testing.assert_close(target_batch.full, read, atol=1e-5, rtol=1e-5)
             reference = run.reference("counterfactual", corrupted=batch.corrupted)
             torch.testing.assert_close(target_batch.reference.streams, reference.streams)

@@ -43,7 +43,7 @@ def rows(tensors) -> list[tuple[int, ...]]:
 
 
 def contents(task) -> list:
-    fields = ("clean", "corrupted", "positions", "answers", "distractors", "right", "wrong")
+    fields = ("clean", "corrupted", "read_positions", "answers", "distractors", "right", "wrong")
     return [rows(getattr(task, field)) for field in fields] + [task.groups]
 
 
@@ -73,7 +73,7 @@ def test_pairs_are_of_one_length_and_read_at_the_end(name, options, kind, seed, 
     assert len(task) == len(set(rows(task.clean))) == n
     assert all(len(a) == len(b) for a, b in zip(task.clean, task.corrupted, strict=True))
     assert all(a != b for a, b in zip(rows(task.clean), rows(task.corrupted), strict=True))
-    assert rows(task.positions) == [(len(tokens) - 1,) for tokens in task.clean]
+    assert rows(task.read_positions) == [(len(tokens) - 1,) for tokens in task.clean]
     assert all(task.groups) and task.objective == "kl" and not task.prepend_bos
     expected = "prob-diff" if name in WITH_SETS else "logit-diff"
     assert task.metric == expected
@@ -122,7 +122,7 @@ def test_bos_is_prepended_where_asked():
         bos = model.tokenizer.bos_token_id
         assert rows(with_bos.clean) == [(bos, *tokens) for tokens in rows(plain.clean)]
         assert rows(with_bos.corrupted) == [(bos, *tokens) for tokens in rows(plain.corrupted)]
-        assert rows(with_bos.positions) == [(p + 1,) for (p,) in rows(plain.positions)]
+        assert rows(with_bos.read_positions) == [(p + 1,) for (p,) in rows(plain.read_positions)]
         assert contents(plain)[3:] == contents(with_bos)[3:] and with_bos.prepend_bos
 
 

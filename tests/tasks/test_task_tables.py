@@ -22,7 +22,7 @@ FILLED = [{"right": None, "wrong": None, "split": None} | row for row in ROWS]  
 
 
 def contents(task: Task) -> list:
-    fields = ("clean", "corrupted", "positions", "answers", "distractors", "right", "wrong")
+    fields = ("clean", "corrupted", "read_positions", "answers", "distractors", "right", "wrong")
     return [[tokens.tolist() for tokens in getattr(task, field)] for field in fields]
 
 

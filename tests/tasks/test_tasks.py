@@ -14,7 +14,7 @@ from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from tl_edgeprune import Circuit, EdgeGraph, discover, evaluate, models, tasks
+from tl_edgeprune import Circuit, EdgeGraph, discover, evaluate, masked, models, tasks
 from tl_edgeprune.models import smollm2, tracr
 from tl_edgeprune.tasks import Task
 from tl_edgeprune.tasks.library import ioi
@@ -35,7 +35,7 @@ def number_task(prompts: list[list[int]]) -> Task:
         "numbers",
         clean,
         [tokens + 100 for tokens in clean],
-        positions=[torch.tensor([len(tokens) - 1]) for tokens in clean],
+        read_positions=[torch.tensor([len(tokens) - 1]) for tokens in clean],
         answers=[tokens[-1:] for tokens in clean],
         groups=tuple(f"length-{len(tokens)}" for tokens in clean),
     )
@@ -80,7 +80,7 @@ def test_batches_hold_every_pair_once_unpadded(prompts, size, shuffle, seed):
         assert 1 <= len(batch) <= size and batch.clean.shape == batch.corrupted.shape
         assert batch.distractors.shape == (len(batch), 0)
         for row, pair in enumerate(batch.indices.tolist()):
-            for field in ("clean", "corrupted", "positions", "answers"):
+            for field in ("clean", "corrupted", "read_positions", "answers"):
                 assert torch.equal(getattr(batch, field)[row], getattr(task, field)[pair])
         seen += batch.indices.tolist()
     assert sorted(seen) == list(range(len(task)))
@@ -106,20 +106,20 @@ def test_slices_and_subsets_keep_pairs_together():
 PAIR = {
     "clean": [torch.tensor([1, 2, 3])],
     "corrupted": [torch.tensor([4, 5, 6])],
-    "positions": [torch.tensor([1, 2])],
+    "read_positions": [torch.tensor([1, 2])],
 }
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"clean": [], "corrupted": [], "positions": []}, "no prompt pairs"),
+        ({"clean": [], "corrupted": [], "read_positions": []}, "no prompt pairs"),
         ({"corrupted": []}, "1 clean prompts, but 0 corrupted"),
-        ({"positions": [torch.tensor([3])]}, r"\[3\], expected .* 0 to 2"),
-        ({"positions": [torch.tensor([-1])]}, "from 0 to 2"),
-        ({"positions": [torch.tensor([2, 1])]}, "rising"),
-        ({"positions": [torch.tensor([1, 1])]}, "rising"),
-        ({"positions": [torch.tensor([], dtype=torch.long)]}, "one or more"),
+        ({"read_positions": [torch.tensor([3])]}, r"\[3\], expected .* 0 to 2"),
+        ({"read_positions": [torch.tensor([-1])]}, "from 0 to 2"),
+        ({"read_positions": [torch.tensor([2, 1])]}, "rising"),
+        ({"read_positions": [torch.tensor([1, 1])]}, "rising"),
+        ({"read_positions": [torch.tensor([], dtype=torch.long)]}, "one or more"),
         ({"answers": [torch.tensor([7])]}, "1 answers for 2 read positions"),
         ({"distractors": [torch.tensor([7, 8, 9])]}, "3 distractors for 2 read"),
         ({"groups": ("a", "b")}, "2 groups"),
@@ -138,7 +138,7 @@ def test_lengths_that_differ_name_the_pair_and_can_be_dropped():
         Task("ragged", clean, corrupted, positions)
     assert "Task.aligned()" in str(error.value)
     task = Task.aligned("ragged", clean, corrupted, positions, groups=("a", "b", "c"))
-    assert task.groups == ("a", "c") and rows(task.positions) == [(0,), (1,)]
+    assert task.groups == ("a", "c") and rows(task.read_positions) == [(0,), (1,)]
 
 
 # --------------------------------------------------------------------------------------- registry
@@ -165,7 +165,7 @@ def test_tracr_tasks_use_every_prompt_before_any_again(name, possible):
     pairs = list(zip(rows(task.clean), rows(task.corrupted), strict=True))
     assert len(set(rows(task[:possible].clean))) == possible
     assert len(set(pairs)) == 2 * possible and all(a != b for a, b in pairs)
-    assert rows(task.positions) == [tuple(range(1, len(tokens))) for tokens in task.clean]
+    assert rows(task.read_positions) == [tuple(range(1, len(tokens))) for tokens in task.clean]
     assert task.objective == "mse" and task.prepend_bos
     assert len({len(tokens) for tokens in task[:10].clean}) == 5  # lengths take turns
     bos = tracr.read_config(name)["bos"]
@@ -177,7 +177,9 @@ def test_reverse_has_the_models_own_answers():
     for batch in tasks.load("tracr-reverse", model, n=100).batches(32):
         with torch.no_grad():
             logits = model(batch.clean)
-        read = logits.gather(1, batch.positions[..., None].expand(-1, -1, 3))  # [batch, read, 3]
+        read = logits.gather(
+            1, batch.read_positions[..., None].expand(-1, -1, 3)
+        )  # [batch, read, 3]
         assert torch.equal(read.argmax(-1), batch.answers)
 
 
@@ -213,7 +215,7 @@ def test_ioi_pairs_differ_in_the_three_names_alone(model, seed, name):
         assert len(set(others)) == 3 and not set(others) & set(used)
         first_two = [answer, distractor] if "ABBA" in task.groups[pair] else [distractor, answer]
         assert used == [*first_two, distractor] and answer != distractor
-        assert task.positions[pair].tolist() == [len(clean) - 1]
+        assert task.read_positions[pair].tolist() == [len(clean) - 1]
     first, second = task.split(0.5, seed)
     assert not set(rows(first.clean)) & set(rows(second.clean)) and len(first) == len(second)
 
@@ -292,7 +294,7 @@ def test_one_token_answers_are_read_at_the_last_position(tmp_path):
     task = tasks.from_jsonl(write(tmp_path, pair), Texts())
     assert rows(task.clean) == [ids("Mary met John thanked")] and task.name == "pairs"
     assert rows(task.corrupted) == [ids("Anna met Paul thanked")]
-    assert rows(task.positions) == [(3,)] and not task.prepend_bos
+    assert rows(task.read_positions) == [(3,)] and not task.prepend_bos
     assert (rows(task.answers), rows(task.distractors)) == ([ids("Mary")], [ids("Eva")])
 
 
@@ -306,7 +308,7 @@ def test_longer_answers_are_teacher_forced(tmp_path):
     task = tasks.from_jsonl(path, Texts(), prepend_bos=True)
     assert rows(task.clean) == [(1, *ids("Mary met New"))] * 2
     assert rows(task.corrupted) == [(1, *ids("Anna met Los")), (1, *ids("Anna met New"))]
-    assert rows(task.positions) == [(2, 3)] * 2 and rows(task.answers) == [ids("New York")] * 2
+    assert rows(task.read_positions) == [(2, 3)] * 2 and rows(task.answers) == [ids("New York")] * 2
     assert rows(task.distractors) == [ids("Los Angeles"), ()]
 
 
@@ -322,7 +324,7 @@ def test_sets_of_right_and_wrong_answers(tmp_path):
     plain = {"clean": "Mary met<predict> John</predict>", "corrupted": "Anna met"}
     task = tasks.from_jsonl(write(tmp_path, pair, marked, plain), Texts(), prepend_bos=True)
     assert rows(task.clean[:2]) == [(1, *ids("Mary met John thanked"))] * 2
-    assert rows(task.positions) == [(4,), (4,), (2,)]
+    assert rows(task.read_positions) == [(4,), (4,), (2,)]
     assert rows(task.right) == [ids("Mary Anna")] * 2 + [()]
     assert rows(task.wrong) == [ids("John Paul Eva")] * 2 + [()]
     assert rows(task.answers) == [(), ids("Luke"), ids("John")]
@@ -448,3 +450,25 @@ def test_too_few_one_token_names_are_reported():
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")  # letters
     with pytest.raises(ValueError, match="has 0; it splits Aaron"):
         ioi.single_token_names(tokenizer)
+
+
+def test_the_former_name_of_read_positions_still_works():
+    prompts = [torch.tensor([1, 2, 3])]
+    with pytest.warns(DeprecationWarning, match="positions is now called read_positions"):
+        task = Task("former", prompts, prompts, positions=[torch.tensor([2])])
+    with pytest.warns(DeprecationWarning, match="positions is now called read_positions"):
+        assert rows(task.positions) == rows(task.read_positions) == [(2,)]
+    batch = next(task.batches(1))
+    with pytest.warns(DeprecationWarning):
+        assert batch.positions.equal(batch.read_positions)
+    read = [torch.tensor([1])]
+    with pytest.warns(DeprecationWarning):
+        assert rows(Task.aligned("b", prompts, prompts, positions=read).read_positions) == [(1,)]
+    with pytest.raises(TypeError, match="are both given"):
+        Task("both", prompts, prompts, read_positions=read, positions=read)
+    model = models.load("tracr-reverse")
+    tokens, last = torch.tensor([[3, 0, 1]]), torch.tensor([[2]])
+    mask = torch.ones(EdgeGraph.from_model(model).n_edges)
+    with pytest.warns(DeprecationWarning):
+        with masked(model, mask, ablation="zero", positions=last):
+            assert model(tokens).shape[1] == 1

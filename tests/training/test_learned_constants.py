@@ -48,7 +48,10 @@ def test_masks_and_constants_have_the_gradients_of_finite_differences(name: str)
 
         def loss() -> torch.Tensor:
             logits = run(
-                target_batch.batch.clean, mask, learned.reference(), target_batch.batch.positions
+                target_batch.batch.clean,
+                mask,
+                learned.reference(),
+                target_batch.batch.read_positions,
             )
             return kl(logits, target_batch.full, target_batch.batch).sum()
 

@@ -53,7 +53,9 @@ def test_the_constants_gradient_is_that_of_finite_differences(name: str) -> None
 
         def loss(constants: Constants) -> torch.Tensor:
             reference = constants.reference(run.sites, graph)
-            logits = run(target_batch.batch.clean, mask, reference, target_batch.batch.positions)
+            logits = run(
+                target_batch.batch.clean, mask, reference, target_batch.batch.read_positions
+            )
             return kl(logits, target_batch.full, target_batch.batch).sum()
 
         constants = replace(start, **parts)

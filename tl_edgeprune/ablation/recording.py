@@ -20,17 +20,17 @@ def record(
     sites: Sites,
     graph: EdgeGraph,
     tokens: Int[Tensor, "batch pos"],
-    positions: Int[Tensor, "batch read"] | None = None,
+    read_positions: Int[Tensor, "batch read"] | None = None,
 ) -> tuple[Reference, Float[Tensor, "batch read d_vocab"]]:
     """Run the unmasked model (`prepared`) on `tokens`.
 
-    Returns its sources and streams as a Reference, and its logits at `positions` (no others are
-    computed), or everywhere.
+    Returns its sources and streams as a Reference, and its logits at `read_positions` (no others
+    are computed), or everywhere.
     """
     tokens = tokens.to(sites.attention[0].output.device)  # a Bridge does not move tokens
     recorded: dict[str, Tensor] = {}
     recorders = _recorders(sites, recorded)
-    with torch.no_grad(), hooks_attached(model, [*recorders, *_cuts(sites, positions)]):
+    with torch.no_grad(), hooks_attached(model, [*recorders, *_cuts(sites, read_positions)]):
         try:
             logits = model(tokens)
         except _Recorded:
@@ -48,12 +48,12 @@ class _Recorded(BaseException):
     """Ends a run once everything is recorded. Some models catch every Exception, so it is none."""
 
 
-def _cuts(sites: Sites, positions: Tensor | None) -> list[Hook]:
+def _cuts(sites: Sites, read_positions: Tensor | None) -> list[Hook]:
     """Hooks that keep the model from computing logits that are not asked for."""
-    if positions is None:
+    if read_positions is None:
         return []
-    if positions.shape[1]:
-        return [(sites.cut or sites.final, _cutter(positions))]
+    if read_positions.shape[1]:
+        return [(sites.cut or sites.final, _cutter(read_positions))]
     return [(sites.final, _leave)]
 
 
@@ -61,11 +61,11 @@ def _leave(tensor: Tensor, hook: Any) -> None:
     raise _Recorded
 
 
-def _cutter(positions: Int[Tensor, "batch read"]) -> Callable[..., Tensor]:
+def _cutter(read_positions: Int[Tensor, "batch read"]) -> Callable[..., Tensor]:
     """A hook that passes on these positions only."""
 
     def cut(tensor: Tensor, hook: Any) -> Tensor:
-        index = positions.to(tensor.device).unsqueeze(-1).expand(-1, -1, tensor.shape[-1])
+        index = read_positions.to(tensor.device).unsqueeze(-1).expand(-1, -1, tensor.shape[-1])
         return tensor.gather(1, index)
 
     return cut

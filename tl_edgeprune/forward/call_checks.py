@@ -56,8 +56,8 @@ def check_call(
     loss = arguments.get("labels") is not None or arguments.get("return_type") in ("loss", "both")
     if loss and some_positions:
         raise ValueError(
-            "a loss needs the logits at every position, but positions=… asks for some: take "
-            "the logits, or leave positions out."
+            "a loss needs the logits at every position, but read_positions=… asks for some: "
+            "take the logits, or leave read_positions out."
         )
     return tokens
 

@@ -17,8 +17,10 @@ from tl_edgeprune.forward.masked_model import MaskedModel
 from tl_edgeprune.graph.edge_graph import EdgeGraph
 from tl_edgeprune.hooks.modules import model_kind
 from tl_edgeprune.hooks.prompt_checks import check_corrupted, check_prompts
+from tl_edgeprune.utils.renamed import renamed_argument
 
 
+@renamed_argument("positions", "read_positions")
 @contextmanager
 def masked(
     model: Any,
@@ -27,7 +29,7 @@ def masked(
     corrupted: Int[Tensor, "batch pos"] | None = None,
     ablation: Ablation | None = None,
     prompts: Sequence[Tensor] | Int[Tensor, "prompt pos"] | None = None,
-    positions: Int[Tensor, "batch read"] | None = None,
+    read_positions: Int[Tensor, "batch read"] | None = None,
     spans: Int[Tensor, "batch pos"] | None = None,
     graph: EdgeGraph | None = None,
     neurons: Neurons | Shaped[Tensor, "place unit"] | None = None,
@@ -42,7 +44,7 @@ def masked(
         ablation: "counterfactual" (needs `corrupted`; the default with it), "zero",
             "zero-with-biases" (heads' shares of the output biases go with them), "mean" or
             "mean-positional" (means over `prompts`), or Constants that were learned.
-        positions: the positions to compute logits at, [batch, read]: the model then returns
+        read_positions: the positions to compute logits at, [batch, read]: the model then returns
             [batch, read, d_vocab] instead of [batch, pos, d_vocab].
         spans: the span of each position, as an index into the graph's spans (`batch.spans`), for a
             circuit or mask with spans. Edges by position do not need it.
@@ -70,7 +72,13 @@ def masked(
         check_mask(mask, run.graph)
         gates = run.gates_of(neurons)
         reference = run.reference(kind, corrupted=corrupted, prompts=prompts)
-        run.set(mask=mask, reference=reference, positions=positions, spans=spans, neurons=gates)
+        run.set(
+            mask=mask,
+            reference=reference,
+            read_positions=read_positions,
+            spans=spans,
+            neurons=gates,
+        )
         with run.shadowed():
             yield model
 

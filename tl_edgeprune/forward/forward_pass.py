@@ -51,7 +51,7 @@ class ForwardInputs:
 
     mask: Tensor
     reference: Reference
-    positions: Tensor | None
+    read_positions: Tensor | None
     held: HeldSources | None = None
     contract: Tensor | None = None
     whole: bool = False
@@ -75,7 +75,7 @@ class Forward:
         self.batch, self.pos = tokens.shape
         self.reference = reference_for(inputs.reference, tokens)
         weight = self.sites.attention[0].output  # mask and positions may come from another device
-        self.positions = checked_positions(inputs.positions, tokens, weight.device)
+        self.read_positions = checked_positions(inputs.read_positions, tokens, weight.device)
         self.spans = spans_of(inputs.spans, tokens, self.graph, weight.device)
         self.held, self.contract = inputs.held, inputs.contract
         if self.contract is not None and self.spans is not None:
@@ -158,9 +158,9 @@ class Forward:
 
     def logits_in(self, resid: Tensor) -> Tensor:
         """At the last residual stream: what the logits read, at the read positions only."""
-        if self.positions is None:
+        if self.read_positions is None:
             return self._restored(self._read("logits", self.graph.n_layers)[0]).view(resid.shape)
-        rows = rows_of(self.positions, self.pos)
+        rows = rows_of(self.read_positions, self.pos)
         if self.sites.cut is None:
             x = self._read("logits", self.graph.n_layers, rows)[0]  # [batch * read, d_model]
             return x.view(self.batch, -1, x.shape[-1])
@@ -171,9 +171,9 @@ class Forward:
         return everywhere.view(resid.shape)
 
     def cut(self, normalised: Tensor) -> Tensor | None:
-        if self.positions is None:
+        if self.read_positions is None:
             return None
-        index = self.positions.unsqueeze(-1).expand(-1, -1, normalised.shape[-1])
+        index = self.read_positions.unsqueeze(-1).expand(-1, -1, normalised.shape[-1])
         return normalised.gather(1, index)
 
     def finish(self, output: Any, keep: list[Tensor] | None) -> None:
@@ -192,7 +192,10 @@ class Forward:
             self.gates.finish(self.graph.n_layers)
         logits = getattr(output, "logits", output)
         if isinstance(logits, Tensor) and logits.dim() == 3:
-            expected = (self.batch, self.pos if self.positions is None else self.positions.shape[1])
+            expected = (
+                self.batch,
+                self.pos if self.read_positions is None else self.read_positions.shape[1],
+            )
             if logits.shape[:2] != expected:
                 raise RuntimeError(
                     f"the model gave logits of shape {tuple(logits.shape)}, expected {expected} "
@@ -302,10 +305,12 @@ def mask_blocks(
     return [block.view(shape) for block, shape in zip(blocks, shapes, strict=True)]
 
 
-def rows_of(positions: Int[Tensor, "batch read"], n_positions: int) -> Int[Tensor, " read_row"]:
+def rows_of(
+    read_positions: Int[Tensor, "batch read"], n_positions: int
+) -> Int[Tensor, " read_row"]:
     """The rows (batch * pos) of the read positions."""
-    starts = torch.arange(len(positions), device=positions.device)[:, None] * n_positions
-    return (positions + starts).flatten()  # [batch * read]
+    starts = torch.arange(len(read_positions), device=read_positions.device)[:, None] * n_positions
+    return (read_positions + starts).flatten()  # [batch * read]
 
 
 def reference_for(reference: Reference, tokens: Tensor) -> Reference:
@@ -323,19 +328,26 @@ def reference_for(reference: Reference, tokens: Tensor) -> Reference:
 
 
 def checked_positions(
-    positions: Tensor | None, tokens: Tensor, device: torch.device
+    read_positions: Tensor | None, tokens: Tensor, device: torch.device
 ) -> Tensor | None:
-    if positions is None:
+    if read_positions is None:
         return None
     batch, pos = tokens.shape
-    if positions.dim() != 2 or positions.shape[0] != batch or positions.is_floating_point():
+    if (
+        read_positions.dim() != 2
+        or read_positions.shape[0] != batch
+        or read_positions.is_floating_point()
+    ):
         raise ValueError(
-            f"positions has shape {tuple(positions.shape)}, expected whole numbers [{batch}, read]."
+            f"read_positions has shape {tuple(read_positions.shape)}, expected whole numbers "
+            f"[{batch}, read]."
         )
-    first, last = torch.stack(positions.aminmax()).tolist() if positions.numel() else (0, 0)
+    first, last = (
+        torch.stack(read_positions.aminmax()).tolist() if read_positions.numel() else (0, 0)
+    )
     if not 0 <= first <= last < pos:
-        raise ValueError(f"positions go from {first} to {last}, expected 0 to {pos - 1}.")
-    return positions.to(device, torch.long)
+        raise ValueError(f"read_positions go from {first} to {last}, expected 0 to {pos - 1}.")
+    return read_positions.to(device, torch.long)
 
 
 def spans_of(

@@ -176,14 +176,14 @@ class MaskedModel:
         tokens: Int[Tensor, "batch pos"],
         mask: Shaped[Tensor, " edge"],
         reference: Reference,
-        positions: Int[Tensor, "batch read"] | None = None,
+        read_positions: Int[Tensor, "batch read"] | None = None,
         held: HeldSources | None = None,
         contract: Float[Tensor, "source row d_model"] | None = None,
         whole: bool = False,
         spans: Int[Tensor, "batch pos"] | None = None,
         neurons: Shaped[Tensor, "place unit"] | None = None,
     ) -> Float[Tensor, "batch read d_vocab"]:
-        """Logits under a mask, at `positions` or everywhere.
+        """Logits under a mask, at `read_positions` or everywhere.
 
         Args:
             held: sources whose outputs are held at a share of their difference.
@@ -194,7 +194,9 @@ class MaskedModel:
             spans: the span of each position; ignored if the graph has no spans.
             neurons: gates, of the shape of the attached kind (`neuron_shape`).
         """
-        inputs = ForwardInputs(mask, reference, positions, held, contract, whole, spans, neurons)
+        inputs = ForwardInputs(
+            mask, reference, read_positions, held, contract, whole, spans, neurons
+        )
         with self._inputs_set_to(inputs):
             return self._run(tokens)
 
@@ -214,14 +216,16 @@ class MaskedModel:
         """
         batch = prepared.batch
         reference = prepared.reference if reference is None else reference
-        return self(batch.clean, mask, reference, batch.positions, spans=batch.spans, **options)
+        return self(
+            batch.clean, mask, reference, batch.read_positions, spans=batch.spans, **options
+        )
 
     def set(
         self,
         *,
         mask: Tensor,
         reference: Reference,
-        positions: Tensor | None = None,
+        read_positions: Tensor | None = None,
         spans: Tensor | None = None,
         neurons: Tensor | None = None,
     ) -> None:
@@ -231,7 +235,7 @@ class MaskedModel:
                 "spans=… belongs to a circuit or mask of a graph with spans, and this one's edges "
                 "are the same at every position: leave spans out, or give graph=graph.at(names)."
             )
-        self._inputs = ForwardInputs(mask, reference, positions, spans=spans, neurons=neurons)
+        self._inputs = ForwardInputs(mask, reference, read_positions, spans=spans, neurons=neurons)
 
     def reference(
         self,
@@ -284,15 +288,17 @@ class MaskedModel:
         return copies[0]
 
     def record(
-        self, tokens: Int[Tensor, "batch pos"], positions: Int[Tensor, "batch read"] | None = None
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        read_positions: Int[Tensor, "batch read"] | None = None,
     ) -> tuple[Reference, Float[Tensor, "batch read d_vocab"]]:
         """The unmasked model on `tokens`: its activations as a Reference, and its logits.
 
-        Logits at `positions`, or everywhere. Raises ValueError if dropout is active.
+        Logits at `read_positions`, or everywhere. Raises ValueError if dropout is active.
         """
         refuse_dropout(self.active_dropout())
         with self._inputs_set_to(None):
-            return record(self.model, self.sites, self.graph, tokens, positions)
+            return record(self.model, self.sites, self.graph, tokens, read_positions)
 
     @contextmanager
     def shadowed(self) -> Iterator[None]:
@@ -378,7 +384,7 @@ class MaskedModel:
             self._forward = None
 
     def _checked_call(self, tokens: Any, arguments: dict[str, Any]) -> Int[Tensor, "batch pos"]:
-        some_positions = self._inputs is not None and self._inputs.positions is not None
+        some_positions = self._inputs is not None and self._inputs.read_positions is not None
         tokens = check_call(self.model, tokens, arguments, some_positions=some_positions)
         refuse_hooks(self._points, inside=True)
         refuse_dropout(self.active_dropout())

@@ -111,7 +111,7 @@ class RecomputedModel(MaskedModel):
         tokens: Int[Tensor, "batch pos"],
         mask: Shaped[Tensor, " edge"],
         reference: Reference,
-        positions: Int[Tensor, "batch read"] | None = None,
+        read_positions: Int[Tensor, "batch read"] | None = None,
         held: HeldSources | None = None,
         contract: Float[Tensor, "source row d_model"] | None = None,
         whole: bool = False,
@@ -120,7 +120,7 @@ class RecomputedModel(MaskedModel):
     ) -> Float[Tensor, "batch read d_vocab"]:
         """As `MaskedModel`'s; `whole` changes nothing, and there are no spans and no neurons."""
         if not (self._by_halves and torch.is_grad_enabled()):
-            return super().__call__(tokens, mask, reference, positions, held, contract, whole)
+            return super().__call__(tokens, mask, reference, read_positions, held, contract, whole)
         self._checked_call(tokens, {})
         check_mask(mask, self.graph)
         self.gates_of(neurons)  # refused: none are attached
@@ -128,9 +128,9 @@ class RecomputedModel(MaskedModel):
         with torch.no_grad():
             resid, embedding = self.halves.embedded(tokens)
             inputs = split_inputs(self.graph, resid, embedding)
-        positions = checked_positions(positions, tokens, resid.device)
+        read_positions = checked_positions(read_positions, tokens, resid.device)
         reference = reference_for(reference, tokens)
-        job = _Job(self, inputs, reference, positions, held, contract)
+        job = _Job(self, inputs, reference, read_positions, held, contract)
         return self.halves.logits(_HalfByHalf.apply(job, mask, *reference._tensors()))
 
 
@@ -161,14 +161,14 @@ class _Job:
         run: RecomputedModel,
         inputs: Float[Tensor, "input batch pos d_model"],
         reference: Reference,
-        positions: Int[Tensor, "batch read"] | None,
+        read_positions: Int[Tensor, "batch read"] | None,
         held: HeldSources | None,
         contract: Float[Tensor, "source row d_model"] | None,
     ) -> None:
         self.run, self.graph, self.inputs = run, run.graph, inputs
         self.reference, self.held, self.contract = reference, held, contract
         self.batch, self.pos, self.d_model = inputs.shape[1:]
-        self.rows = None if positions is None else rows_of(positions, self.pos)
+        self.rows = None if read_positions is None else rows_of(read_positions, self.pos)
         self.differences: Tensor | None = None
 
     def release(self) -> None:
@@ -491,7 +491,7 @@ def _check_halves(run: RecomputedModel) -> None:
 def _errors(run: RecomputedModel) -> list[float]:
     """How far logits and gradients are off on a few tokens, in units of their size."""
     tokens = probe_tokens(run)
-    positions = torch.full((len(tokens), 1), tokens.shape[1] - 1, device=tokens.device)
+    read_positions = torch.full((len(tokens), 1), tokens.shape[1] - 1, device=tokens.device)
     reference, _ = run.record(tokens.flip(0))
     uniform = torch.rand(run.graph.n_edges, generator=torch.Generator().manual_seed(0))
 
@@ -499,7 +499,7 @@ def _errors(run: RecomputedModel) -> list[float]:
         run._by_halves = by_halves
         mask = uniform.to(tokens.device).requires_grad_()
         with torch.enable_grad():
-            logits = run(tokens, mask, reference, positions)
+            logits = run(tokens, mask, reference, read_positions)
             (grad,) = torch.autograd.grad(logits.float().logsumexp(-1).sum(), mask)
         return logits.detach(), grad
 

@@ -49,7 +49,9 @@ class MaskedRun(Protocol):
     ) -> Tensor:
         """Logits under a mask."""
 
-    def record(self, tokens: Tensor, positions: Tensor | None = None) -> tuple[Reference, Tensor]:
+    def record(
+        self, tokens: Tensor, read_positions: Tensor | None = None
+    ) -> tuple[Reference, Tensor]:
         """The unmasked model's activations and logits."""
 
     def active_dropout(self) -> list[str]:

@@ -106,12 +106,14 @@ class Targets:
         pairs, batch = batch.indices.tolist(), batch.to(self.device)
         full = self._targets(batch, pairs)
         if self._gives_corrupted_logits:
-            return TargetBatch(batch, full, *self.run.record(batch.corrupted, batch.positions))
+            return TargetBatch(batch, full, *self.run.record(batch.corrupted, batch.read_positions))
         return TargetBatch(batch, full, self._reference(batch, pairs))
 
     def _targets(self, batch: Batch, pairs: list[int]) -> Float[Tensor, "batch read vocab"]:
         if not self._gives_targets:
-            return batch.positions.new_empty((*batch.positions.shape, 0), dtype=torch.float32)
+            return batch.read_positions.new_empty(
+                (*batch.read_positions.shape, 0), dtype=torch.float32
+            )
         if self._full is None:
             return self._watched_logits(batch)
         return torch.stack([self._full[i] for i in pairs])
@@ -199,13 +201,13 @@ def sizes(run: MaskedModel, task: AnyTask) -> tuple[int, int]:
     vocab = int(getattr(cfg, "d_vocab_out", None) or cfg.d_vocab)
     pairs = sample(task)
     share = len(task) / len(pairs) * weight.element_size()
-    read, positions = sum(map(len, pairs.positions)), sum(map(len, pairs.clean))
+    read, positions = sum(map(len, pairs.read_positions)), sum(map(len, pairs.clean))
     return round(share * read * vocab), round(share * positions * per_position)
 
 
 def full_logits(run: MaskedModel, task: AnyTask, batch: Batch) -> Float[Tensor, "batch read vocab"]:
     """The full model's logits at the batch's read positions. Raises ValueError for NaN."""
-    _, full = run.record(batch.clean, batch.positions)
+    _, full = run.record(batch.clean, batch.read_positions)
     if not bool(torch.isfinite(full).all()):
         bad = batch.indices[~torch.isfinite(full).flatten(1).all(1)].tolist()
         raise ValueError(

@@ -102,7 +102,7 @@ class PartialCuts(FullCuts):
         )
         mask = self.mask.to(self.device)
         differences = self.run.differences(batch.clean, target_batch.reference, mask, batch.spans)
-        rows = rows_of(batch.positions, batch.clean.shape[1])
+        rows = rows_of(batch.read_positions, batch.clean.shape[1])
         spans = batch.spans.flatten() if self.graph.spans and batch.spans is not None else None
         read_spans = None if spans is None else spans[rows]
         batch_run = BatchRun(
@@ -272,7 +272,7 @@ class PartialCuts(FullCuts):
     def _objective(self, change: Change, inputs: Inputs) -> Float[Tensor, "candidate pair"]:
         """Each pair's objective if the logits read the inputs."""
         target_batch = change.batch_run.target_batch
-        pairs, read = target_batch.batch.positions.shape
+        pairs, read = target_batch.batch.read_positions.shape
         size = max(1, MAX_LOGITS // (pairs * read * int(self.run.model.cfg.d_vocab)))
         values = []
         for chunk in torch.arange(change.n_candidates).split(size):

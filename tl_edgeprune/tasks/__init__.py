@@ -6,7 +6,7 @@ tasks.from_jsonl("pairs.jsonl", model)       # your own pairs, as text
 tasks.from_pandas(frame, model)              # the same from a table, or from_hf_dataset
 tasks.stream("ioi", model, n=100_000)        # generated or read chunk by chunk
 tasks.stream_jsonl("pairs.jsonl", model)
-Task(name, clean, corrupted, positions)      # your own pairs, as token ids
+Task(name, clean, corrupted, read_positions) # your own pairs, as token ids
 """
 
 from __future__ import annotations

@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from tl_edgeprune.utils.renamed import warn_of_former_name
+
 NO_TOKEN = -1
 
 
@@ -25,13 +27,19 @@ class Batch:
 
     clean: Int[Tensor, "batch pos"]
     corrupted: Int[Tensor, "batch pos"]
-    positions: Int[Tensor, "batch read"]
+    read_positions: Int[Tensor, "batch read"]
     answers: Int[Tensor, "batch answer"]
     distractors: Int[Tensor, "batch distractor"]
     indices: Int[Tensor, " batch"]
     right: Int[Tensor, "batch right"] | None = None
     wrong: Int[Tensor, "batch wrong"] | None = None
     spans: Int[Tensor, "batch pos"] | None = None
+
+    @property
+    def positions(self) -> Int[Tensor, "batch read"]:
+        """The former name of `read_positions`."""
+        warn_of_former_name("positions", "read_positions")
+        return self.read_positions
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -174,7 +174,7 @@ def encode_pair(
     if sets["right"]:
         _check_marked(clean.answer, text.answer, sets)
     forced = max(0, len(clean.answer) - 1)
-    positions = torch.arange(len(clean.prompt) - 1, len(clean.prompt) + forced)
+    read_positions = torch.arange(len(clean.prompt) - 1, len(clean.prompt) + forced)
     same_count = len(corrupted.answer) == len(clean.answer)
     if clean.answer and clean.answer == corrupted.answer:
         raise ValueError(
@@ -185,7 +185,7 @@ def encode_pair(
     return {
         "clean": torch.tensor(tokens),
         "corrupted": torch.tensor(corrupted.prompt + (corrupted.answer or clean.answer)[:forced]),
-        "positions": positions,
+        "read_positions": read_positions,
         "answers": torch.tensor(clean.answer, dtype=torch.long),
         "distractors": torch.tensor(corrupted.answer if same_count else [], dtype=torch.long),
         **{name: torch.tensor(tokens, dtype=torch.long) for name, tokens in sets.items()},

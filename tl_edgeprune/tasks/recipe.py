@@ -163,7 +163,7 @@ def encode_example(
     fields = {
         "clean": clean,
         "corrupted": encode(tokenizer, example.corrupted, prepend_bos) + shared,
-        "positions": [len(clean) - 1],
+        "read_positions": [len(clean) - 1],
         "answers": answer,
         "distractors": distractor,
         "right": answer if answer and example.wrong else example.right,

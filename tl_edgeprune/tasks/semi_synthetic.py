@@ -46,7 +46,7 @@ def pairs(causal: CausalModel, n: int, seed: int = 0) -> Task:
         causal.name,
         clean=prompts,
         corrupted=corrupted,
-        positions=[torch.tensor([len(prompt) - 1]) for prompt in prompts],
+        read_positions=[torch.tensor([len(prompt) - 1]) for prompt in prompts],
         answers=[answer[None] for answer in right],
         distractors=[answer[None] for answer in wrong],
     )

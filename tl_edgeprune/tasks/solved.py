@@ -34,7 +34,7 @@ def solved(model: nn.Module, task: Task, *, batch_size: int = 16) -> Bool[Tensor
         for batch in task.batches(batch_size):
             batch = batch.to(device)
             logits = model(batch.clean)
-            read_indices = batch.positions[..., None].expand(-1, -1, logits.shape[-1])
+            read_indices = batch.read_positions[..., None].expand(-1, -1, logits.shape[-1])
             right[batch.indices.cpu()] = is_right(logits.gather(1, read_indices), batch).cpu()
     return right
 

@@ -20,14 +20,16 @@ from torch import Tensor
 
 from tl_edgeprune.graph.names import check_span_names
 from tl_edgeprune.tasks.batch import NO_TOKEN, Batch
+from tl_edgeprune.utils.renamed import renamed_argument, renamed_field, warn_of_former_name
 
 Tokens = Sequence[Int[Tensor, " _pos"]]
-PAIR_FIELDS = ("clean", "corrupted", "positions", "answers", "distractors")
+PAIR_FIELDS = ("clean", "corrupted", "read_positions", "answers", "distractors")
 SET_FIELDS = ("right", "wrong")
 OPTIONAL_FIELDS = ("groups", "spans")  # one per pair, or none at all
 REST = "rest"  # the span of tokens in no named span
 
 
+@renamed_field("positions", "read_positions")
 @dataclass(frozen=True, repr=False)
 class Task:
     """Clean and corrupted prompts, the positions that are read, and the right answers.
@@ -35,7 +37,8 @@ class Task:
     Args:
         name: what the task is called in results.
         clean, corrupted: token ids of each prompt [pos]; equal lengths within a pair.
-        positions: positions of each prompt at which the logits are read [read], ascending.
+        read_positions: positions of each prompt at which the logits are read [read], ascending. The
+            argument and attribute `positions` are its former name.
         answers: the right token at each read position [read]. Empty (as a whole, or per pair) if
             the output is not a token.
         distractors: the token to compare the answer with, likewise; may be empty.
@@ -60,7 +63,7 @@ class Task:
     name: str
     clean: Tokens
     corrupted: Tokens
-    positions: Tokens
+    read_positions: Tokens
     answers: Tokens = ()
     distractors: Tokens = ()
     objective: str = "kl"
@@ -90,20 +93,27 @@ class Task:
             _check_spans(self, pair)
 
     @classmethod
+    @renamed_argument("positions", "read_positions")
     def aligned(
-        cls, name: str, clean: Tokens, corrupted: Tokens, positions: Tokens, **fields: Any
+        cls, name: str, clean: Tokens, corrupted: Tokens, read_positions: Tokens, **fields: Any
     ) -> Task:
         """A task of the pairs whose two prompts have equal lengths; the others are dropped.
 
         Takes the arguments of `Task`. Raises ValueError if no pair remains.
         """
-        fields |= {"clean": clean, "corrupted": corrupted, "positions": positions}
+        fields |= {"clean": clean, "corrupted": corrupted, "read_positions": read_positions}
         lengths = zip(map(len, clean), map(len, corrupted), strict=True)
         aligned = [pair for pair, (a, b) in enumerate(lengths) if a == b]
         for field in (*PAIR_FIELDS, *SET_FIELDS, *OPTIONAL_FIELDS):
             if len(fields.get(field, ())):
                 fields[field] = tuple(fields[field][pair] for pair in aligned)
         return cls(name, **fields)
+
+    @property
+    def positions(self) -> Tokens:
+        """The former name of `read_positions`."""
+        warn_of_former_name("positions", "read_positions")
+        return self.read_positions
 
     def __len__(self) -> int:
         return len(self.clean)
@@ -250,25 +260,31 @@ def _check_counts(task: Task) -> None:
 
 
 def _check_pair(task: Task, pair: int) -> None:
-    clean, corrupted, positions = task.clean[pair], task.corrupted[pair], task.positions[pair]
+    clean, corrupted, read_positions = (
+        task.clean[pair],
+        task.corrupted[pair],
+        task.read_positions[pair],
+    )
     if len(clean) != len(corrupted):
         raise ValueError(
             f"prompt pair {pair}: clean has {len(clean)} tokens, corrupted has {len(corrupted)}. "
             "Edge masks mix the two runs position by position, so both must have the same length: "
             "change the prompt, or drop the pair with Task.aligned()."
         )
-    in_range = len(positions) and positions.min() >= 0 and positions.max() < len(clean)
-    if not in_range or (positions.diff() <= 0).any():
+    in_range = (
+        len(read_positions) and read_positions.min() >= 0 and read_positions.max() < len(clean)
+    )
+    if not in_range or (read_positions.diff() <= 0).any():
         raise ValueError(
-            f"prompt pair {pair}: read positions {positions.tolist()}, expected one or more rising "
-            f"positions from 0 to {len(clean) - 1} (the prompt has {len(clean)} tokens)."
+            f"prompt pair {pair}: read positions {read_positions.tolist()}, expected one or more "
+            f"rising positions from 0 to {len(clean) - 1} (the prompt has {len(clean)} tokens)."
         )
     for field in ("answers", "distractors"):
         count = len(getattr(task, field)[pair])
-        if count not in (0, len(positions)):
+        if count not in (0, len(read_positions)):
             raise ValueError(
-                f"prompt pair {pair}: {count} {field} for {len(positions)} read positions. Give "
-                "one at each read position, or none."
+                f"prompt pair {pair}: {count} {field} for {len(read_positions)} read positions. "
+                "Give one at each read position, or none."
             )
     answer, distractor = task.answers[pair], task.distractors[pair]
     if len(answer) and torch.equal(answer, distractor):
@@ -289,9 +305,9 @@ def _check_sets(task: Task, pair: int) -> None:
     tokens = right + wrong
     if not tokens:
         return
-    if len(task.positions[pair]) != 1:
+    if len(task.read_positions[pair]) != 1:
         raise ValueError(
-            f"prompt pair {pair}: right and wrong tokens for {len(task.positions[pair])} read "
+            f"prompt pair {pair}: right and wrong tokens for {len(task.read_positions[pair])} read "
             "positions. Sets need exactly one: give answers to read several positions."
         )
     if min(tokens) < 0 or len(set(tokens)) < len(tokens):

@@ -136,7 +136,7 @@ class _CircuitRun:
         for head in self.heads:
             layer, number = _layer_and_head(head)
             if layer in patterns:
-                index = batch.positions[..., None].expand(-1, -1, batch.clean.shape[1])
+                index = batch.read_positions[..., None].expand(-1, -1, batch.clean.shape[1])
                 values[head] = patterns[layer][:, number].gather(1, index)  # [pair, read, pos]
         self.slots.add(batch, values)
 
@@ -144,7 +144,7 @@ class _CircuitRun:
         if self.answers is None:
             return
         batch = target_batch.batch
-        index = batch.positions[..., None].expand(-1, -1, differences.shape[-1])
+        index = batch.read_positions[..., None].expand(-1, -1, differences.shape[-1])
         carried = torch.stack([source.gather(1, index) for source in differences])
         stream = reference_for(target_batch.reference, batch.clean).streams[-1].gather(1, index)
         into_logits = self.mask[self.graph.reads[-1].edges].to(carried)

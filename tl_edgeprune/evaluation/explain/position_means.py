@@ -47,7 +47,7 @@ class PositionMeans:
 
     def add(self, batch: Batch, values: dict[str, Float[Tensor, "batch *row pos"]]) -> None:
         """Add numbers for each prompt of a batch and each position."""
-        clean, read = batch.clean.cpu(), batch.positions.cpu()
+        clean, read = batch.clean.cpu(), batch.read_positions.cpu()
         values = {name: value.double().cpu() for name, value in values.items()}
         for positions in read.unique(dim=0):
             in_layout = (read == positions).all(1)

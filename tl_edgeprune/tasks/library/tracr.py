@@ -69,7 +69,7 @@ def build(config: dict[str, Any], n: int, seed: int, prepend_bos: bool | None) -
         config["name"],
         clean=[torch.tensor(prompt) for prompt in clean],
         corrupted=[torch.tensor(prompt) for prompt in corrupted],
-        positions=[torch.arange(1, len(prompt)) for prompt in clean],
+        read_positions=[torch.arange(1, len(prompt)) for prompt in clean],
         objective="mse",
         prepend_bos=True,
         groups=tuple(f"length-{len(prompt) - 1}" for prompt in clean),
