@@ -201,9 +201,9 @@ def test_a_run_without_a_size(llama: str, gifts: str, prune: Any) -> None:
 def test_nobody_reads_the_output() -> None:
     code = (
         "import typer\n"
-        "from tl_edgeprune.commands.common.errors import told\n"
+        "from tl_edgeprune.commands.common.errors import with_error_messages\n"
         "app = typer.Typer()\n"
-        "app.command()(told(lambda: print('line\\n' * 100_000)))\n"
+        "app.command()(with_error_messages(lambda: print('line\\n' * 100_000)))\n"
         "app()"
     )
     writer = subprocess.Popen(

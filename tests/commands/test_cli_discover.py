@@ -106,7 +106,7 @@ def test_a_search_that_was_stopped_goes_on(
         return look
 
     with monkeypatch.context() as patch:
-        for part, name in ((Trainer, "_step"), (PartialCuts, "losses"), (Targets, "target_batch")):
+        for part, name in ((Trainer, "_step"), (PartialCuts, "losses"), (Targets, "prepare")):
             patch.setattr(part, name, stopping(getattr(part, name)))
         result = told(*asked, "--out", out)
     assert (result.exit_code, result.stdout) == (130, "")
@@ -127,7 +127,7 @@ def test_a_search_that_was_stopped_goes_on(
 def test_what_a_search_cannot_do_is_told_before_it(
     llama: str, gifts: str, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(Targets, "target_batch", None)
+    monkeypatch.setattr(Targets, "prepare", None)
     out = tmp_path / "out"
     asked = ["discover", llama, gifts, "--out", out, "--method"]
     assert "n_edges=100000: expected" in mistake(*asked, "mask-ig", "--n-edges", 100000)

@@ -56,7 +56,7 @@ def acdc(path: Path) -> None:
 @pytest.mark.parametrize("run", [fit, acdc])
 def test_a_checkpoint_has_one_writer(run: Any, tmp_path: Path) -> None:
     path = tmp_path / "run"
-    with other_process("held_file", path):
+    with other_process("locked_file", path):
         with pytest.raises(BlockingIOError, match=f"another run writes {path}: wait"):
             run(path)
         assert not path.exists()
@@ -71,7 +71,7 @@ def test_a_comparisons_folder_has_one_process(tmp_path: Path) -> None:
     def run() -> Any:
         return compare(model, task, task, ["random"], sizes=[5], path=tmp_path, progress=False)
 
-    with other_process("held", tmp_path):
+    with other_process("locked_folder", tmp_path):
         with pytest.raises(BlockingIOError, match="another process works in"):
             run()
         assert [path.name for path in tmp_path.iterdir()] == [".lock"]
@@ -93,7 +93,7 @@ def test_every_command_that_writes_a_folder_is_refused(
     }
     commands["compare"] += ["--out", tmp_path / "found"]
     (tmp_path / "found").mkdir()
-    with other_process("held", out), other_process("held", tmp_path / "found"):
+    with other_process("locked_folder", out), other_process("locked_folder", tmp_path / "found"):
         for arguments in commands.values():
             assert "another process works in" in mistake(*arguments)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before

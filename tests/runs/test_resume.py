@@ -44,7 +44,7 @@ def stopped_after(most: int | None) -> Iterator[list[int]]:
         return look
 
     with (
-        patch.object(Targets, "target_batch", counted(Targets.target_batch)),
+        patch.object(Targets, "prepare", counted(Targets.prepare)),
         patch.object(PartialCuts, "losses", counted(PartialCuts.losses)),
     ):
         yield seen
