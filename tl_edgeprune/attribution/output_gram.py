@@ -39,7 +39,7 @@ def scores_of_gram(
 ) -> EdgeScores:
     """The scores that a method makes of the graph and the task's `output_gram`.
 
-    checkpoint: a file to save to every half minute; if it is there, the run goes on.
+    checkpoint: a file to save to every half minute; if it exists, the run continues from it.
     """
     refuse_spans(graph, method)
 

@@ -1,4 +1,4 @@
-"""`tl-edgeprune resume`: go on with a run that was stopped."""
+"""`tl-edgeprune resume`: continue a run that was stopped."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def resume(
     progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
     as_json: options.Json = False,
 ) -> None:
-    """Go on with a prune, a discover or a compare that was stopped or killed.
+    """Continue a prune, a discover or a compare that was stopped or killed.
 
-    Model, task and settings are those of the folder's settings.json, and the run goes on from its
+    Model, task and settings are those of the folder's settings.json, and the run continues from its
     last checkpoint (without one, from the start), to the same circuit as if it had never stopped.
     A comparison keeps the methods that are done.
 
@@ -55,7 +55,7 @@ def resume(
 
 
 def _check_unfinished(folder: Path, run: Run) -> None:
-    """Raise ValueError for a finished run, and for a command that none goes on with."""
+    """Raise ValueError for a finished run, and for a command whose runs do not resume."""
     if run.command not in ("prune", "discover", "compare"):
         raise ValueError(
             f"{folder} holds a run of {run.command}, which writes no checkpoint: start it anew in "

@@ -6,7 +6,7 @@
    Its wall time and its peak memory are measured.
 3. All circuits are evaluated on held-out pairs.
 4. With a folder, each run's scores, circuits and figures are written there as they are done, and a
-   comparison that was killed goes on from them.
+   comparison that was killed continues from them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A comparison on disk: what each run found and its figures, so that a killed one goes on.
+"""A comparison on disk: what each run found and its figures, so that a killed one can continue.
 
 A run's files have its name: a note (.json) with what the run is and its figures, and the scores
 (.safetensors) or the circuit (.circuit.json). Every file is written whole, and the note last.

@@ -47,7 +47,7 @@ def hisp(
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> EdgeScores:
     """Edge scores >= 0 from nodes' importance; one gradient a pair. objective: as for EAP;
-    checkpoint: a file to save to every half minute; if it is there, the run goes on.
+    checkpoint: a file to save to every half minute; if it exists, the run continues from it.
     """
     refuse_spans(graph, "hisp")
     objective = differentiable_at_one(objective, task, "HISP")

@@ -39,7 +39,7 @@ def ifr(
 ) -> EdgeScores:
     """Shares of every destination's input, 0 to 1; those of one destination add up to 1.
 
-    checkpoint: a file to save to every half minute; if it is there, the run goes on.
+    checkpoint: a file to save to every half minute; if it exists, the run continues from it.
     """
     refuse_spans(graph, "ifr")
 

@@ -114,7 +114,7 @@ def check_free(folder: Path, run: Run | None = None) -> None:
         unfinished = SETTINGS in files and not {CIRCUIT, SCORES} & {*files}
         is_this_run = run is not None and _is_of(folder, run)
         if unfinished:
-            advice = f": go on with it by tl-edgeprune resume {folder}, or give a new folder."
+            advice = f": continue it by tl-edgeprune resume {folder}, or give a new folder."
         elif is_this_run:
             advice = f", and it is finished. {_look_at(folder)} For another run give a new folder."
         else:

@@ -1,4 +1,4 @@
-"""A comparison in a folder, by its settings alone: `compare` begins it and goes on with it."""
+"""A comparison in a folder, by its settings: `compare` begins it and continues it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def check_same(folder: Path, run: Run) -> None:
         if name not in MAY_DIFFER and old.get(name) != value:
             raise FileExistsError(
                 f"--out {folder} holds a comparison with {name} {old.get(name)!r}, here it is "
-                f"{value!r}: give a new folder, or go on with tl-edgeprune resume {folder}."
+                f"{value!r}: give a new folder, or continue with tl-edgeprune resume {folder}."
             )
 
 

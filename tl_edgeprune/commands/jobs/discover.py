@@ -1,4 +1,4 @@
-"""A search in a folder, by its settings alone: `discover` begins it, `resume` ends it."""
+"""A search in a folder, by its settings: `discover` begins it, `resume` ends it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tl_edgeprune.utils.reading import check_type, reporting_damage
 
 
 def search_in(folder: Path, run: Run, *, new: bool, as_json: bool, progress: bool = True) -> None:
-    """Begin the folder's search, or go on with it, and write what it finds."""
+    """Begin the folder's search, or continue it, and write what it finds."""
     with nullcontext() if new else reporting_damage(folder / SETTINGS, AGAIN):
         run_settings, inputs = run.settings, run.inputs
         method, n_edges = check_type(run_settings["method"], str, "method"), run_settings["n_edges"]

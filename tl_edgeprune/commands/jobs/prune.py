@@ -1,8 +1,8 @@
-"""A run of Edge Pruning in a folder, by its settings alone: `prune` begins it, `resume` ends it.
+"""A run of Edge Pruning in a folder, by its settings: `prune` begins it, `resume` ends it.
 
 1. The pairs and their split, the model and every draw come from settings.json.
-2. The checkpoint is written every 25 steps, so a run that is killed goes on from there, to the same
-   bits.
+2. The checkpoint is written every 25 steps, so a run that was killed continues from there, to the
+   same bits.
 3. Under torchrun every process trains, and the first alone writes and prints.
 """
 
@@ -51,7 +51,7 @@ def pruner_of(run: Run, folder: Path, progress: bool = True) -> EdgePruner:
 
 
 def train(folder: Path, run: Run, *, new: bool, as_json: bool, progress: bool = True) -> None:
-    """Begin the folder's run, or go on with it, and write what it finds."""
+    """Begin the folder's run, or continue it, and write what it finds."""
     with nullcontext() if new else reporting_damage(folder / SETTINGS, AGAIN):
         pruner = pruner_of(run, folder, progress=progress and not as_json)
     with (
