@@ -4,8 +4,8 @@ TransformerLens, tested on a tiny random model of each family.
     python scripts/supported_models.py           # print them
     python scripts/supported_models.py --write   # write them into the page
 
-Needs the tests' dependencies (pip install -e '.[test]'). Only the columns of the installed version of
-TransformerLens change, so run the script once in an environment of each version.
+Needs the tests' dependencies (pip install -e '.[test]'). Only the columns of the installed version
+of TransformerLens change, so run the script once in an environment of each version.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def rows(text: str) -> list[list[str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--write", action="store_true", help="Write the tables into docs/models.md.")
+    parser.add_argument("--write", action="store_true", help="write them into docs/models.md")
     page = PAGE.read_text(encoding="utf-8")
     tables = {"supported": supported(measured(page)), "refused": refused()}
     if not parser.parse_args().write:
