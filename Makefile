@@ -4,7 +4,7 @@
 # make lint | types | docs | clean
 #
 # Needs Python 3.11 or later, pip and make. There are two virtual environments: .venv, with
-# TransformerLens 4.3.0, and .venv-tl3, which lays 3.9.0 over it. A stamp file in each marks a
+# TransformerLens 4.3.0, and .venv-tl3, which overlays 3.9.0. A stamp file in each marks a
 # completed installation; an interrupted installation starts again.
 
 SHELL := /bin/bash
