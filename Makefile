@@ -1,11 +1,11 @@
-# make demo      finds a circuit in a small language model and draws it
-# make test      lint, types, the docs and the tests, on TransformerLens 4.3.0 and on 3.9.0
+# make demo      find a circuit in a small language model and draw it
+# make test      lint, types, docs and tests, on TransformerLens 4.3.0 and on 3.9.0
 # make test-all  the same, with the slow tests
 # make lint | types | docs | clean
 #
 # Needs Python 3.11 or later, pip and make. There are two virtual environments: .venv, with
-# TransformerLens 4.3.0, and .venv-tl3, which lays 3.9.0 over it. A stamp in each says what has been
-# installed whole: what breaks off before its stamp is done again.
+# TransformerLens 4.3.0, and .venv-tl3, which overlays 3.9.0. A stamp file in each marks a
+# completed installation; an interrupted installation starts again.
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
@@ -67,7 +67,7 @@ docs: .venv/installed-docs
 	@.venv/bin/python $(INSTALL) "$(TL4)" -e ".[docs]"
 	@touch $@
 
-# Everything but TransformerLens is .venv's: its packages stand behind those of .venv-tl3.
+# Everything except TransformerLens comes from .venv, whose packages follow those of .venv-tl3 in sys.path.
 SITE := import site; print(site.getsitepackages()[0])
 .venv-tl3/installed: .venv/installed-dev
 	@echo "Installing $(TL3) over it, into .venv-tl3"

@@ -3,10 +3,10 @@
     python benchmarks/against_peers.py [--repeats 5] [--markdown]
 
 A HookedTransformer of GPT-2 small's shape with random weights, 8 pairs of 16 tokens, float32, one
-thread; needs TransformerLens 3 and auto-circuit (peers/README.md). Times are in plain
-forward+backward passes of the same model, medians of processor time over rounds that run every row
-once. Memory is the peak above the loaded model over three steps, in a fresh process each. ACDC's
-edges are those of the same shape with two layers, since twelve take auto-circuit hours.
+thread; needs TransformerLens 3 and auto-circuit (peers/README.md). Times are relative to a plain
+forward and backward of the same model: medians of CPU time over rounds that run every row
+once. Memory is the peak above the loaded model over three steps, each in a fresh process. ACDC runs
+on the same shape with two layers, since twelve take auto-circuit hours.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from shapes import load, pairs
 from step_cost import forget_peak, peak_bytes
 from timing import medians
 
-# What is compared: its name, our row's, auto-circuit's.
+# The comparison's name, our row's name, auto-circuit's.
 ROWS = (
-    ("a training step", "edge pruning, a step", "auto-circuit: subnetwork probing, a step"),
+    ("a training step", "edge pruning, per step", "auto-circuit: subnetwork probing, per step"),
     ("EAP on the 8 pairs", "eap", "auto-circuit: eap"),
     ("a circuit's logits", "a circuit", "auto-circuit: a circuit"),
 )
-ACDC = ("ACDC, an edge (2 layers)", "acdc, an edge", "auto-circuit: acdc, an edge")
+ACDC = ("ACDC, per edge (2 layers)", "acdc, per edge", "auto-circuit: acdc, per edge")
 Line = tuple[str, str, str, str]
-RULE = ("---", "---:", "---:", "---:")  # below the head of a Markdown table
+RULE = ("---", "---:", "---:", "---:")  # the line below a Markdown table's header
 
 
 def times(layers: int, repeats: int) -> list[Line]:
-    """In plain passes: training, attribution, evaluation."""
+    """Training, attribution and evaluation, relative to plain passes."""
     model, task = load("hooked", layers), pairs()
     wanted = {UNIT, *(row for _, *both in ROWS for row in both)}
     steps = plain_rows(model, task) | own_rows(model, task) | peer_rows(model, task)
@@ -46,7 +46,7 @@ def times(layers: int, repeats: int) -> list[Line]:
 
 
 def acdc_times() -> list[Line]:
-    """In plain passes of the model with two layers."""
+    """ACDC, relative to plain passes of the model with two layers."""
     model, task = load("hooked", 2), pairs()
     found = medians(plain_rows(model, task) | acdc_rows(model, task), 1)
     name, own, peer = ACDC
@@ -54,7 +54,7 @@ def acdc_times() -> list[Line]:
 
 
 def memory(layers: int) -> list[Line]:
-    """Peak megabytes above the model of three training steps."""
+    """Peak memory of three training steps above the model, in megabytes."""
     own, peer = (apart(who, layers) / 1e6 for who in ("own", "peer"))
     return [("memory of a step, MB", f"{own:.0f}", f"{peer:.0f}", f"{peer / own:.1f}")]
 
@@ -70,7 +70,7 @@ def apart(who: str, layers: int) -> int:
 
 
 def peak_of(who: str, layers: int) -> int:
-    """Peak bytes of three training steps above those after loading the model (this process)."""
+    """Peak bytes of three training steps above the loaded model, in this process."""
     model: Any = load("hooked", layers)
     task = pairs()
     if who == "own":
@@ -87,7 +87,7 @@ def peak_of(who: str, layers: int) -> int:
 
 
 def show(lines: Iterable[Line], markdown: bool) -> None:
-    """Each line as soon as it is measured."""
+    """Prints each row as soon as it is measured."""
     head = [("", "tl_edgeprune", "auto-circuit", "ratio"), *([RULE] if markdown else [])]
     for row in chain(head, lines):
         show_row(row, markdown)

@@ -1,23 +1,23 @@
-"""One task asked in two ways: do the model's circuits for them share their edges?
+"""One task in two forms: do the model's circuits for them share edges?
 
     python benchmarks/case_study.py [--model …] [--task …] [--forms …] [--steps …] [--out …]
 
-After Bhaskar et al. 2024, section 5, where CodeLlama-13B does Boolean expressions by instruction
-and by few-shot. SmolLM2-135M, the default here, does hypernymy in both forms. In the folder:
+After Bhaskar et al. 2024, section 5, which uses Boolean expressions by instruction and by few-shot
+on CodeLlama-13B. SmolLM2-135M, the default here, can do hypernymy in both forms. The folder holds:
 
 1. accuracies.csv: how often the model is right, for each task and form of --look.
-2. {form}.safetensors: a ranking of all edges, trained on queries that the model does right in every
-   form; the same queries in all of them, and the same held out. {form}-again: the same from
-   another seed, for --again: how much two runs share that differ in nothing else.
+2. {form}.safetensors: a ranking of all edges, trained on queries that the model answers correctly
+   in every form; all forms use the same training and held-out queries. {form}-again: the same with
+   another seed (for --again), to show how much runs share that differ only in the seed.
 3. sizes.csv: each ranking's circuits on its own form's held-out prompts.
-4. circuits/: a circuit for each form at --n-edges, their intersection and their union.
+4. circuits/: a circuit per form with --n-edges edges, their intersection and their union.
    table.csv: each of them, and a random one, on each form's held-out prompts.
-   overlap.csv: how much two rankings' circuits of one size share.
+   overlap.csv: how many edges two rankings' circuits of one size share.
 5. explained/: what the highest-ranked edges of each form's circuit do (tl_edgeprune.explain).
    case-study.png: sizes and overlaps.
 
-What is there is not made again, so a run that was killed goes on: give the same arguments. With the
-paper's model and task, for a GPU of 80 GB:
+Finished parts are not repeated, so a killed run continues if started with the same arguments. With
+the paper's model and task, for a GPU with 80 GB:
 
     python benchmarks/case_study.py --model codellama/CodeLlama-13b-Instruct-hf \\
         --task boolean-expressions --look boolean-expressions --dtype bfloat16 --recompute \\
@@ -91,7 +91,7 @@ def load(model: Any, name: str, form: str, n: int, options: argparse.Namespace) 
 
 
 def accuracies(model: Any, options: argparse.Namespace, path: Path) -> None:
-    """How often the model is right in each form, over all prompts and over those of each answer."""
+    """How often the model is right in each form, over all prompts and per answer."""
     done = {(row["task"], row["form"]) for row in rows(path)}
     for name in options.look:
         for form in options.forms:
@@ -111,8 +111,8 @@ def accuracies(model: Any, options: argparse.Namespace, path: Path) -> None:
 
 
 def answered(model: Any, task: Task) -> tuple[torch.Tensor, float]:
-    """Whether the model is right on each prompt, and on how many the answer's logit is above the
-    distractor's; chance is 0.5 for that.
+    """Whether the model is right on each prompt, and the share of prompts on which the answer's
+    logit is above the distractor's (chance: 0.5).
     """
     right, over = torch.zeros(len(task)), 0
     for batch in task.batches(16):
@@ -125,7 +125,7 @@ def answered(model: Any, task: Task) -> tuple[torch.Tensor, float]:
 
 
 def solved_in_every_form(model: Any, options: argparse.Namespace, out: Path) -> dict[str, Task]:
-    """The task in each form, without queries that the model does wrong in any of them."""
+    """The task in each form, without queries that the model gets wrong in any form."""
     n = options.pairs
     found = {form: load(model, options.task, form, n, options) for form in options.forms}
     path = out / "solved.json"
@@ -144,7 +144,7 @@ def solved_in_every_form(model: Any, options: argparse.Namespace, out: Path) -> 
 def ranking(
     model: Any, train: Task, name: str, seed: int, options: argparse.Namespace, out: Path
 ) -> EdgeScores:
-    """All edges by their log alpha, from one run with sampled budgets."""
+    """Log alphas of all edges, from one run with sampled budgets."""
     path, checkpoint = out / f"{name}.safetensors", out / f"{name}.checkpoint"
     if path.exists():
         return EdgeScores.load(path)
@@ -187,7 +187,7 @@ def sizes(
 def chosen(
     trained: dict[str, EdgeScores], options: argparse.Namespace, folder: Path
 ) -> dict[str, Circuit]:
-    """A circuit for each form, what they all share, and what any of them has; a random control."""
+    """A circuit per form, their intersection, their union, and a random control."""
     found = {form: scores.top(options.n_edges) for form, scores in trained.items()}
     first, *others = found.values()
     intersection = union = first
@@ -216,7 +216,7 @@ def table(model: Any, circuits: dict[str, Circuit], held_out: dict[str, Task], o
 
 
 def overlap(trained: dict[str, EdgeScores], path: Path) -> None:
-    """How much two rankings' circuits of one size share, and what two random ones would."""
+    """How many edges two rankings' circuits of one size share, and two random ones would."""
     path.unlink(missing_ok=True)
     for one, two in itertools.combinations(trained, 2):
         for size in (size for size in SIZES if size < trained[one].graph.n_edges):
@@ -252,7 +252,7 @@ def explained(
 
 
 def draw(out: Path) -> None:
-    """How good each form's circuits are, and how much the forms' circuits share, against size."""
+    """Plots the quality of each form's circuits and the edges that they share against size."""
     sizes, shared = rows(out / "sizes.csv"), rows(out / "overlap.csv")
     forms = list(dict.fromkeys(row["form"] for row in sizes))
     with saved_figure(out / "case-study.png", 10.5, 3.2, dpi=100) as figure:
@@ -321,19 +321,21 @@ def parser() -> argparse.ArgumentParser:
     add_option("--task", default="hypernymy", help="a task with these forms")
     add_option("--forms", nargs="+", default=list(FORMS))
     add_option("--look", nargs="*", default=["boolean-expressions", "hypernymy"], metavar="TASK")
-    add_option("--look-pairs", type=int, default=96, help="prompts of each form (default: 96)")
-    add_option("--depth", type=int, default=2, help="of Boolean expressions (default: 2)")
-    add_option("--pairs", type=int, default=256, help="queries before the wrong ones are dropped")
+    add_option("--look-pairs", type=int, default=96, help="prompts per form (default: 96)")
+    add_option(
+        "--depth", type=int, default=2, help="nesting depth of Boolean expressions (default: 2)"
+    )
+    add_option("--pairs", type=int, default=256, help="queries before unsolved ones are dropped")
     add_option("--held-out", type=int, default=64)
-    add_option("--n-edges", type=int, default=1000, help="of each form's circuit")
+    add_option("--n-edges", type=int, default=1000, help="size of each form's circuit")
     add_option("--steps", type=int, default=150)
     add_option("--again", nargs="*", default=[], metavar="FORM")
-    add_option("--explain", type=int, default=40, help="edges of each circuit (default: 40)")
+    add_option("--explain", type=int, default=40, help="edges to explain per circuit (default: 40)")
     add_option("--explain-pairs", type=int, default=8)
     add_option("--batch-size", type=int, default=8)
-    add_option("--recompute", action="store_true", help="blocks run again backward: less memory")
+    add_option("--recompute", action="store_true", help="recompute blocks in backward: less memory")
     add_option("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    add_option("--device", default=None, help="default: CUDA where it is, else the CPU")
+    add_option("--device", default=None, help="default: CUDA if available, else the CPU")
     add_option("--threads", type=int, default=None, help="default: torch's")
     add_option("--seed", type=int, default=0)
     add_option("--progress", action="store_true")

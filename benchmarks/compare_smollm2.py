@@ -2,10 +2,10 @@
 
     python benchmarks/compare_smollm2.py [--task ioi-t1] [--pairs 256] [--steps 200] [--out …]
 
-Edge Pruning, EAP, EAP-IG, mask-IG, UGS, ACDC and random scores, each at five sizes (ACDC at those
-that its thresholds come to), all judged on the same held-out pairs. In the folder: every method's
-scores, table.csv, table.json, comparison.png and .svg. A run that was killed goes on where it was:
-give the same arguments.
+Edge Pruning, EAP, EAP-IG, mask-IG, UGS, ACDC and random scores, each at five sizes (ACDC at the
+sizes that its thresholds give), all evaluated on the same held-out pairs. The folder holds every
+method's scores, table.csv, table.json, comparison.png and .svg. A killed run continues if started
+with the same arguments.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = found.add_argument
     add("--task", default="ioi-t1", choices=["ioi-t1", "ioi"], help="default: ioi-t1")
-    add("--pairs", type=int, default=256, help="half to find on, half held out (default: 256)")
+    add("--pairs", type=int, default=256, help="half for training, half held out (default: 256)")
     add("--methods", nargs="+", default=list(METHODS), metavar="METHOD", help="default: all")
     add("--sizes", nargs="+", type=int, default=list(SIZES), metavar="EDGES")
     add("--steps", type=int, default=200, help="Edge Pruning's and UGS's (default: 200)")
     add("--ig-steps", type=int, default=5, help="EAP-IG's and mask-IG's (default: 5)")
     add("--thresholds", nargs="+", type=float, default=[0.03, 0.01], help="ACDC's")
-    add("--per-size", action="store_true", help="an Edge Pruning run for every size")
+    add("--per-size", action="store_true", help="one Edge Pruning run per size")
     add("--attachment", type=float, default=None, help="a weight for Edge Pruning's Attachment")
     add("--seed", type=int, default=0)
     add("--threads", type=int, default=None, help="default: torch's")
@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def settings(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Of each method that is compared."""
+    """Each method's settings."""
     every = {
         "edge-pruning": {"steps": options.steps, "per_size": options.per_size},
         "eap-ig": {"steps": options.ig_steps},

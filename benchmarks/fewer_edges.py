@@ -1,14 +1,14 @@
-"""With how many edges Edge Pruning is as faithful as a circuit of ACDC, on pairs that neither saw.
+"""How many edges Edge Pruning needs to match an ACDC circuit on pairs that neither has seen.
 
     python benchmarks/settings.py --variants pairs-1024-judged --steps 500 --n-edges 85
     python benchmarks/fewer_edges.py runs/settings-ioi-t1/pairs-1024-judged-0-500.safetensors \\
         [--thresholds 0.01 0.003 0.001] [--pairs 8] [--start 220 --stop 50] [--out runs/fewer-edges]
 
-ACDC by groups (search="bisect") on SmolLM2-135M, the KL its objective, at each threshold; then the
-fewest of the scores' highest edges whose held-out KL is no higher, as they are and with the --start
-highest ranked anew by elimination. The ratios are of edges alive: the others do nothing. ACDC's and
-the elimination's pairs are of those that the scores were trained on; the 64 held out are those of
-settings.py. What is found is kept in --out, and searches that were stopped go on; the table is
+Runs ACDC by groups (search="bisect") with the KL as objective on SmolLM2-135M, at each threshold.
+Then finds the smallest number of top edges whose held-out KL is no higher, for the scores and after
+elimination has reranked the --start highest. Ratios count only edges that are alive, since the
+others do nothing. ACDC and elimination use training pairs of the scores; the 64 held-out pairs are
+those of settings.py. Results are saved in --out, interrupted searches continue, and the table is
 printed as Markdown.
 """
 
@@ -30,7 +30,7 @@ ELIMINATION_PAIRS = 32
 
 
 def searched(model: Any, train: Task, threshold: float, out: Path) -> Circuit:
-    """ACDC's circuit, taken from its file where it is there."""
+    """ACDC's circuit, loaded from its file if it exists."""
     path = out / f"acdc-{train.name}-{len(train)}-{threshold:g}.json"
     if path.exists():
         return Circuit.load(path)
@@ -41,7 +41,7 @@ def searched(model: Any, train: Task, threshold: float, out: Path) -> Circuit:
 
 
 def ranked_anew(model: Any, train: Task, scores: EdgeScores, options: Any) -> EdgeScores:
-    """The scores after elimination, taken from their file where it is there."""
+    """The scores after elimination, loaded from their file if it exists."""
     sizes = {"start": options.start, "stop": options.stop}
     path = options.out / f"{options.scores.stem}-{options.start}-{options.stop}.safetensors"
     if not path.exists():
@@ -76,7 +76,7 @@ def fewest(model: Any, held: Task, scores: EdgeScores, most: float) -> int:
 
 
 def kls(model: Any, held: Task, scores: EdgeScores, sizes: list[int]) -> list[float]:
-    """The KL of the highest edges, so many."""
+    """The KL of circuits of the highest edges, for each size."""
     return [found.kl for found in evaluate_all(model, [*map(scores.top, sizes)], held)]
 
 
@@ -90,7 +90,7 @@ def main() -> None:
     held, train = pairs[:HELD_OUT], pairs[HELD_OUT:]
     options.out.mkdir(parents=True, exist_ok=True)
     anew = ranked_anew(model, train[:ELIMINATION_PAIRS], scores, options)
-    print("| ACDC's threshold | edges | runs | KL | ranking: edges (KL) | ratio |", end="")
+    print("| ACDC threshold | edges | runs | KL | ranking: edges (KL) | ratio |", end="")
     print(" after elimination | ratio |\n" + "|---" * 8 + "|")
     for threshold in options.thresholds:
         circuit = searched(model, train[: options.pairs], threshold, options.out)
@@ -110,12 +110,14 @@ def alive(circuit: Circuit) -> int:
 
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    found.add_argument("scores", type=Path, help="a file of settings.py")
+    found.add_argument("scores", type=Path, help="a scores file of settings.py")
     found.add_argument("--task", default="ioi-t1", choices=["ioi-t1", "ioi"])
     found.add_argument("--thresholds", nargs="+", type=float, default=[0.01, 0.003, 0.001])
-    found.add_argument("--pairs", type=int, default=8, help="that ACDC looks at (default: 8)")
-    found.add_argument("--start", type=int, default=220, help="edges to eliminate from")
-    found.add_argument("--stop", type=int, default=50, help="and down to")
+    found.add_argument("--pairs", type=int, default=8, help="ACDC's pairs (default: 8)")
+    found.add_argument(
+        "--start", type=int, default=220, help="number of edges at the start of elimination"
+    )
+    found.add_argument("--stop", type=int, default=50, help="number of edges at its end")
     found.add_argument("--out", type=Path, default=Path("runs/fewer-edges"))
     found.add_argument("--threads", type=int, default=None, help="default: torch's")
     return found

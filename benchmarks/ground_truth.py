@@ -1,12 +1,12 @@
-"""Every method against circuits that are known: compiled programs and semi-synthetic models.
+"""Every method against known circuits, in compiled programs and semi-synthetic models.
 
     python benchmarks/ground_truth.py [--only siit-sum …] [--methods eap …] [--seeds 3]
 
 For each model and method: the area under the ROC curve over edges and over nodes, the share of the
-known circuit's edges among as many top ones, and seconds. Counterfactual ablation and 64 pairs for
-all; the methods' own defaults but for batches of 16. Pairs, gates and random scores are drawn from
-each seed, and figures are means over the seeds. ACDC gives a circuit for each threshold: an edge's
-score is the highest threshold that keeps it.
+known circuit's edges among the same number of top edges, and seconds. All use counterfactual
+ablation, 64 pairs, and the method's defaults except for batches of 16. Pairs, gates and random
+scores are drawn from each seed, and results are means over the seeds. ACDC gives a circuit per
+threshold: an edge's score is the highest threshold that keeps it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def scores_of(model: Any, task: Task, method: str, seed: int) -> EdgeScores:
 
 
 def by_threshold(model: Any, task: Task, settings: dict[str, Any]) -> EdgeScores:
-    """The number of the last threshold that keeps an edge, from 1; 0 for edges that none keeps."""
+    """The number, from 1, of the last threshold that keeps each edge; 0 if none does."""
     graph = EdgeGraph.from_model(model)
     scores = torch.zeros(graph.n_edges)
     for place, threshold in enumerate(THRESHOLDS, start=1):

@@ -1,11 +1,11 @@
-"""Ways to a faster step that were looked at and left out: what each would bring.
+"""Optimisations that were tried and not adopted: what each would gain.
 
     python benchmarks/left_out.py [--repeats 9]
 
-GPT-2 small's shape, 8 prompts of 16 tokens, float32, one thread. A norm and a GELU of one block
-under torch.compile, against themselves as they are; a layer's product of masks and differences in
-bfloat16, and in float32 on two threads, against float32 on one (seconds on the clock). Last, the
-share of a masked step's processor time that is matrix products: what no fusion can save. Medians of
+GPT-2 small's shape, 8 prompts of 16 tokens, float32, one thread. Compares a norm and a GELU of one
+block with and without torch.compile, and a layer's product of masks and differences in
+bfloat16, and in float32 on two threads, with float32 on one (wall-clock seconds). Also prints the
+share of a masked step's CPU time in matrix products, which fusion cannot save. Medians of
 rounds that run each once.
 """
 
@@ -40,7 +40,7 @@ def gelu(inputs: Tensor) -> Tensor:
 
 
 def compiled() -> dict[str, tuple[Work, Work]]:
-    """A norm of all of a block's reads of attention, and a GELU, each with its compiled self."""
+    """The norm of all attention reads of a block, and a GELU, each also compiled."""
     reads, hidden = torch.randn(3 * HEADS, ROWS, D_MODEL), torch.randn(ROWS, 4 * D_MODEL)
     fast_norm, fast_gelu = torch.compile(norm), torch.compile(gelu)
     return {
@@ -50,7 +50,7 @@ def compiled() -> dict[str, tuple[Work, Work]]:
 
 
 def mixes() -> tuple[Work, Work]:
-    """What the last layer's heads read, [destination, source] by [source, row * d_model], and the
+    """The mixes of the last layer's heads, [destination, source] @ [source, row * d_model], and the
     same in bfloat16.
     """
     sources = 1 + 11 * (HEADS + 1)
@@ -60,7 +60,7 @@ def mixes() -> tuple[Work, Work]:
 
 
 def on_threads(count: int, work: Work) -> Work:
-    """The same on so many threads."""
+    """The same work on `count` threads."""
 
     def on_them() -> Tensor:
         torch.set_num_threads(count)
@@ -73,7 +73,7 @@ def on_threads(count: int, work: Work) -> Work:
 
 
 def medians(works: Mapping[str, Work], repeats: int) -> dict[str, float]:
-    """Median seconds on the clock; the first round warms up (and compiles)."""
+    """Median wall-clock seconds; the first round warms up (and compiles)."""
     times: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(repeats + 1):
         for name, work in works.items():
@@ -84,7 +84,7 @@ def medians(works: Mapping[str, Work], repeats: int) -> dict[str, float]:
 
 
 def share_of_products() -> float:
-    """Of a masked step's processor time, what goes into products of matrices."""
+    """The share of a masked step's CPU time in matrix products."""
     model, (clean, corrupted) = gpt2_bridge(), prompts()
     graph = EdgeGraph.from_model(model)
     mask = torch.full((graph.n_edges,), 0.5, requires_grad=True)

@@ -1,16 +1,15 @@
-"""What each method costs, in plain forward+backward passes of the same model.
+"""Each method's cost, relative to a plain forward and backward of the same model.
 
     python benchmarks/methods.py [--kinds hooked] [--repeats 5] [--only eap]
     python benchmarks/methods.py --kinds smollm2 --layers 30
 
 GPT-2 small's shape, or SmolLM2-135M's, with random weights, 8 pairs of 16 tokens, float32, one
-thread, one process; medians of processor time over rounds that run every row once. The unit is a
-plain forward+backward with frozen weights. Attribution is `discover` on the 8 pairs, all that it
-does included. Circuits have 1,000 edges. A step of training is one with targets and references at
-hand. ACDC's edges are those of the same shape with two layers, since twelve take hours; its unit is
-that model's.
+thread, one process; medians of CPU time over rounds that run every row once. The unit is a
+plain forward and backward with frozen weights. Attribution times a whole call of `discover` on the
+8 pairs. Circuits have 1,000 edges. A training step uses cached targets and references. ACDC runs
+on the same shape with two layers, since twelve take hours; its unit is that model's.
 
-With auto-circuit installed (peers/README.md) its rows stand below ours.
+If auto-circuit is installed (peers/README.md), its rows follow ours.
 """
 
 from __future__ import annotations
@@ -59,12 +58,12 @@ def own_rows(model: Any, task: Task) -> Steps:
         for method, settings in ATTRIBUTION.items()
     }
     rows |= evaluation_rows(model, task)
-    rows["edge pruning, a step"] = lambda: training_step(model, task)
+    rows["edge pruning, per step"] = lambda: training_step(model, task)
     return rows
 
 
 def evaluation_rows(model: Any, task: Task) -> Steps:
-    """A reference run, and one masked forward of a circuit whose reference is at hand."""
+    """A reference run, and one masked forward pass of a circuit with a given reference."""
     batch, graph = next(task.batches(len(task))), EdgeGraph.from_model(model)
     scores = torch.rand(graph.n_edges, generator=torch.Generator().manual_seed(1))
     mask = Circuit.top(graph, scores, min(CIRCUIT, graph.n_edges // 2)).mask.float()
@@ -82,7 +81,7 @@ def evaluation_rows(model: Any, task: Task) -> Steps:
 
 
 def training_step(model: Any, task: Task) -> float:
-    """One of a few steps of Edge Pruning, less what a run of one step takes."""
+    """One step of Edge Pruning: a run of a few steps minus a run of one step, per step."""
 
     def run(steps: int) -> float:
         pruner = EdgePruner(
@@ -97,7 +96,7 @@ def training_step(model: Any, task: Task) -> float:
 
 
 def peer_rows(model: Any, task: Task) -> Steps:
-    """auto-circuit's rows; none where it is not installed, or for a Bridge."""
+    """auto-circuit's rows; empty if it is not installed, or for a Bridge."""
     if importlib.util.find_spec("auto_circuit") is None or hasattr(model, "original_model"):
         return {}
     from peers import auto_circuit as peer
@@ -119,7 +118,7 @@ def peer_rows(model: Any, task: Task) -> Steps:
     return {
         "auto-circuit: eap": lambda: peer.eap(wrapped, batches),
         "auto-circuit: a circuit": circuit,
-        "auto-circuit: subnetwork probing, a step": probing,
+        "auto-circuit: subnetwork probing, per step": probing,
     }
 
 
@@ -127,12 +126,12 @@ def peer_rows(model: Any, task: Task) -> Steps:
 
 
 def acdc_rows(model: Any, task: Task) -> Steps:
-    """Seconds an edge, ours and auto-circuit's, at a threshold that removes nearly all."""
+    """Seconds per edge, ours and auto-circuit's, at a threshold that removes nearly all edges."""
     graph, threshold, rows = EdgeGraph.from_model(model), 1e-3, {}
     if importlib.util.find_spec("tl_edgeprune.methods.acdc") is not None:
         from tl_edgeprune.methods.acdc import acdc
 
-        rows["acdc, an edge"] = lambda: (
+        rows["acdc, per edge"] = lambda: (
             seconds(lambda: acdc(model, task, threshold=threshold, search="exact")) / graph.n_edges
         )
     if importlib.util.find_spec("auto_circuit") is not None and not hasattr(
@@ -141,7 +140,7 @@ def acdc_rows(model: Any, task: Task) -> Steps:
         from peers import auto_circuit as peer
 
         wrapped, batches = peer.wrapped(model), peer.loader(task)
-        rows["auto-circuit: acdc, an edge"] = lambda: (
+        rows["auto-circuit: acdc, per edge"] = lambda: (
             seconds(lambda: peer.acdc_scores(wrapped, batches, threshold)) / graph.n_edges
         )
     return rows
@@ -169,8 +168,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--kinds", nargs="+", default=available(), choices=list(KINDS))
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--only", default="", help="rows with this in their names")
-    parser.add_argument("--acdc", action="store_true", help="ACDC's edges too (minutes)")
+    parser.add_argument("--only", default="", help="only rows whose names contain this")
+    parser.add_argument("--acdc", action="store_true", help="also time ACDC (takes minutes)")
     options = parser.parse_args()
     torch.set_num_threads(1)
     for kind in options.kinds:

@@ -1,12 +1,12 @@
-"""How far runs that differ by their seed alone find the same edges, and what the rest are worth.
+"""How many edges runs with different seeds share, and how good the shared edges are.
 
     python benchmarks/settings.py --seeds 0 1 2 3 4 --variants default --steps 150
     python benchmarks/overlap.py runs/settings-ioi-t1/default-?-150.safetensors
 
-The runs' scores are read, nothing is trained. Three tables, as Markdown: the overlap (IoU) of the
-runs' circuits two by two, at every size; at --n-edges, the held-out KL of the edges that several
-runs share, beside as many of each run's own highest; and the KL of the mean of the runs' rankings,
-beside theirs. The 64 pairs held out are those of settings.py.
+Reads the runs' scores and trains nothing. Prints three tables as Markdown: the pairwise overlap
+(IoU) of the runs' circuits at every size; at --n-edges, the held-out KL of the edges that several
+runs share, and of the same number of each run's highest edges; and the KL of the mean of the runs'
+rankings, and of each run. The 64 held-out pairs are those of settings.py.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def overlaps(runs: Sequence[EdgeScores]) -> str:
         circuits = [run.top(size) for run in runs]
         each = [a.iou(b) for a, b in itertools.combinations(circuits, 2)]
         rows.append((size, *three(each)))
-    return table(("edges", "IoU, least", "mean", "most"), rows)
+    return table(("edges", "IoU, min", "mean", "max"), rows)
 
 
 def shared(model: Any, held: Task, runs: Sequence[EdgeScores], n_edges: int) -> str:
@@ -58,7 +58,7 @@ def shared(model: Any, held: Task, runs: Sequence[EdgeScores], n_edges: int) -> 
         if core.n_edges:
             kl, *own = kls(model, held, [core, *(run.top(core.n_edges) for run in runs)])
             rows.append((f"{n} of {len(runs)}", core.n_edges, f"{kl:.2f}", *three(own)))
-    heads = ("kept by", "edges", "KL", "as many of one run's own, least", "mean", "most")
+    heads = ("kept by", "edges", "KL", "KL of as many top edges of one run, min", "mean", "max")
     return table(heads, rows)
 
 
@@ -69,7 +69,7 @@ def mean_ranking(model: Any, held: Task, runs: Sequence[EdgeScores]) -> str:
     for size in SIZES:
         kl, *own = kls(model, held, [scores.top(size) for scores in (joint, *runs)])
         rows.append((size, f"{kl:.2f}", *three(own)))
-    return table(("edges", "KL of the mean ranking", "of one run, least", "mean", "most"), rows)
+    return table(("edges", "KL of the mean ranking", "KL of one run, min", "mean", "max"), rows)
 
 
 def kls(model: Any, held: Task, circuits: Sequence[Circuit]) -> list[float]:
@@ -77,7 +77,7 @@ def kls(model: Any, held: Task, circuits: Sequence[Circuit]) -> list[float]:
 
 
 def three(values: Sequence[float]) -> tuple[str, str, str]:
-    """Least, mean and most."""
+    """Minimum, mean and maximum."""
     found = (min(values), sum(values) / len(values), max(values))
     least, mean, most = (f"{value:.2f}" for value in found)
     return least, mean, most
@@ -90,7 +90,7 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    found.add_argument("scores", nargs="+", type=Path, help="scores' files of settings.py")
+    found.add_argument("scores", nargs="+", type=Path, help="scores files of settings.py")
     found.add_argument("--task", default="ioi-t1", choices=["ioi-t1", "ioi"])
     found.add_argument("--n-edges", type=int, default=1000)
     found.add_argument("--threads", type=int, default=None, help="default: torch's")

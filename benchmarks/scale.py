@@ -1,12 +1,12 @@
-"""A step at the shape of a model by name, blocks recomputed: measured beside what was planned.
+"""Memory and time of a step with recomputation at a named model's shape, measured and planned.
 
     python benchmarks/scale.py [gpt2 | llama-3-8b | codellama-13b | …] [--pairs 32] [--pos 64]
         [--device cuda] [--dtype bfloat16] [--steps 5] [--out results/scale.jsonl]
 
-Random weights, made on the device. Prints edges, bytes of each buffer, seconds a step, tokens a
-second and peak memory: on a GPU what its allocator held, else the counted bytes of live tensors
-(one more step, since counting takes time) and the weights. --out: a file to which that is added as
-a line of JSON, with the date, the processor or GPU, and the versions.
+The weights are random and made on the device. Prints edges, bytes of each buffer, seconds per
+step, tokens per second and peak memory: on a GPU the allocator's peak, otherwise the counted bytes
+of live tensors (in an extra step, since counting takes time) plus the weights. --out appends the
+result to a file as a line of JSON, with the date, the CPU or GPU, and the versions.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class Steps:
 def measure(
     shape: Shape, work: Work, device: str, dtype: torch.dtype, steps: int
 ) -> dict[str, Any]:
-    """Seconds a step (median), peak bytes with the weights, and the graph's edges."""
+    """Median seconds per step, peak bytes including the weights, and the number of edges."""
     model = random_model(shape, dtype, device)
     weights = sum(p.numel() * p.element_size() for p in set(all_parameters(model)))
     with RecomputedModel.attach(model, EdgeGraph.from_model(model)) as run:
@@ -143,7 +143,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    parser.add_argument("--out", type=Path, help="a file of JSON lines to add to")
+    parser.add_argument("--out", type=Path, help="append the result to this JSON-lines file")
     options = parser.parse_args()
     dtype = getattr(torch, options.dtype)
     work = Work(options.pairs, options.pos, element=dtype.itemsize, on_gpu=options.device != "cpu")
@@ -155,7 +155,7 @@ def main() -> None:
     found = measure(shape, work, options.device, dtype, options.steps)
     assert found["edges"] == shape.graph.n_edges, found
     print(f"  {'measured':12}{found['peak'] / 1e9:12.4f} GB at the peak")
-    print(f"  {found['seconds']:.3f} s a step, {2 * work.rows / found['seconds']:,.0f} tokens/s")
+    print(f"  {found['seconds']:.3f} s per step, {2 * work.rows / found['seconds']:,.0f} tokens/s")
     print(f"  {step_floor(shape, work).operations / found['seconds'] / 1e12:.3f} TFLOP/s")
     if options.out is not None:
         asked = {"shape": shape.name, "dtype": options.dtype, **asdict(work)}
@@ -165,7 +165,7 @@ def main() -> None:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """When, on what and with which versions."""
+    """Date, hardware and versions."""
     name = platform.processor() or platform.machine()
     if device != "cpu":
         name = torch.cuda.get_device_name(device)

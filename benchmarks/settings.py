@@ -1,14 +1,14 @@
-"""Edge Pruning's settings, each changed by itself: what a circuit of SmolLM2-135M is worth then.
+"""Edge Pruning's settings, changed one at a time: the quality of circuits in SmolLM2-135M.
 
     python benchmarks/settings.py [--variants default lr-0.1 …] [--seeds 0 1 2 3 4] [--out …]
 
-Indirect object identification, 64 pairs held out. Every run is a row of runs.csv in the folder: the
-held-out KL and exact match at --n-edges, the KL of its ranking at other sizes, and, in history/,
-the KL of the training steps as it fell. Rows that are there are not run again, so a run that was
-killed goes on; give several processes different variants. All take the last step's ranking, so that
-settings are compared and not chance, but for "judged", which is EdgePruner's default whole. A
-polished circuit is that of the default's run, whose file is taken where it is there; its seconds
-are the exchanges' alone then.
+Indirect object identification, 64 held-out pairs. Every run is a row of runs.csv in the folder: the
+held-out KL and exact match at --n-edges and the KL of its ranking at other sizes. history/ has
+the KL of the training steps. Finished rows are not repeated, so a killed run continues; several
+processes can run different variants. All variants use the last step's ranking, to compare settings
+instead of chance, except "judged", which is EdgePruner's full default. A polished circuit starts
+from the default's run, whose file is used if it exists; then its seconds are only those of the
+exchanges.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from tl_edgeprune.training.pruner import Optimizer
 
 
 def kl_and_excess(logits: Tensor, full: Tensor, batch: Batch) -> Tensor:
-    """The KL, and what the answer's log-probability rises above the full model's, in nats."""
+    """The KL plus the excess of the answer's log-probability over the full model's, in nats."""
     excess = negative_log_prob(full, full, batch) - negative_log_prob(logits, full, batch)
     return kl(logits, full, batch) + excess.clamp(min=0)
 
 
 LAST_STEP = {"candidates": 0}
-AT_ONCE = ExactBudget("sampled", anneal=0.001)  # small budgets from the first step on
+AT_ONCE = ExactBudget("sampled", anneal=0.001)  # small budgets from the first step
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "lr-0.1": {"lr": 0.1},
@@ -90,7 +90,7 @@ FIELDS += tuple(f"kl_{size}" for size in SIZES)
 
 
 def done(path: Path) -> set[tuple[str, int, int, float, int]]:
-    """Variant, seed, steps, learning rate and size of the rows that are there."""
+    """Variant, seed, steps, learning rate and size of the finished rows."""
     if not path.exists():
         return set()
     with path.open(newline="") as file:
@@ -100,7 +100,7 @@ def done(path: Path) -> set[tuple[str, int, int, float, int]]:
 
 
 def add(path: Path, row: dict[str, Any]) -> None:
-    """One more row, in one write."""
+    """Appends a row, in one write."""
     fresh = not path.exists()
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, FIELDS)
@@ -116,8 +116,8 @@ def rate(name: str) -> float:
 
 
 def run_of(model: Any, train: Any, settings: dict[str, Any], scores: Path) -> tuple[Any, list[Any]]:
-    """A run's scores, which are saved too, and its history. init_scores may name a method, which
-    gets as many pairs as the usual warm start and the KL where it can use it.
+    """A run's scores, which are also saved, and its history. init_scores may name a method, which
+    gets as many pairs as the usual warm start, and the KL if it can use it.
     """
     if isinstance(settings.get("init_scores"), str):
         method = settings["init_scores"]
@@ -132,7 +132,7 @@ def run_of(model: Any, train: Any, settings: dict[str, Any], scores: Path) -> tu
 
 
 def measured(model: Any, task: Any, name: str, seed: int, options: Any, out: Path) -> list[Any]:
-    """One variant's row, its history and its scores written."""
+    """One variant's row; writes its history and its scores."""
     settings = {"n_edges": options.n_edges, "steps": options.steps, "seed": seed, **LAST_STEP}
     settings |= VARIANTS[name]
     train = task[HELD_OUT:][: settings.pop("pairs", options.pairs)]
@@ -181,7 +181,7 @@ def parser() -> argparse.ArgumentParser:
     add_option("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     add_option("--seeds", nargs="+", type=int, default=[0])
     add_option("--task", default="ioi-t1", choices=["ioi-t1", "ioi"])
-    add_option("--pairs", type=int, default=192, help="to train on (default: 192)")
+    add_option("--pairs", type=int, default=192, help="training pairs (default: 192)")
     add_option("--n-edges", type=int, default=1000)
     add_option("--steps", type=int, default=200)
     add_option("--threads", type=int, default=None, help="default: torch's")

@@ -1,10 +1,10 @@
-"""Draw what settings.py has measured: each setting's KL, and its training curve.
+"""Draws the results of settings.py: each setting's KL and its training curve.
 
     python benchmarks/settings_figure.py runs/settings-ioi-t1 docs/figures/settings-ioi-t1.png
 
-Above, the held-out KL at 1,000 edges of every run of 150 steps for 1,000 edges or for any size: a
-dot a seed, in the order of their means; the band is from the default's best seed to its worst.
-Below, how the objective fell (running means) in seed 0 of some of them.
+Top: the held-out KL at 1,000 edges of every run of 150 steps for 1,000 edges or for any size, one
+dot per seed, sorted by mean. The band spans the default's best to worst seed.
+Bottom: the objective (running means) during training, for seed 0 of some of them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def runs_in(folder: Path) -> Runs:
 
 
 def label(row: dict[str, str]) -> str:
-    """The variant, and its learning rate where that was the default of then."""
+    """The variant, with its learning rate if that was the default at the time."""
     name, rate = row["variant"], float(row["lr"])
     return name if rate == settings.rate(name) else f"{name}, lr {rate:g}"
 
@@ -77,10 +77,12 @@ def draw_curves(axes: Axes, folder: Path, names: list[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="of settings.py")
-    parser.add_argument("figure", type=Path, help="the file to draw")
+    parser.add_argument("folder", type=Path, help="output folder of settings.py")
+    parser.add_argument("figure", type=Path, help="output file")
     curves = ["default", "lr-0.1", "lr-0.5", "betas-0.8-0.95", "fixed", "init-none", "any-size"]
-    parser.add_argument("--curves", nargs="+", default=curves, help="whose training is drawn")
+    parser.add_argument(
+        "--curves", nargs="+", default=curves, help="variants whose training curves are drawn"
+    )
     options = parser.parse_args()
     runs = runs_in(options.folder)
     with saved_figure(options.figure, 8, 4.5 + 0.27 * len(runs)) as figure:

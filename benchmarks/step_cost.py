@@ -1,13 +1,13 @@
-"""What a masked step costs: forward and backward with edge masks, against the plain model.
+"""The cost of a masked step: forward and backward with edge masks, relative to the plain model.
 
     python benchmarks/step_cost.py [--layers 4 12 24] [--repeats 7] [--recompute]
     python benchmarks/step_cost.py --kinds smollm2 --layers 30
 
 GPT-2 small's shape, or SmolLM2-135M's, with random weights, 8 prompts of 16 tokens, float32, one
-thread. Times are medians of repeats that alternate plain and masked in one process; memory is the
-peak resident size over three steps less that after loading the model, in a fresh process for each
-figure, with the full model's run for the targets (once, before the steps) and a reference run a
-step included. `--recompute`: with blocks run again in backward.
+thread. Times are medians of repeats that alternate plain and masked steps in one process. Memory is
+the peak resident size over three steps minus that after loading the model, each measured in a fresh
+process. It includes the full model's run for the targets (once, before the steps) and a reference
+run per step. `--recompute` runs blocks again in backward.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def time_ratio(kind: str, layers: int, repeats: int, engine: str) -> dict[str, f
 
 
 def forget_peak() -> int:
-    """Start a new peak; give the bytes that are resident now (Linux)."""
+    """Resets the peak and returns the bytes that are resident now (Linux)."""
     Path("/proc/self/clear_refs").write_text("5")
     return peak_bytes()
 
@@ -68,7 +68,7 @@ def peak_bytes() -> int:
 
 
 def memory(kind: str, layers: int, step: str) -> int:
-    """Peak resident bytes of three steps above those after loading the model (this process)."""
+    """Peak resident bytes of three steps above the loaded model, in this process."""
     model, (clean, corrupted) = load(kind, layers), prompts()
     before = forget_peak()
     if step == "plain":
@@ -78,7 +78,7 @@ def memory(kind: str, layers: int, step: str) -> int:
     graph = EdgeGraph.from_model(model)
     mask = torch.full((graph.n_edges,), 0.5, requires_grad=True)
     with ENGINES[step].attach(model, graph) as run:
-        run.record(clean, torch.full((BATCH, 1), POS - 1))  # the targets, as the pruner takes them
+        run.record(clean, torch.full((BATCH, 1), POS - 1))  # the targets, as in EdgePruner
         for _ in range(3):
             reference = run.reference("counterfactual", corrupted=corrupted)
             masked_step(run, mask, clean, reference)
@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 12, 24])
     parser.add_argument("--kinds", nargs="+", default=None, choices=list(KINDS))
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--recompute", action="store_true", help="blocks run again in backward")
+    parser.add_argument("--recompute", action="store_true", help="recompute blocks in backward")
     parser.add_argument("--memory", nargs=3, metavar=("KIND", "LAYERS", "STEP"))
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Times of steps beside one another: interleaved in one process, medians, on one thread."""
+"""Median times of steps that are interleaved in one process, on one thread."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ Step = Callable[[], Any]
 
 
 def seconds(step: Step) -> float:
-    """The processor's seconds that a step takes; one that gives a float has measured itself.
+    """CPU seconds of a step; a step that returns a float has measured itself.
 
-    On one thread that is the time on the clock, but for what others on the machine take of it.
+    On one thread this is the wall-clock time without the share of other processes.
     """
     start = time.process_time()
     own = step()
@@ -36,7 +36,7 @@ def medians(steps: Mapping[str, Step], repeats: int) -> dict[str, float]:
 
 
 def plain_step(model: Any, clean: Tensor) -> None:
-    """A forward and a backward through frozen weights, down to the embeddings: the unit."""
+    """The unit: a forward and a backward through frozen weights, down to the embeddings."""
     leaf: list[Tensor] = []
 
     def start(resid: Tensor, hook: Any) -> Tensor:

@@ -1,12 +1,12 @@
-"""Edge Pruning against circuits that are known: compiled programs, two ablations, five seeds.
+"""Edge Pruning against known circuits: compiled programs, two ablations, five seeds.
 
     python benchmarks/tracr.py [--seeds 5]
 
-Tells how many seeds found exactly the known circuit, and the seconds of a run (on one thread,
-scoring included). `prune` starts from the ranking that mask-IG gives, keeps nearly all edges at
-first and takes 400 small steps: a budget that starts low breaks the program on nearly every draw,
-and large steps leave the ranking before the gates have told the edges apart. The last row has the
-published settings for xproportion: no scores to start from, and a graph whose input is two sources.
+Prints how many seeds find exactly the known circuit, and the seconds per run (on one thread,
+including the warm start). `prune` starts from mask-IG's ranking, keeps nearly all edges at
+first and takes 400 small steps. A budget that starts low breaks the program on nearly every draw,
+and large steps leave the ranking before the gates have separated the edges. The last row has the
+published settings for xproportion: no warm start, and a graph whose input is two sources.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ PAIRS = 60  # of three tokens: 3, 9, 16, 16 and 16 pairs of one to five, each le
 
 
 def prune(model: Any, name: str, ablation: str, seed: int) -> PruneResult:
-    """A circuit of the known one's size."""
+    """A circuit of the known circuit's size."""
     task = tasks.load(name, model, PAIRS, seed)
     scores = discover(model, task, method="mask-ig", ablation=ablation, batch_size=16)
     pruner = EdgePruner(
@@ -60,7 +60,7 @@ def prune(model: Any, name: str, ablation: str, seed: int) -> PruneResult:
 
 
 def prune_as_published(model: Any, name: str, ablation: str, seed: int) -> PruneResult:
-    """xproportion with the published code's settings; the size is what the run comes to."""
+    """xproportion with the published code's settings, which determine the size."""
     pruner = EdgePruner.paper(
         ablation=ablation,
         steps=720,
@@ -76,7 +76,7 @@ def prune_as_published(model: Any, name: str, ablation: str, seed: int) -> Prune
 
 
 def edges_of(result: PruneResult) -> set[str]:
-    """The circuit's edges, those of token and position embeddings as edges of one input."""
+    """The circuit's edges, with token and position embeddings merged into one input."""
     names = (edge.replace("tok->", "input->") for edge in result.circuit.edges)
     return {name.replace("pos->", "input->") for name in names}
 
@@ -89,7 +89,7 @@ def row(method: str, run: Callable[..., PruneResult], name: str, ablation: str, 
     exact = sum(edges_of(result) == known for result in results)
     size = f"{len(known)} of {results[0].graph.n_edges}"
     return (
-        f"{name:<20}{ablation:<16}{method:<11}{size:>9}{f'{exact} of {seeds}':>11}{seconds:>9.1f}"
+        f"{name:<20}{ablation:<16}{method:<11}{size:>9}{f'{exact} of {seeds}':>11}{seconds:>11.1f}"
     )
 
 
@@ -100,7 +100,9 @@ def main() -> None:
     args = parser.parse_args()
     seeds = args.seeds
     torch.set_num_threads(1)
-    print(f"{'program':<20}{'ablation':<16}{'settings':<11}{'edges':>9}{'exact':>11}{'s a run':>9}")
+    print(
+        f"{'program':<20}{'ablation':<16}{'settings':<11}{'edges':>9}{'exact':>11}{'s per run':>11}"
+    )
     for name, ablation in CASES:
         if name in args.only:
             print(row("ours", prune, name, ablation, seeds), flush=True)

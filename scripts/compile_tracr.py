@@ -1,12 +1,12 @@
-"""Compile the Tracr programs that come with the package, and write them for it.
+"""Compiles the Tracr programs of the package and writes their weights.
 
     pip install "tl_edgeprune[tracr]"
     python scripts/compile_tracr.py                  # into tl_edgeprune/models/tracr_weights/
 
-1. `models.compiled` compiles each program.
-2. What the RASP program itself says on checked prompts goes into the JSON file: what tests hold
-   the shipped weights to.
-3. So do its circuits: the edges that cutting one by one finds necessary, on every prompt.
+1. `models.rasp` compiles each program.
+2. The RASP program's outputs on some prompts go into the JSON file; the tests compare the shipped
+   weights with them.
+3. So do the program's circuits: the edges that are necessary when cut one at a time.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ PROGRAMS = (
 
 
 def examples(config: dict[str, Any], program: Program, per_length: int) -> list[dict[str, list]]:
-    """Some prompts of each length as token ids, and what the RASP program says after BOS.
+    """Some prompts of each length as token ids, and the RASP program's outputs after BOS.
 
-    A number, or for programs with a column for each value the index of the column.
+    An output is a number, or the column's index for programs with a column per value.
     """
     generator = np.random.default_rng(0)
     found = []
@@ -71,7 +71,7 @@ def examples(config: dict[str, Any], program: Program, per_length: int) -> list[
 
 
 def circuits(compiled: Compiled) -> dict[str, list[str]]:
-    """The necessary edges under each ablation, on every prompt and two rounds of corrupted ones."""
+    """The necessary edges under each ablation, on every prompt with two corrupted prompts each."""
     model = tracr.build(compiled, "bridge", torch.device("cpu"), torch.float64)
     n_prompts = sum(
         len(compiled.config["tokens"]) ** n for n in range(1, compiled.config["model"]["n_ctx"])

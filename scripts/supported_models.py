@@ -1,11 +1,11 @@
-"""Make the tables of docs/models.md: which models the package supports with the installed
-TransformerLens, and which it refuses, each by what a tiny random model of its kind does.
+"""Makes the tables of docs/models.md: supported and refused models with the installed
+TransformerLens, tested on a tiny random model of each family.
 
     python scripts/supported_models.py           # print them
     python scripts/supported_models.py --write   # write them into the page
 
-Needs what the tests need (pip install -e '.[test]'). One version of TransformerLens is installed at
-a time: the other's columns stay as the page has them, so run it once in an environment of each.
+Needs the tests' dependencies (pip install -e '.[test]'). Only the columns of the installed version
+of TransformerLens change, so run the script once in an environment of each version.
 """
 
 from __future__ import annotations
@@ -29,12 +29,14 @@ COLUMNS = {  # heading: TransformerLens' version, class
 
 
 def installed() -> str:
-    """TransformerLens' version, as a column's. Raises ValueError for one without columns."""
-    own = ".".join(version("transformer-lens").split(".")[:2])
-    known = sorted({of for of, _ in COLUMNS.values()})
-    if own not in known:
-        raise ValueError(f"TransformerLens {own} has no column: expected {' or '.join(known)}.")
-    return own
+    """The installed TransformerLens version, as in a column. Raises ValueError if it has none."""
+    installed_version = ".".join(version("transformer-lens").split(".")[:2])
+    versions = sorted({column_version for column_version, _ in COLUMNS.values()})
+    if installed_version not in versions:
+        raise ValueError(
+            f"TransformerLens {installed_version} has no column: expected {' or '.join(versions)}."
+        )
+    return installed_version
 
 
 def section(page: str, name: str) -> str:
@@ -43,7 +45,7 @@ def section(page: str, name: str) -> str:
 
 
 def cells(page: str) -> dict[tuple[str, str], str]:
-    """The page's cells of the table of families, by family and column."""
+    """The cells of the page's table of families, by family and column."""
     heading, _, *lines = rows(section(page, "supported"))
     return {
         (line[0], column): cell
@@ -54,27 +56,27 @@ def cells(page: str) -> dict[tuple[str, str], str]:
 
 
 def measured(page: str) -> dict[tuple[str, str], str]:
-    """The same: the installed version's by its models, the other's as the page has them."""
+    """The same, with the installed version's cells measured and the others from the page."""
     result = cells(page)
-    for column, (of, cls) in COLUMNS.items():
-        if of == installed():
+    for column, (column_version, cls) in COLUMNS.items():
+        if column_version == installed():
             for family in model_families.FAMILIES + model_families.OTHERS:
                 result[family.name, column] = model_families.verdict(family, cls)
     return result
 
 
 def supported(verdicts: dict[tuple[str, str], str]) -> str:
-    """The table of families from its cells."""
+    """The table of families, from its cells."""
     lines = [["Family", "For example", *COLUMNS, "Notes"]]
     lines.append(["---"] * len(lines[0]))
     for family in model_families.FAMILIES + model_families.OTHERS:
-        own = [verdicts.get((family.name, column), "?") for column in COLUMNS]
-        lines.append([family.name, family.examples, *own, family.note])
+        family_cells = [verdicts.get((family.name, column), "?") for column in COLUMNS]
+        lines.append([family.name, family.examples, *family_cells, family.note])
     return table(lines)
 
 
 def refused() -> str:
-    """The table of what is refused, and why: the words of the error."""
+    """The table of refused models, each with the reason given by the error."""
     lines = [["Kind", "For example", "Why"], ["---"] * 3]
     refused = model_families.REFUSED
     lines += [[kind.name, kind.examples, model_families.reason(kind)] for kind in refused]
@@ -92,7 +94,7 @@ def rows(text: str) -> list[list[str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--write", action="store_true", help="into docs/models.md")
+    parser.add_argument("--write", action="store_true", help="write them into docs/models.md")
     page = PAGE.read_text(encoding="utf-8")
     tables = {"supported": supported(measured(page)), "refused": refused()}
     if not parser.parse_args().write:

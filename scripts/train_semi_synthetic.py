@@ -1,9 +1,9 @@
-"""Train the semi-synthetic models that come with the package, and write them for it.
+"""Trains the semi-synthetic models of the package and writes their weights.
 
     python scripts/train_semi_synthetic.py    # into tl_edgeprune/models/semi_synthetic_weights/
 
-Minutes on one core. Beside the weights goes a JSON file: sizes, circuit, settings, and how often
-the model says what its causal model says, with and without interventions.
+Takes minutes on one core. A JSON file next to the weights holds sizes, circuit, settings, and how
+often the model agrees with its causal model, with and without interventions.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""auto-circuit 1.0.1 beside this package: the same model, the same pairs, the same names of edges.
+"""auto-circuit 1.0.1 with this package's models, pairs and edge names.
 
-Needs TransformerLens 3 (README.md says how to install it). What it expects of older libraries,
-three names that have moved, is put in place here, before its first import.
+Needs TransformerLens 3 (README.md has installation instructions). auto-circuit expects three names
+of older libraries, which are restored here before its first import.
 
-A mask of auto-circuit is 1 where an edge is ablated, so its mask is 1 - z, and the gradient of the
-loss in it is the score that EAP gives here. Its losses are means over a batch, and its scores sums
+A mask of auto-circuit is 1 if an edge is ablated, so its mask is 1 - z, and the gradient of the
+loss in it is EAP's score here. Its losses are means over a batch, and its scores are sums
 over batches.
 """
 
@@ -39,7 +39,7 @@ def put_old_names_back() -> None:
 put_old_names_back()
 import auto_circuit.utils.custom_tqdm
 
-auto_circuit.utils.custom_tqdm.tqdm = partial(tqdm, disable=True)  # before all that import it
+auto_circuit.utils.custom_tqdm.tqdm = partial(tqdm, disable=True)  # before anything imports it
 from auto_circuit.data import PromptDataLoader, PromptDataset
 from auto_circuit.prune import run_circuits
 from auto_circuit.prune_algos.ACDC import acdc_prune_scores
@@ -95,7 +95,7 @@ def _canonical(name: str) -> str:
 
 
 def places(peer: PatchableModel, graph: EdgeGraph) -> list[tuple[str, tuple[int, ...]]]:
-    """Where auto-circuit keeps each edge's mask, in the graph's order: module and index."""
+    """The module and index of each edge's mask in auto-circuit, in the graph's order."""
     found = {canonical(e.src.name, e.dest.name): e for e in peer.edges}
     if set(found) != set(graph.edges):
         raise ValueError(f"auto-circuit has {len(found)} edges, {graph} has {graph.n_edges}.")
@@ -108,7 +108,7 @@ def as_vector(scores: PruneScores, peer: PatchableModel, graph: EdgeGraph) -> Te
 
 
 def as_scores(vector: Tensor, peer: PatchableModel, graph: EdgeGraph) -> PruneScores:
-    """One value an edge, [n_edges], as auto-circuit's scores by module."""
+    """Values per edge, [n_edges], as auto-circuit's scores by module."""
     scores = peer.new_prune_scores()
     for value, (module, index) in zip(vector.tolist(), places(peer, graph), strict=True):
         scores[module][index] = value
@@ -116,7 +116,7 @@ def as_scores(vector: Tensor, peer: PatchableModel, graph: EdgeGraph) -> PruneSc
 
 
 def in_order(peer: PatchableModel, edges: Iterable[str]) -> None:
-    """Let its ACDC visit a destination layer's edges in this order; by itself it takes a set's."""
+    """Makes its ACDC visit a destination layer's edges in this order instead of a set's."""
     found = {canonical(e.src.name, e.dest.name): e for e in peer.edges}
     peer.edges = [found[name] for name in edges]  # sorting them by layer is stable
 

@@ -133,7 +133,7 @@ def test_a_plan_does_without_what_need_not_be_kept(capsys: Any) -> None:
         step = sum(step_bytes(shape, Work(plan["batch_size"], 64, element=2, on_gpu=True)).values())
         kept = plan["bytes"]["targets, references"]
         assert kept == int(room) - step and plan["bytes"]["in all"] == 6e9
-        assert f"Beside them {kept / 1e9:.2f} GB are left" in told
+        assert f"That leaves {kept / 1e9:.2f} GB" in told
         assert f"at most {plan['pairs_kept']:,} pairs" in told
         pair = reference_bytes(shape, Work(1, 64, element=2)) + 2 * shape.d_vocab
         assert plan["pairs_kept"] * pair <= kept < (plan["pairs_kept"] + 1) * pair
@@ -145,7 +145,11 @@ def test_a_plan_does_without_what_need_not_be_kept(capsys: Any) -> None:
 @pytest.mark.parametrize(
     "arguments, code, message",
     [
-        ("plan --model codellama-13b --gpu-memory 24", 1, "does not fit: one pair of 64 tokens"),
+        (
+            "plan --model codellama-13b --gpu-memory 24",
+            1,
+            "does not fit: a forward pass of one pair",
+        ),
         ("plan --model nope --gpu-memory 24", 1, "unknown shape 'nope'"),
         ("plan --model gpt2 --gpu-memory 24 --tokens 0", 1, "expected 1 or more"),
         ("plan --model gpt2", 2, "gpu-memory"),

@@ -1,7 +1,7 @@
-"""The rows of "What is supported" (`docs/models.md`): families, and the tiny models that show it.
+"""The rows of "What is supported" (`docs/models.md`): model families, each with tiny test models.
 
-`scripts/supported_models.py` makes the page's tables of them, `test_families.py` holds each to its
-statements. A model that the installed TransformerLens does not have is no model of the zoo.
+`scripts/supported_models.py` makes the page's tables from them, and `test_model_families.py` checks
+each row. The zoo lacks models that the installed TransformerLens does not have.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from support import model_zoo, support_claims
 
 
 class Family(NamedTuple):
-    """A family by the names that people ask for it, its models in the zoo by class, and remarks."""
+    """A family: its common names, examples, models in the zoo by class, and a note."""
 
     name: str
     examples: str
@@ -22,7 +22,7 @@ class Family(NamedTuple):
 
 
 class Refused(NamedTuple):
-    """A kind of model that is refused, and its model in the zoo."""
+    """A kind of model that is refused, with its model in the zoo."""
 
     name: str
     examples: str
@@ -157,7 +157,7 @@ FAMILIES = (
         "solu-1l to solu-12l",
         ("native-solu",),
         ("hooked-solu", "hooked-solu-lnpre"),
-        "Bridge: by `boot_native`, which has it since TransformerLens 4",
+        "Bridge: by `boot_native`, from TransformerLens 4",
     ),
     Family(
         "Your own",
@@ -167,7 +167,7 @@ FAMILIES = (
         "with and without norms, either direction of attention",
     ),
 )
-# Not asked for as often: slow tests.
+# Less common families: slow tests.
 OTHERS = (
     Family("BLOOM", "bloom-560m", ("bridge-bloom",), ("hooked-bloom",), "Bridge: see below"),
     Family(
@@ -188,7 +188,7 @@ OTHERS = (
     Family("LLaVA", "llava-1.5-7b", ("bridge-llava",), (), "text prompts only"),
 )
 REFUSED = (
-    Refused("BERT and kin", "bert-base-cased, roberta-base", "bridge-bert"),
+    Refused("BERT and similar", "bert-base-cased, roberta-base", "bridge-bert"),
     Refused("Encoder-decoders", "t5-small", "bridge-t5"),
     Refused("Encoder-decoders", "bart-base", "bridge-bart"),
     Refused("Vision", "vit-base-patch16-224", "bridge-vit"),
@@ -213,9 +213,9 @@ def models(family: Family, cls: str) -> list[str]:
 
 
 def verdict(family: Family, cls: str) -> str:
-    """What the table says: "yes", "no" (refused), "–" (TransformerLens itself has no such model).
+    """The table's cell: "yes", "no" (refused) or "–" (TransformerLens has no such model).
 
-    Raises AssertionError where a model is neither refused nor right.
+    Raises AssertionError if a model is neither refused nor right.
     """
     refusals = [support_claims.refusal(name) for name in models(family, cls)]
     if not refusals:
@@ -225,7 +225,7 @@ def verdict(family: Family, cls: str) -> str:
 
 
 def reason(refused: Refused) -> str:
-    """Why, in the words of the error. Raises AssertionError where the model is taken."""
+    """The reason given by the error. Raises AssertionError if the model is not refused."""
     message = support_claims.refusal(refused.model)
     assert message is not None, f"{refused.model} is not refused"
     return message.partition(" is not supported: ")[2]
