@@ -173,10 +173,12 @@ def test_a_mib_file_with_unknown_nodes_or_missing_edges(what: Any, tmp_path: Pat
     (scores if what is EdgeScores else scores.top(5)).to_mib(path, d_model=8)
     text = path.read_text()
     path.write_text(text.replace('"m1": {', '"m7": {'))
-    with refused("circuit.json: nodes that this graph has not: 'm7'. Give the graph of the model"):
+    with refused(
+        "circuit.json: nodes that this graph does not have: 'm7'. Give the graph of the model"
+    ):
         what.from_mib(path, GRAPH)
     path.write_text(text.replace('"m0->m1": {', '"m0->m1": {}, "gone": {'))
-    with refused("circuit.json: edges that this graph has not: 'gone'"):
+    with refused("circuit.json: edges that this graph does not have: 'gone'"):
         what.from_mib(path, GRAPH)
     start = text.index('"m0->m1"')
     path.write_text(text[:start] + text[text.index('"', text.index("}", start)) :])
