@@ -1,12 +1,12 @@
-"""What ACDC costs for each edge, against a plain forward and backward.
+"""ACDC's cost per edge, relative to a plain forward and backward.
 
     python benchmarks/acdc_cost.py [--kinds bridge hooked] [--shares 1 0.1] [--every 3]
 
-GPT-2 small's shape with random weights, 8 prompts of 16 tokens read at the last, float32, one
-thread. A read's cost is that of deciding one of its edges: candidates side by side, in ACDC's
-order, on a mask that keeps `share` of the edges of later reads (1: nothing was removed yet, the
-most that an edge can cost; exact patching costs this) and all of the earlier ones. The mean weighs
-reads by their edges; with --every 3 only every third read is timed. Medians.
+GPT-2 small's shape with random weights, 8 prompts of 16 tokens read at the last position, float32,
+one thread. A read's cost is that of deciding one of its edges: candidates are batched in ACDC's
+order, on a mask that keeps all earlier edges and `share` of the edges of later reads. With a share
+of 1 nothing was removed yet: the maximum cost per edge, and the cost of exact patching. The mean
+weights reads by their number of edges; with --every 3 only every third read is timed. Medians.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tl_edgeprune.search.full_cuts import FullCuts
 
 
 def late_mask(cuts: FullCuts, place: int, share: float) -> torch.Tensor:
-    """Every edge up to this read, and `share` of the later ones."""
+    """All edges up to this read, and `share` of the later ones."""
     generator = torch.Generator().manual_seed(0)
     mask = torch.rand(cuts.graph.n_edges, generator=generator) < share
     mask[: cuts.graph.reads[place].edges.stop] = True
@@ -34,7 +34,7 @@ def late_mask(cuts: FullCuts, place: int, share: float) -> torch.Tensor:
 
 
 def edge_seconds(cuts: FullCuts, place: int, repeats: int) -> float:
-    """Seconds for each candidate: the latest edges of a destination in the middle, nested."""
+    """Seconds per candidate, for nested sets of the latest edges into a destination."""
     read, count = cuts.graph.reads[place], cuts.candidates(place)
     nested = torch.zeros(count, read.n_destinations, read.n_sources, dtype=torch.bool)
     for candidate in range(count):

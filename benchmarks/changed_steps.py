@@ -1,4 +1,4 @@
-"""Steps of EdgePruner that are done another way, for settings.py: what no setting of it does."""
+"""Variants of EdgePruner's training step for settings.py that no setting provides."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ Step = Callable[[PlainStep, Trainer, int], None]
 
 @contextmanager
 def stepping(step: Step) -> Iterator[None]:
-    """Every run in this block steps so."""
+    """All runs in this block use this step."""
     plain = Trainer._step
     with patch.object(Trainer, "_step", lambda training, number: step(plain, training, number)):
         yield
 
 
 def two_masks(plain: PlainStep, training: Trainer, number: int) -> None:
-    """Two masks drawn a step, on the same pairs, targets and reference."""
+    """Draws two masks per step, on the same pairs, targets and reference."""
     stream = training.stream
     batch: Batch = next(stream)
     target_batch: TargetBatch = training.targets.prepare(batch)
     training.stream = _Again(batch)  # type: ignore[assignment]
     with (
         patch.object(training.pruner, "accumulate", 2),
-        patch.object(training.targets, "target_batch", lambda _: target_batch),
+        patch.object(training.targets, "prepare", lambda _: target_batch),
     ):
         plain(training, number)
     training.stream = stream
 
 
 class _Again:
-    """A stream that gives the same batch every time."""
+    """A batch stream that always returns the same batch."""
 
     def __init__(self, batch: Batch) -> None:
         self.batch = batch
@@ -49,14 +49,14 @@ class _Again:
 
 
 def late_16(plain: PlainStep, training: Trainer, number: int) -> None:
-    """Twice as many pairs a step in the last two fifths."""
+    """Twice as many pairs per step in the last two fifths."""
     late = number >= 0.6 * training.pruner.steps
     with patch.object(training.pruner, "accumulate", 2 if late else 1):
         plain(training, number)
 
 
 def cooling(plain: PlainStep, training: Trainer, number: int) -> None:
-    """The gates' temperature falls from 1 to 1/3 (2/3 is what it usually stays at)."""
+    """The gates' temperature falls from 1 to 1/3 instead of staying at 2/3."""
     beta = 3 ** (-number / training.pruner.steps)
     offset = beta * math.log(-masks.GAMMA / masks.ZETA)
     with patch.object(masks, "BETA", beta), patch.object(masks, "OPEN_OFFSET", offset):
