@@ -27,7 +27,7 @@ LAYERS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("runs",), "a task's pairs through the masked model: targets, totals, state on disk"),
     (("attribution",), "scores from the mask's gradient"),
     (("training", "search"), "Edge Pruning; cuts: ACDC's searches, elimination, polish"),
-    (("methods",), "one file a method, one registry"),
+    (("methods",), "one file per method, and the registry"),
     (("evaluation",), "how good a circuit is, and what each edge does"),
     (("report",), "pictures"),
     (("commands",), "what the command line does"),
