@@ -1,4 +1,4 @@
-"""tmp"""
+"""Whether a task fits the model and the graph: its tokens, its lengths and its spans."""
 
 from __future__ import annotations
 
